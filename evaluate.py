@@ -1,0 +1,830 @@
+"""Rollouts, the ID/OOD suites, intervals, tables, plots and the report.
+
+Contents
+  1. Episodes and rollout   problem -> prompt -> response -> verifier -> ... as one growing list of token ids
+  2. Evaluation             the same held-out problems under every rule, greedy and at temperature 1
+  3. Runs and models        what a name on the command line means, and text that is safe to show
+  4. Intervals              bootstrap over classes, paired differences, pass@k
+  5. A study                the evaluations of all arms and seeds
+  6. Tables                 what the terminal and the README show
+  7. Figures                SVG, written here
+  8. Report                 one HTML page that loads nothing and runs nothing
+  9. Command line           `python evaluate.py runs/demo/rl --suite gp-l`, `python evaluate.py --report runs/demo`
+
+Shapes: P problems, G episodes of one problem (a group), B = P * G rows.
+"""
+
+import argparse
+import copy
+import functools
+import html
+import json
+import math
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tasks
+from model import Cache, generate, load_model, pad_rows, write_atomically, write_json
+
+# ---------------------------------------------------------------- 1. Episodes and rollout
+
+
+@dataclass
+class Episode:
+    """One problem answered by the policy: token ids that only ever grow, and what they are.
+
+    ids            everything the model reads: prompt, responses, verifier text
+    response_mask  1 where the policy sampled the token, its stop token included; 0 elsewhere
+    log_probs      log-probability under the policy that sampled it; 0.0 where the mask is 0
+    turns          one dict per answer: response, outcome, reward, feedback
+    """
+
+    problem: object
+    ids: list = field(default_factory=list)
+    response_mask: list = field(default_factory=list)
+    log_probs: list = field(default_factory=list)
+    turns: list = field(default_factory=list)
+
+    def read(self, ids):
+        """Append tokens that the policy did not choose."""
+        self.ids += ids
+        self.response_mask += [0] * len(ids)
+        self.log_probs += [0.0] * len(ids)
+
+    def respond(self, ids, log_probs=None):
+        """Append a response: tokens that the policy sampled (or a demonstrator wrote)."""
+        self.ids += ids
+        self.response_mask += [1] * len(ids)
+        self.log_probs += log_probs if log_probs is not None else [0.0] * len(ids)
+
+    def judge(self, tokenizer, text):
+        """Let the verifier judge the response just appended; its words open the next turn. -> done"""
+        step = self.problem.step(text)
+        self.turns.append({"response": text, "outcome": step.outcome, "reward": step.reward, "feedback": step.feedback})
+        if not step.done:
+            if self.ids[-1] not in tokenizer.stop_ids:  # cut off at max_new_tokens: close the message, unsampled
+                self.read([tokenizer.eot])
+            self.read(tokenizer.turn(step.feedback))
+        return step.done
+
+    def total(self, discount=1.0):
+        """The episode's return: the discounted sum of its rewards."""
+        return sum(discount**t * turn["reward"] for t, turn in enumerate(self.turns))
+
+    def solved(self, attempts=None):
+        """Whether one of the first `attempts` answers (default: any) was right."""
+        return any(turn["outcome"] == "correct" for turn in self.turns[:attempts])
+
+
+@torch.no_grad()
+def rollout(model, tokenizer, problems, group=1, max_new_tokens=64, temperature=1.0, generator=None, rows=256):
+    """Play `group` episodes of every problem with the verifier in the loop.
+
+    problems: fresh task instances (each is copied, so they stay unused). rows: episodes computed side by side. The
+    prompt is computed once for its whole group, the KV cache lives through all turns, and solved episodes leave the
+    batch between turns. Returns a list of P lists of G Episodes.
+    """
+    groups = []
+    for first in range(0, len(problems), max(1, rows // group)):
+        groups += _rollout_batch(model, tokenizer, problems[first : first + max(1, rows // group)], group,
+                                 max_new_tokens, temperature, generator)
+    return groups
+
+
+def _rollout_batch(model, tokenizer, problems, group, max_new_tokens, temperature, generator):
+    prompts = [tokenizer.prompt(p.prompt, image=p.image is not None) for p in problems]
+    ids, lengths = pad_rows(prompts, tokenizer.pad, model.device)
+    cache = Cache(model, len(problems), ids.shape[1] + max_new_tokens)
+    logits = model.extend(cache, ids, lengths)
+    rows = torch.arange(len(problems), device=model.device).repeat_interleave(group)
+    cache.select(rows)
+    groups = [[Episode(copy.copy(p)) for _ in range(group)] for p in problems]
+    active = [e for members in groups for e in members]
+    for episode, row in zip(active, rows.tolist()):
+        episode.read(prompts[row])
+    logits = logits[rows]
+    while True:
+        responses = generate(model, cache, logits, max_new_tokens, tokenizer.stop_ids, temperature, generator)
+        for episode, response, log_probs in zip(active, *responses):
+            episode.respond(response, log_probs)
+        going = [i for i, e in enumerate(active) if not e.judge(tokenizer, tokenizer.decode(_last_response(e)))]
+        if not going:
+            return groups
+        active = [active[i] for i in going]
+        cache.select(torch.tensor(going, device=model.device))
+        new = [e.ids[seen:] for e, seen in zip(active, cache.length.tolist())]  # the last sampled token comes first
+        ids, lengths = pad_rows(new, tokenizer.pad, model.device)
+        logits = model.extend(cache.reserve(ids.shape[1] + max_new_tokens), ids, lengths)
+
+
+def _last_response(episode):
+    """Ids of the response at the end of the episode."""
+    start = len(episode.ids)
+    while start and episode.response_mask[start - 1]:
+        start -= 1
+    return episode.ids[start:]
+
+
+def to_batch(episodes, pad, device):
+    """Episodes -> ids (B, T), chosen (B, T) bool, log_probs (B, T) float32, padded on the right."""
+    ids, _ = pad_rows([e.ids for e in episodes], pad, device)
+    chosen, _ = pad_rows([e.response_mask for e in episodes], 0, device)
+    log_probs, _ = pad_rows([e.log_probs for e in episodes], 0.0, device)
+    return ids, chosen.bool(), log_probs
+
+
+def micro_batches(episodes, size):
+    """Split episodes, sorted by length, into lists of at most `size`: little padding, and any size gives the same sum."""
+    episodes = sorted(episodes, key=lambda e: len(e.ids))
+    return [episodes[i : i + size] for i in range(0, len(episodes), size)]
+
+
+# ---------------------------------------------------------------- 2. Evaluation
+
+
+def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_tokens=64, rows=256, samples=4):
+    """Success of a model on the rows of a suite, 0/1 for every hand.
+
+    Every row deals the same n held-out hands. "greedy" is temperature 0, "sampled" temperature 1; "first" counts the
+    first answer, "episode" any of the `attempts`. A row with a judge of its own ("fake rule") judges the first answers
+    of the row with the same prompt once more: what a model says does not depend on who will judge it.
+    """
+    began, result, episodes = time.time(), {}, {}
+    for name, rule, judge in tasks.SUITES[suite]:
+        problems = suite_problems(tokenizer, suite, rule, judge, n, attempts, split)
+        result[name] = {}
+        for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            if judge is None:
+                generator = torch.Generator(model.device).manual_seed(0)
+                played = rollout(model, tokenizer, problems, 1, max_new_tokens, temperature, generator, rows)
+                episodes[rule, mode] = played = [group[0] for group in played]
+                first, whole = [e.solved(1) for e in played], [e.solved() for e in played]
+            else:
+                answers = [e.turns[0]["response"] for e in episodes[rule, mode]]
+                first = whole = [p.step(text).outcome == "correct" for p, text in zip(problems, answers)]
+                problems = suite_problems(tokenizer, suite, rule, judge, n, attempts, split)
+            result[name][mode] = {"first": [int(x) for x in first], "episode": [int(x) for x in whole]}
+    shown = [show_episode(name, e) for name, rule, judge in tasks.SUITES[suite] if judge is None
+             for e in episodes[rule, "greedy"][:samples]]
+    return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": [p.cls for p in problems],
+            "rows": result, "samples": shown, "eval_seconds": round(time.time() - began, 2)}
+
+
+def suite_problems(tokenizer, suite, rule, judge, n, attempts, split):
+    """The n problems of one row of a suite, in the prompt style of the tokenizer's model."""
+    style = "short" if tokenizer.short else "full"
+    return [tasks.make(suite.removesuffix("-probes"), rule, split=split, index=i, attempts=attempts, style=style,
+                       judge=judge) for i in range(n)]
+
+
+def show_episode(row, episode):
+    """An Episode as plain data for samples/ and the report."""
+    return {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns, "reward": episode.total()}
+
+
+def pass_at_1_to_k(model, tokenizer, suite, n, k, split="test", max_new_tokens=64, rows=256):
+    """pass@1 .. pass@k at temperature 1 for every row of a suite: {row: [pass@1, ..., pass@k]}."""
+    result = {}
+    for name, rule, judge in tasks.SUITES[suite]:
+        problems = suite_problems(tokenizer, suite, rule, judge, n, 1, split)
+        generator = torch.Generator(model.device).manual_seed(0)
+        groups = rollout(model, tokenizer, problems, k, max_new_tokens, 1.0, generator, rows)
+        right = [sum(e.solved() for e in g) for g in groups]
+        result[name] = [float(np.mean([pass_at_k(k, c, j) for c in right])) for j in range(1, k + 1)]
+    return result
+
+
+def summary(result):
+    """{row: {mode_score: share}} of an evaluation, for the metrics file."""
+    return {f"{row}/{mode}/{score}": round(sum(hits) / len(hits), 4) for row, modes in result["rows"].items()
+            for mode, scores in modes.items() for score, hits in scores.items()}
+
+
+# ---------------------------------------------------------------- 3. Runs and models
+
+
+def find_model(name, task):
+    """The model directory that a name means: `tiny` (the shipped base of the task), a run directory (its latest
+    checkpoint), or a model directory itself. Raises ValueError with a sentence when there is none."""
+    if name == "tiny":
+        path = Path(__file__).parent / "assets" / f"tiny-{task}"
+        if not path.is_dir():
+            raise ValueError(f"no tiny base is shipped for {task} (looked for {path}).")
+        return path
+    path = Path(name)
+    if (path / "latest").is_file():
+        return latest_checkpoint(path)
+    if not path.is_dir():
+        raise ValueError(f"{name} is not a directory; give `tiny`, a run directory or a model directory.")
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise ValueError(f"{name} holds neither a run with a checkpoint (file `latest`) nor a model (config.json).")
+    return path
+
+
+def latest_checkpoint(run):
+    """The checkpoint directory that the run's pointer file names."""
+    name = (Path(run) / "latest").read_text()[:100].strip()
+    if not re.fullmatch(r"step-\d{6}", name) or not (Path(run) / name).is_dir():
+        raise ValueError(f"{run}/latest does not name a checkpoint of this run; the run cannot be continued from it.")
+    return Path(run) / name
+
+
+def device_and_dtype(device):
+    """("cuda", bfloat16) or ("cpu", float32); `auto` takes the GPU when there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]")
+
+
+def clean(text):
+    """Text without characters that steer a terminal, flip the reading direction or are not legal in XML."""
+    return UNSAFE.sub("", str(text))
+
+
+def esc(text):
+    """`clean`, then escaped for HTML and XML, attributes included."""
+    return html.escape(clean(text), quote=True)
+
+
+def run_main(main):
+    """Run a script's main: an expected error is one sentence on stderr and exit status 2, not a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {clean(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------- 4. Intervals
+# A *row* is a way to score (id, rule, fake); a *view* is (decoding, part), such as ("greedy", "first"); S seeds, n problems,
+# C classes (problems with the same numbers), P points of a curve. Success is a share in 0..1, printed in %.
+
+ROWS = {"id": "ID", "rule": "rule OOD", "fake": "fake rule"}
+MODES = {"greedy": "greedy", "sampled": "temperature 1"}
+PARTS = {"first": "first attempt", "episode": "whole episode"}
+FAMILIES = {"gp": ("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13"),     # what is counted, trained rule, other rule
+            "virl": ("routes", "absolute turns", "relative turns")}        # by the first word of the suite's name
+
+@functools.lru_cache(maxsize=8)
+def _draws(kinds, reps, seed):
+    """How often each of `kinds` things comes up in each resample. The same for all arms. (reps, kinds)"""
+    rng = np.random.default_rng([seed, kinds])
+    return rng.multinomial(kinds, np.full(kinds, 1 / kinds), size=reps).astype(float)
+
+
+def bootstrap(values, classes, reps=2000, seed=0):
+    """Mean and 95 % percentile interval, by resampling whole classes with replacement: (mean, low, high).
+
+    Hands of one class are nearly the same problem, so the class is the unit that is drawn (cluster bootstrap, Davison &
+    Hinkley 1997, section 3.8). values: (n,), or (S, n) for the same hands under S seeds; seeds are then resampled too
+    (hierarchical). classes: n names. With one class, or all values equal, the interval has no width: not certainty.
+    """
+    values = np.atleast_2d(np.asarray(values, float))                       # (S, n)
+    if values.size == 0 or values.shape[1] != len(classes):
+        raise ValueError(f"An interval needs hands, and a class for each: got {values.shape[1]} and {len(classes)}.")
+    names, member = np.unique(np.asarray(classes, str), return_inverse=True)
+    sums = np.stack([np.bincount(member, v, len(names)) for v in values])   # (S, C)
+    draws = _draws(len(names), reps, seed)                                  # (reps, C)
+    means = draws @ sums.T / (draws @ np.bincount(member))[:, None]         # (reps, S): classes differ in size
+    means = (means * _draws(len(values), reps, seed + 1)).mean(1)           # the draws of a resample sum to S
+    return float(values.mean()), *np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def paired(a, b, classes, reps=2000, seed=0):
+    """Mean of a - b on the same hands and its interval, as `bootstrap`; (n,) or (S, n), seeds matched in order."""
+    a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
+    if a.shape[1] != b.shape[1] or (len(a) != len(b) and 1 not in (len(a), len(b))):
+        raise ValueError(f"A paired difference needs the same hands and seeds on both sides, not {a.shape} and {b.shape}.")
+    return bootstrap(a - b, classes, reps, seed)
+
+
+def pass_at_k(n, c, k):
+    """Chance that k answers, drawn without replacement from n of which c are right, hold a right one: the unbiased
+    estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, eq. 1), which 1 - (1 - c/n)^k is not."""
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}.")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# ---------------------------------------------------------------- 5. A study
+
+def _read(path, check):
+    """check(the JSON in a file); any failure is one sentence that names the file."""
+    try:
+        return check(json.loads(path.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(clean(f"{path} cannot be used ({why}): write it again with this version.")) from None
+
+
+def _check_eval(e):
+    """An evaluation, with "solved": {(row, decoding, part): n floats, 0 or 1} made from its rows."""
+    e["step"], e["flops"], e["attempts"] = int(e["step"]), float(e["flops"]), int(e["attempts"])
+    n, e["solved"] = len(e["classes"]), {}
+    if n == 0 or not 0 <= e["flops"] < math.inf:
+        raise ValueError("it has no hands, or its flops are not a count")
+    for row, mode, part in ((row, mode, part) for row in ROWS for mode in MODES for part in PARTS):
+        e["solved"][row, mode, part] = solved = np.asarray(e["rows"][row][mode][part], float)
+        if solved.shape != (n,) or not np.isin(solved, (0, 1)).all():
+            raise ValueError(f"{row} {mode} {part} is not a list of {n} times 0 or 1")
+    for sample in e["samples"]:
+        sample["row"], sample["prompt"], sample["reward"], [turn["response"] for turn in sample["turns"]]
+    return e
+
+
+def load_study(study_dir):
+    """{arm: {seed: [evaluation, ...] by step}} of a study directory, from `RUN/evals/NNNNNN.json` and `RUN/args.json`.
+
+    RUN is an arm's name with `-sN` for seed N, or without for seed 0. An evaluation is its file's content with "solved",
+    {(row, decoding, part): (n,)}, and "args", the run's flags ({} for a base without). ValueError, one sentence, when there
+    is nothing, a file is malformed, or two files did not score the same hands.
+    """
+    study, hands = {}, None
+    for run in sorted({path.parent.parent for path in Path(study_dir).glob("*/evals/*.json")}):
+        arm, seed = re.fullmatch(r"(.+?)(?:-s(\d{1,9}))?", run.name, re.DOTALL).groups()
+        if int(seed or 0) in study.setdefault(arm, {}):
+            raise ValueError(clean(f"{run} is a second run of arm {arm} with seed {seed or 0}: rename one of the two."))
+        args = _read(run / "args.json", dict) if (run / "args.json").exists() else {}
+        evals = [_read(path, _check_eval) | {"args": args} for path in (run / "evals").glob("*.json")]
+        study[arm][int(seed or 0)] = sorted(evals, key=lambda e: e["step"])
+        for e in evals:
+            hands = hands or (e.get("suite"), e.get("split"), e["classes"])
+            if hands != (e.get("suite"), e.get("split"), e["classes"]):
+                raise ValueError(clean(f"{run}, step {e['step']}, scored other hands than the runs before it: evaluate every "
+                                       "run on the same suite, split and number of hands."))
+    if not study:
+        raise ValueError(clean(f"There is no evaluation in {study_dir}: train an arm first, or name a study directory."))
+    order = {"base": 0, "warmup": 1, "sft": 2, "rl": 3}
+    return dict(sorted(study.items(), key=lambda item: (order.get(item[0], 4), item[0])))
+
+
+def any_eval(study):                       # for what is the same in all of them: suite, split, classes, attempts
+    return next(iter(next(iter(study.values())).values()))[-1]
+def arms_of(study):                        # those that are compared, SFT and RL first
+    return [arm for arm in study if arm not in ("base", "warmup")]
+def name_of(arm):                          # on one line, and no bar: it goes into a markdown table
+    return arm.upper() if arm in ("sft", "rl") else " ".join(clean(arm).replace("|", "/").split())
+def view_name(view):
+    return f"{MODES[view[0]]}, {PARTS[view[1]]}"
+
+
+def views(study):
+    """What is reported: greedy and temperature 1; the whole episode too when there is more than one attempt."""
+    return [(mode, part) for mode in MODES for part in PARTS if part == "first" or any_eval(study)["attempts"] > 1]
+
+
+def best_checkpoint(evals, view, row="rule"):
+    """The evaluation with the highest success in that row, the earliest of equals; the start counts as a checkpoint."""
+    return max(evals, key=lambda e: (e["solved"][(row, *view)].mean(), -e["step"]))
+
+
+def stages(study, view):
+    """{"base", "start", "sft end", "sft best", "rl end", ...: (label, {seed: evaluation})}, those that there are.
+
+    The start of a seed is step 0 of SFT, or of RL, or else the last evaluation of the warm-up.
+    """
+    last = {arm: {seed: evals[-1] for seed, evals in seeds.items()} for arm, seeds in study.items()}
+    start = last.get("warmup", {})
+    for arm in ("rl", "sft"):
+        start = start | {s: evals[0] for s, evals in study.get(arm, {}).items() if evals[0]["step"] == 0}
+    out = {"base": ("base", last.get("base")), "start": ("start", start)}
+    for arm in arms_of(study):
+        out[f"{arm} end"] = (f"{name_of(arm)}, end", last[arm])
+        if arm == "sft":
+            best = {s: best_checkpoint(evals, view) for s, evals in sorted(study[arm].items())}
+            steps = ", ".join(str(e["step"]) for e in best.values())
+            out["sft best"] = (f"SFT at its best OOD (step {steps})", best)
+    return {key: stage for key, stage in out.items() if stage[1]}
+
+
+# ---------------------------------------------------------------- 6. Tables
+
+def _solved(evals, row, view, seeds=None):
+    """Success of each hand under each seed. (S, n)"""
+    return np.stack([evals[seed]["solved"][(row, *view)] for seed in (seeds or sorted(evals))])
+
+
+STAGES = {"sft end": "SFT", "rl end": "RL", "start": "start", "sft best": "best SFT checkpoint"}
+COMPARED = [("sft end", "start", "id"), ("rl end", "start", "id"), ("sft end", "start", "rule"), ("rl end", "start", "rule"),
+            ("rl end", "sft end", "rule"), ("rl end", "sft best", "rule"), ("sft end", "start", "fake")]
+
+
+def differences(study, view):
+    """{(stage, other stage, row): (mean difference, low, high)}, paired by hand and by seed, for stages that there are."""
+    out, stage = {}, stages(study, view)
+    for a, b, row in COMPARED:
+        left, right = (stage.get(key, ("", {}))[1] for key in (a, b))
+        seeds = sorted(left.keys() & right.keys())            # each seed against its own start or opponent
+        both = (sorted(left), list(right)) if b == "start" and len(right) == 1 else (seeds, seeds)    # one start serves all
+        if all(both):
+            sides = (_solved(evals, row, view, which) for evals, which in zip((left, right), both))
+            out[a, b, row] = paired(*sides, any_eval(study)["classes"])
+    return out
+
+
+def sign_of(difference):
+    """1 or -1 when the interval lies above or below 0, else 0."""
+    return int(difference[1] > 0) - int(difference[2] < 0)
+
+
+def percent(interval, sign=""):
+    """("63.2", "[58.9, 67.4]"); sign "+" for differences."""
+    mean, low, high = (round(100 * x, 1) + 0.0 for x in interval)             # + 0.0: no "-0.0"
+    return f"{mean:{sign}.1f}", f"[{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def table_rows(study, view):
+    """The two tables of a view: the stages, then the paired differences. Cells are text or (number, interval)."""
+    classes = any_eval(study)["classes"]
+    words = {1: "excludes 0: higher", -1: "excludes 0: lower", 0: "includes 0: no clear difference"}
+    return ([[label, *(percent(bootstrap(_solved(evals, row, view), classes)) for row in ROWS)]
+             for label, evals in stages(study, view).values()],
+            [[f"{STAGES[a]} - {STAGES[b]}, {ROWS[row]}", percent(d, "+"), f"The interval {words[sign_of(d)]}."]
+             for (a, b, row), d in differences(study, view).items()])
+
+
+def _markdown(head, lines):
+    lines = [head, *([cell if isinstance(cell, str) else " ".join(cell) for cell in line] for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+
+
+def table_text(study, only=None):
+    """The closing tables in markdown, aligned for a terminal: every view, or `only` that one, each with its differences."""
+    parts = []
+    for view in [only] if only else views(study):
+        (table, pairs), n = table_rows(study, view), len(any_eval(study)["classes"])
+        parts.append(f"{view_name(view).capitalize()}: success in % [95 % interval], {n} problems")
+        parts.append(_markdown(["", *ROWS.values()], table))
+        parts += [_markdown(["paired difference", "points", ""], pairs)] if pairs else []
+    return "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------- 7. Figures
+# A panel is 430 x 330 units, its plot between LEFT..RIGHT and TOP..BOTTOM; the right margin holds the names of the lines.
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 430, 330, 44, 352, 34, 278
+# The vermilion, blue, green and purple of Okabe and Ito, darker on paper and lighter at night: text in them is 4.5 : 1
+COLOURS = """:root{--paper:#fff;--ink:#1b1f24;--muted:#59636e;--grid:#dfe3e8;
+--c0:#b84a00;--c1:#0067a3;--c2:#00765a;--c3:#a0397a}
+@media (prefers-color-scheme:dark){:root{--paper:#15181d;--ink:#e8eaed;--muted:#a0a8b1;--grid:#343a42;
+--c0:#ff9f4a;--c1:#5cb8f0;--c2:#3fc7a0;--c3:#e39ac6}}"""
+FIGURE_CSS = """svg{color:var(--ink);font:12px system-ui,-apple-system,"Segoe UI",sans-serif;max-width:100%;height:auto}
+svg text{fill:currentColor}svg .muted{color:var(--muted)}svg .head{font-weight:600;font-size:14px}
+svg .grid{stroke:var(--grid)}svg .base{stroke:var(--muted);stroke-dasharray:2 4;stroke-width:1.5}
+svg .mid{text-anchor:middle}svg .end{text-anchor:end}
+svg .c0{color:var(--c0)}svg .c1{color:var(--c1)}svg .c2{color:var(--c2)}svg .c3{color:var(--c3)}
+svg .line{fill:none;stroke:currentColor;stroke-width:2.5;stroke-linejoin:round}svg .thin{stroke-width:1;opacity:.55}
+svg .band{fill:currentColor;opacity:.16}svg .dot{fill:currentColor}
+svg text.name{font-weight:600;stroke:var(--paper);stroke-width:4;paint-order:stroke;stroke-linejoin:round}"""
+
+
+def si(flops, top=0):
+    """2e12 -> "2 TFLOP"; the ticks of an axis share the unit of its `top`."""
+    power = min(max(int(math.log10(max(top or flops, 1)) // 3), 0), 7)
+    return f"{flops / 1000 ** power:.3g} {' KMGTPEZ'[power].strip()}FLOP"
+
+
+def nice_ticks(low, high, most=4):
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten from low to high, at most `most` steps."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit * most >= (high - low) * 0.999)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def curve(seeds, row, view):
+    """(P, 4) FLOPs, mean, low, high along an arm, {seed: evaluations}, linear between evaluations.
+
+    Seeds differ a little in FLOPs per step, so they are averaged at equal shares of their own FLOPs: their ends meet.
+    """
+    flops = {s: np.array([e["flops"] for e in evals]) for s, evals in seeds.items()}
+    share = {s: x / (x[-1] or 1) for s, x in flops.items()}
+    now, hands = share[min(seeds)], []
+    for s, evals in seeds.items():
+        solved = np.stack([e["solved"][(row, *view)] for e in evals])                    # (evaluations, n)
+        at = np.interp(now, share[s], np.arange(len(evals)))
+        hands.append([(1 - t % 1) * solved[int(t)] + t % 1 * solved[math.ceil(t)] for t in at])
+    rates = [bootstrap(at, evals[0]["classes"]) for at in np.stack(hands, axis=1)]        # S hands lists at each of P points
+    return np.column_stack([now * np.mean([x[-1] for x in flops.values()]), rates])
+
+
+def to_panel(x, y, limits):
+    """Data to panel units. (..., 2)"""
+    x0, x1, y0, y1 = limits
+    return np.stack([LEFT + (np.asarray(x, float) - x0) / (x1 - x0) * (RIGHT - LEFT),
+                     BOTTOM - (np.asarray(y, float) - y0) / (y1 - y0) * (BOTTOM - TOP)], axis=-1)
+
+
+def _stroke(points, css, close=""):
+    return f'<path class="{css}" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in points)}{close}"/>'
+def _dot(point, radius, css):
+    return f'<circle class="dot {css}" cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="{radius}"/>'
+def _text(x, y, text, css=""):
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{esc(text)}</text>'
+
+
+def axes(title, limits, x_ticks, y_ticks, x_name):
+    """The frame of a panel: title (it names the y axis), grid, ticks [(value, label)] and the name of the x axis."""
+    out = [_text(LEFT, 18, title, "head"), _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
+    for value, label in y_ticks:
+        y = to_panel(limits[0], value, limits)[1]
+        out += [_stroke([(LEFT, y), (RIGHT, y)], "grid"), _text(LEFT - 6, y + 4, label, "end muted")]
+    for value, label in x_ticks:
+        x = to_panel(value, limits[2], limits)[0]
+        out += [_stroke([(x, BOTTOM), (x, BOTTOM + 4)], "grid"), _text(x, BOTTOM + 18, label, "mid muted")]
+    return out
+
+
+def named(ends, x=None):
+    """Names beside the ends of lines, [(point, name, css)], moved apart where they would collide; at x, or at each point."""
+    heights = np.array([point[1] for point, _, _ in ends], float)
+    order = np.argsort(heights, kind="stable")
+    for _ in range(100):                                       # each pair that is too close parts by half of what is missing
+        for k, (i, j) in enumerate(zip(order, order[1:])):
+            heights[[i, j]] += max(0, 16 - heights[j] + heights[i]) / 2 * np.array([-1, 1])
+        heights -= max(0, heights.max(initial=0) - BOTTOM)
+    out = []
+    for (point, name, css), y in zip(ends, heights):
+        at = x or point[0] + 9
+        out += [_stroke([point, (at - 2, y)], f"line thin {css}"), _text(at, y + 4, name, css)]
+    return out
+
+
+def _curves_panel(study, row, view):
+    """One panel: success in `row` along training FLOPs."""
+    curves = {arm: curve(study[arm], row, view) for arm in arms_of(study)}
+    top = max([c[-1, 0] for c in curves.values()], default=0) or 1.0
+    limits, ends, percents = (0, top, 0, 1), [], [(v / 100, f"{v} %") for v in range(0, 101, 20)]
+    ticks = [(0, "start")] + [(v, si(v, top)) for v in nice_ticks(0, top)[1:] if top > 1]
+    out = axes(f"{ROWS[row]}: success", limits, ticks, percents, "training compute, counted from the start")
+    if "base" in study:
+        mean = _solved(stages(study, view)["base"][1], row, view).mean()
+        line = to_panel([0, top], [mean, mean], limits)
+        out.append(_stroke(line, "base"))
+        ends.append((line[1], f"base {100 * mean:.0f}", "muted"))
+    for i, (arm, c) in enumerate(curves.items()):
+        line, low, high = (to_panel(c[:, 0], c[:, k], limits) for k in (1, 2, 3))
+        out.append(_stroke([*high, *low[::-1]], f"band c{i % 4}", "Z"))
+        for evals in study[arm].values() if len(study[arm]) > 1 else ():
+            xs, ys = [min(e["flops"], top) for e in evals], [e["solved"][(row, *view)].mean() for e in evals]
+            out.append(_stroke(to_panel(xs, ys, limits), f"line thin c{i % 4}"))
+        out += [_stroke(line, f"line c{i % 4}"), _dot(line[-1], 4, f"c{i % 4}")]
+        ends.append((line[-1], f"{name_of(arm)[:9]} {100 * c[-1, 1]:.0f}", f"name c{i % 4}"))
+    return "".join(out + named(ends, RIGHT + 12))
+
+
+def _svg(title, description, panels):
+    shifted = "".join(f'<g transform="translate({i * WIDTH},0)">{panel}</g>' for i, panel in enumerate(panels))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}" role="img">'
+            f"<title>{esc(title)}</title><desc>{esc(description)}</desc>{shifted}</svg>")
+
+
+def svg_curves(study, view=("greedy", "first"), rows=("id", "rule")):
+    """SVG, without its CSS: success along training FLOPs, a panel for each of `rows`; bands are 95 % intervals."""
+    said = "; ".join(f"{line[0]}: ID {line[1][0]} %, rule OOD {line[2][0]} %" for line in table_rows(study, view)[0])
+    return _svg(f"Success along training compute, {view_name(view)}", said, [_curves_panel(study, row, view) for row in rows])
+
+
+def svg_path(study, view=("greedy", "first")):
+    """SVG, without its CSS: rule OOD against ID, each arm's evaluations as a path from the start to its big end mark."""
+    paths = {arm: np.stack([curve(study[arm], row, view)[:, 1] for row in ("id", "rule")]) for arm in arms_of(study)}
+    xs, ys = np.concatenate([*paths.values()] or [np.full((2, 1), .5)], axis=1)
+    limits = (max(math.floor(xs.min() * 10 - .5) / 10, 0), min(math.ceil(xs.max() * 10 + .3) / 10, 1),
+              0, min(math.ceil(ys.max() * 10 + .3) / 10, 1))
+    ticks = [[(v / 100, f"{v:.0f} %") for v in nice_ticks(100 * limits[i], 100 * limits[i + 1], 5)] for i in (0, 2)]
+    out, ends = axes("rule OOD against ID, success", limits, *ticks, "ID success"), []
+    for i, (arm, path) in enumerate(paths.items()):
+        line, css = to_panel(*path, limits), f"c{i % 4}"
+        out += [_stroke(line, f"line {css}"), *(_dot(p, 2.5, css) for p in line[:-1]), _dot(line[-1], 6, css)]
+        ends.append((line[-1], name_of(arm)[:9], f"name {css}"))
+    if paths:
+        x, y = to_panel(xs[0], ys[0], limits)
+        out += [_dot((x, y), 5, ""), _text(x - 9, y + 4, "start", "name end")]
+    said = "; ".join(f"{name_of(arm)}: {' to '.join(f'ID {100 * p[0, k]:.1f} %, OOD {100 * p[1, k]:.1f} %' for k in (0, -1))}"
+                     for arm, p in paths.items())
+    return _svg(f"Rule OOD against ID along training, {view_name(view)}", said, ["".join(out + named(ends))])
+
+
+def svg_standalone(svg):
+    """The same figure as a file for <img>: with its style, its own paper, and a natural size that may shrink."""
+    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups()
+    svg = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
+    return svg.replace("<title>", f"<style>{COLOURS}{FIGURE_CSS}svg{{background:var(--paper)}}</style><title>", 1)
+
+
+# ---------------------------------------------------------------- 8. Report
+
+def verdict(sft, rl, gap, rl_id):
+    """What happened under the other rule, from the signs of SFT - start, RL - start, RL - SFT (OOD), RL - start (ID)."""
+    if gap <= 0:
+        return "Under the other rule " + ("SFT ends above RL: the opposite of the published result." if gap else
+                                          "the two arms end without a clear difference.")
+    if sft >= 0 or rl < 0:
+        return "RL ends above SFT under the other rule, but " + ("both lost part of it." if rl < 0 and sft < 0 else
+                                                                 "SFT did not clearly lose it.")
+    return (f"SFT lost the other rule and RL {'raised its score there' if rl else 'shows no clear loss'}: the published picture, "
+            "SFT memorizes and RL generalizes." + ("" if rl_id > 0 else " But RL did not clearly improve under the trained rule "
+                                                   "either, so it may just have changed little."))
+
+
+def story(study, view=("greedy", "first")):
+    """What happened, whichever way it came out, in sentences made from the numbers; the first is the verdict."""
+    family = re.split(r"\W", str(any_eval(study).get("suite")))[0]
+    things, trained, other = FAMILIES.get(family, ("problems", "the trained one", "another"))
+    stage, d = stages(study, view), differences(study, view)
+    if any(key not in d for key in COMPARED):
+        return ["This study does not hold both arms and their start yet."]
+    sign, words = {key: sign_of(x) for key, x in d.items()}, {1: "rose", -1: "fell", 0: "did not clearly change"}
+    points = {key: f"({' '.join(percent(x, '+'))} points)" for key, x in d.items()}
+    sft_id, rl_id, sft, rl, gap, best, fake = COMPARED
+    rates = [f"{100 * _solved(stage['start'][1], row, view).mean():.1f} %" for row in ("id", "rule")]
+    out = [verdict(sign[sft], sign[rl], sign[gap], sign[rl_id]),
+           f"Scores are the share of {len(any_eval(study)['classes'])} held-out {things} that are solved ({view_name(view)}) under "
+           f"the rule of training (ID: {trained}) and under one that only the prompt states (rule OOD: {other}).",
+           f"Both arms start from the same checkpoint, which solves {rates[0]} (ID) and {rates[1]} (rule OOD)."]
+    for arm, on_id, on_rule in (("sft", sft_id, sft), ("rl", rl_id, rl)):
+        spent = np.mean([e["flops"] for e in stage[f"{arm} end"][1].values()])
+        out.append(f"With {si(spent)} of {name_of(arm)}, ID {words[sign[on_id]]} {points[on_id]} and rule OOD "
+                   f"{words[sign[on_rule]]} {points[on_rule]}.")
+    out.append(f"Against {stage['sft best'][0]}, RL is "
+               f"{ {1: 'clearly higher', -1: 'clearly lower', 0: 'not clearly different'}[sign[best]]} {points[best]}; that "
+               "checkpoint is chosen on these same problems, which favours SFT.")
+    if sign[sft] < 0:
+        out.append(f"Judged by the old rule, SFT's score on prompts that state the other one {words[sign[fake]]} {points[fake]}: "
+                   + ("it goes on using the rule it was trained on." if sign[fake] > 0 else
+                      "what it lost is not simply replaced by the old rule."))
+    return out
+
+
+def limits_of(study):
+    """What the number of seeds, unequal compute and intervals without width mean for the reader. List of sentences."""
+    seeds, n = min((len(study[arm]) for arm in arms_of(study)), default=1), len(any_eval(study)["classes"])
+    spent = [evals[-1]["flops"] for arm in arms_of(study) for evals in study[arm].values()]
+    out = ["Brackets and bands are 95 % bootstrap intervals; problems with the same numbers are drawn together, as one class.",
+           "There is one seed: an interval covers the luck of which problems were asked, not the luck of training. Another seed "
+           "can come out differently, so this is an example, not evidence about the methods in general." if seeds == 1 else
+           f"There are {seeds} seeds; they are resampled with the problems, so an interval covers the luck of training too"
+           + (", but roughly: with so few seeds it tends to be too narrow." if seeds < 6 else "."),
+           "An interval without width, such as [0.0, 0.0], is not certainty: with this many problems the true rate could still be "
+           f"{min(300 / n, 100):.1f} points away, or more."]                                          # the rule of three
+    if spent and max(spent) > 1.05 * min(spent):
+        out.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: compare the curves, not the ends.")
+    return out
+
+
+PAGE_CSS = """*{box-sizing:border-box}:root{color-scheme:light dark;background:var(--paper)}
+body{margin:0 auto;padding:1.2rem 1rem 4rem;max-width:62rem;color:var(--ink);font:16px/1.55 system-ui,-apple-system,sans-serif}
+h1{font-size:1.6rem;line-height:1.25;margin:.4rem 0}h2{font-size:1.15rem;margin:2rem 0 .4rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
+h1,h3,td,th{overflow-wrap:break-word}p{max-width:46rem}.figures{display:grid;gap:1rem;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}svg{display:block;width:100%}.wide{overflow-x:auto}
+table{border-collapse:collapse;margin:.5rem 0;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;vertical-align:top;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--grid);font-weight:400}
+td i{font-style:normal;color:var(--muted);white-space:nowrap}.small{color:var(--muted);font-size:.9rem}
+details{border-top:1px solid var(--grid);padding:.5rem 0}summary{cursor:pointer;font-weight:600}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0;padding:.5rem .7rem;font-size:.82rem;border-left:3px solid var(--grid)}
+pre.answer{border-color:var(--c1)}@media (max-width:30rem){table{font-size:.82rem}th,td{padding-right:.5rem}}"""
+MATTER = ("model", "suite", "rule", "visual", "lr", "steps", "flops", "batch", "group", "attempts", "temperature", "seed")
+
+
+def _table(head, lines):
+    cell = lambda c: esc(c) if isinstance(c, str) else f"{esc(c[0])} <i>{esc(c[1])}</i>"
+    lines = [f"<tr><th scope=row>{cell(line[0])}</th>{''.join(f'<td>{cell(c)}</td>' for c in line[1:])}</tr>" for line in lines]
+    return f'<div class=wide><table><tr>{"".join(f"<th scope=col>{esc(h)}</th>" for h in head)}</tr>{"".join(lines)}</table></div>'
+
+
+def _results(study, view):
+    """Figures, table and paired differences of one view."""
+    table, pairs = table_rows(study, view)
+    out = f"<h3>Success in % [95 % interval]</h3>{_table(['', *ROWS.values()], table)}"
+    if pairs:
+        out += f"<h3>Paired differences on the same problems</h3>{_table(['', 'points', ''], pairs)}"
+    if not arms_of(study):
+        return out
+    figures = svg_curves(study, view, ["id"]), svg_curves(study, view, ["rule"]), svg_path(study, view)
+    return (f"<div class=figures>{''.join(figures)}<p class=small>Bands are 95 % intervals; with several seeds, thin lines are "
+            "single seeds and thick ones their mean. In the third figure each dot is an evaluation and the large dot the end: "
+            f"further right is better under the trained rule, higher is better under the other one.</p></div>{out}")
+
+
+def _settings(study):
+    """Flags of each arm's first seed: those that differ between arms, and those that matter anyway."""
+    args = {name_of(arm): seeds[min(seeds)][-1]["args"] for arm, seeds in study.items()}
+    keys = dict.fromkeys(key for flags in args.values() for key in flags)
+    lines = [[key, *(str(flags.get(key, "\u2013")) for flags in args.values())] for key in keys]
+    return _table(["flag", *args], [line for line in lines if line[0] in MATTER or len(set(line[1:])) > 1])
+
+
+def _episodes(study, arm, most=3):
+    """Up to `most` ID and `most` rule OOD episodes of the arm's latest evaluation that has samples."""
+    e = next((e for e in reversed(study[arm][min(study[arm])]) if e["samples"]), {"samples": []})
+    out = []
+    for sample in (s for row in ("id", "rule") for s in [s for s in e["samples"] if s["row"] == row][:most]):
+        out.append(f"<h3>{ROWS[sample['row']]}, return {esc(sample['reward'])}</h3><pre>{esc(sample['prompt'])}</pre>")
+        out += [f"<pre class=answer>{esc(t['response'])}</pre><p class=small>verifier: {esc(t.get('outcome', ''))}, reward "
+                f"{esc(t.get('reward', ''))}. {esc(t.get('feedback') or '')}</p>" for t in sample["turns"]]
+    return (f"<details><summary>Sample episodes: {esc(name_of(arm))}, seed {min(study[arm])}, step {e['step']}</summary>"
+            f"{''.join(out)}</details>") if out else ""
+
+
+def report_html(study_dir):
+    """The report of a study directory: one HTML page that loads nothing and runs nothing. Errors as in `load_study`."""
+    study = load_study(study_dir)
+    (first, *others), (verdict_, *rest) = views(study), story(study)
+    title = esc(f"SFT and RL from one start: {any_eval(study).get('suite')}, {Path(study_dir).resolve().name}")
+    more = "".join(f"<details><summary>The same, {view_name(v)}</summary>{_results(study, v)}</details>" for v in others)
+    return f"""<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{title}</title><style>{COLOURS}{FIGURE_CSS}{PAGE_CSS}</style></head><body><main><h1>{title}</h1>
+<p><strong>{esc(verdict_)}</strong> {esc(" ".join(rest))}</p><h2>Results, {view_name(first)}</h2>{_results(study, first)}{more}
+<h2>What this can and cannot show</h2><p>{esc(" ".join(limits_of(study)))}</p><h2>Behind the numbers</h2>
+{"".join(_episodes(study, arm) for arm in study)}<details><summary>Settings</summary>{_settings(study)}</details></main></body></html>
+"""
+
+
+def write_report(study_dir):
+    """Write `report.html` into the study directory, whole or not at all. Returns its path."""
+    path = Path(study_dir) / "report.html"
+    page = report_html(study_dir)
+    write_atomically(path, lambda p: p.write_text(page, "utf-8"))
+    return path
+
+
+# ---------------------------------------------------------------- 9. Command line
+
+
+def result_table(result):
+    """Success of one evaluation with intervals, as markdown."""
+    lines = [[name, *(" ".join(percent(bootstrap(modes[mode][part], result["classes"]))) for mode in MODES for part in PARTS)]
+             for name, modes in result["rows"].items()]
+    return _markdown(["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS)], lines)
+
+
+def parse_args(argv=None):
+    """Command line of evaluation."""
+    parser = argparse.ArgumentParser(description="Evaluate a model on held-out problems, or write the report of a study.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
+    parser.add_argument("--report", metavar="STUDY", help="print the tables of a study directory and write its report.html")
+    parser.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}")
+    parser.add_argument("--suite", default="gp-l", help=f"one of {', '.join(tasks.SUITES)}")
+    parser.add_argument("--n", type=int, default=500, help="held-out problems per row")
+    parser.add_argument("--attempts", type=int, default=1, help="answers an episode may have")
+    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--k", type=int, default=0, help="also sample K answers per problem and print pass@1 .. pass@K")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens per answer")
+    parser.add_argument("--rows", type=int, default=256, help="episodes computed side by side")
+    parser.add_argument("--out", help="run directory to put evals/000000.json into, for a report")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    if bool(args.model) == bool(args.report):
+        raise ValueError("give a model to evaluate, or --report and a study directory.")
+    if args.suite not in tasks.SUITES:
+        raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
+    for name in ("n", "attempts", "rows", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1.")
+    return args
+
+
+def write_study(directory):
+    """Print the tables of a study and write its report and the figures as files for a README."""
+    study = load_study(directory)
+    print(table_text(study))
+    for name, svg in (("curves", svg_curves(study)), ("path", svg_path(study))):
+        write_atomically(Path(directory) / f"{name}.svg", lambda p: p.write_text(svg_standalone(svg), "utf-8"))
+    print(f"report: {write_report(directory)}")
+    return study
+
+
+def main(argv=None):
+    """Evaluate or report; returns the evaluation, or the study."""
+    args = parse_args(argv)
+    if args.report:
+        return write_study(args.report)
+    model, tokenizer = load_model(find_model(args.model, args.task), *device_and_dtype(args.device)[::-1])
+    result = evaluate(model, tokenizer, args.suite, args.n, args.attempts, args.split, args.max_new_tokens, args.rows)
+    print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % [95 % interval]")
+    print(result_table(result))
+    if args.k:
+        result["pass_at_k"] = pass_at_1_to_k(model, tokenizer, args.suite, args.n, args.k, args.split,
+                                             args.max_new_tokens, args.rows)
+        lines = [[name, *(f"{100 * p:.1f}" for p in curve)] for name, curve in result["pass_at_k"].items()]
+        print("\n" + _markdown(["row", *(f"pass@{j}" for j in range(1, args.k + 1))], lines))
+    if args.out:
+        (Path(args.out) / "evals").mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out) / "evals" / "000000.json", result | {"step": 0, "flops": 0, "seconds": 0.0})
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

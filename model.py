@@ -1,0 +1,1008 @@
+"""Llama-3.2-Vision by hand: one set of classes for `tiny` (two CPU cores), `small` and the real `11b`.
+
+Contents
+  1. Configuration        the hub's config.json, the three sizes
+  2. Linear and LoRA      y = W x + (alpha / rank) B A x
+  3. Text decoder         self-attention layers, and gated cross-attention layers that look at the image
+  4. Vision tower         tiles -> patches -> local and global layers -> six stacked feature maps
+  5. The whole model      forward, logits, log-probabilities of chosen tokens
+  6. Cache and generation static KV cache, prompts shared by a group, per-row stopping
+  7. Tokenizer and chat   text never becomes a special token
+  8. Loading and saving   safetensors and names as on the hub, adapters as PEFT writes them
+  9. Cost                 parameters and FLOPs
+
+Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head size, V vocabulary,
+I images, M tile slots of an image, P tokens of a tile, C hidden size of the tower, N image tokens seen by a row.
+Module names are the hub's (`language_model.model.layers.0.self_attn.q_proj.weight`), so a checkpoint loads with
+`load_state_dict(strict=True)`. Where Meta's code and transformers differ, the default is Meta's semantics.
+"""
+
+import json
+import math
+import os
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BPE
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------- 1. Configuration
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The decoder. The defaults are those of the 11B; names are those of the hub's `text_config`."""
+
+    vocab_size: int = 128256  # rows of lm_head; the embedding has 8 more, the first of them is <|image|>
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    cross_attention_layers: tuple = (3, 8, 13, 18, 23, 28, 33, 38)
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_factor: float = 8.0  # 1.0 = plain RoPE; else the "llama3" stretching of low frequencies
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_original: int = 8192
+
+    @property
+    def head_dim(self):
+        """Size of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The tower. The defaults are those of the 11B Instruct; names are those of the hub's `vision_config`."""
+
+    hidden_size: int = 1280
+    attention_heads: int = 16
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_global_layers: int = 8
+    patch_size: int = 14
+    image_size: int = 560
+    max_num_tiles: int = 4
+    intermediate_layers_indices: tuple = (3, 7, 15, 23, 30)
+    norm_eps: float = 1e-5
+
+    @property
+    def tokens(self):
+        """Tokens of one tile: its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def output_dim(self):
+        """Features of one image token: the final state and the tapped ones."""
+        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole model.
+
+    vision_taps: "input" (Meta: a tapped state is what enters the named layer) or "output" (transformers >= 4.56).
+    mask_prefix_attention: True (Meta: a token that sees no image gets nothing from a cross layer) or False
+    (transformers: such a token still gets the attention output).
+    """
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision_taps: str = "input"
+    mask_prefix_attention: bool = True
+
+
+SIZES = {
+    "tiny": Config(
+        TextConfig(480, 128, 256, 5, 4, 2, (3,), rope_theta=10000.0, rope_factor=1.0),
+        VisionConfig(96, 4, 288, 4, 1, 8, 32, 4, (1, 2)),
+    ),
+    "small": Config(
+        TextConfig(4096, 768, 2048, 12, 12, 4, (2, 6, 10), rope_theta=10000.0, rope_factor=1.0),
+        VisionConfig(384, 6, 1536, 8, 2, 14, 112, 4, (2, 4, 6)),
+    ),
+    "11b": Config(),
+}
+
+
+def config_to_json(config):
+    """The hub's config.json as a dict: what transformers' MllamaConfig reads."""
+    text, vision = asdict(config.text), asdict(config.vision)
+    factor, low, high, original = (text.pop(f"rope_{k}") for k in ("factor", "low", "high", "original"))
+    scaling = {"rope_type": "default"}
+    if factor != 1.0:
+        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                   "original_max_position_embeddings": original}
+    text |= {"model_type": "mllama_text_model", "rope_scaling": scaling, "hidden_act": "silu"}
+    vision |= {"model_type": "mllama_vision_model", "vision_output_dim": config.vision.output_dim}
+    return {"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"],
+            "image_token_index": config.text.vocab_size, "text_config": text, "vision_config": vision,
+            "vision_taps": config.vision_taps, "mask_prefix_attention": config.mask_prefix_attention}
+
+
+def config_from_json(data):
+    """Config from the hub's config.json (a dict), old and new layout of the RoPE entries; only known fields are read.
+
+    Raises ValueError with one sentence when it is not a config of this architecture or a number is out of range.
+    """
+    if not isinstance(data, dict) or data.get("model_type") != "mllama":
+        raise ValueError("config.json does not describe a Llama-3.2-Vision model (model_type must be \"mllama\").")
+    text = _known(TextConfig, data.get("text_config", {}))
+    rope = data["text_config"].get("rope_parameters") or data["text_config"].get("rope_scaling") or {}
+    if rope.get("rope_type", "default") == "default":
+        text = replace(text, rope_factor=1.0)
+    names = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
+             "original_max_position_embeddings": "rope_original", "rope_theta": "rope_theta"}
+    text = replace(text, **{names[k]: type(getattr(text, names[k]))(v) for k, v in rope.items() if k in names})
+    config = Config(text, _known(VisionConfig, data.get("vision_config", {})),
+                    data.get("vision_taps", "input"), bool(data.get("mask_prefix_attention", True)))
+    _check_config(config)
+    return config
+
+
+def _known(kind, data):
+    """A config dataclass from those entries of `data` that it names, each brought to the type of its default."""
+    default, known = kind(), {}
+    for name, value in data.items():
+        if name in kind.__dataclass_fields__:
+            wanted = type(getattr(default, name))
+            numbers = value if wanted is tuple and isinstance(value, (list, tuple)) else [value]
+            if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
+                raise ValueError(f"config.json: {name} must be {'a list of numbers' if wanted is tuple else 'a number'}.")
+            known[name] = tuple(int(n) for n in numbers) if wanted is tuple else wanted(value)
+    return kind(**known)
+
+
+def _check_config(config):
+    """Refuse sizes that cannot be meant before memory is taken for them."""
+    for part in (config.text, config.vision):
+        for name, value in asdict(part).items():
+            for number in value if isinstance(value, tuple) else [value]:
+                if not 0 <= number < 2**21 or (number == 0 and not isinstance(value, tuple)):
+                    raise ValueError(f"config.json: {name} is {number}, which is out of range.")
+    text, vision = config.text, config.vision
+    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
+        raise ValueError("config.json: the heads of the decoder do not divide its hidden size.")
+    if vision.hidden_size % vision.attention_heads or vision.image_size % vision.patch_size:
+        raise ValueError("config.json: the heads or patches of the vision tower do not divide its sizes.")
+    if config.vision_taps not in ("input", "output"):
+        raise ValueError('config.json: vision_taps must be "input" or "output".')
+    if max((text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)) > 200:
+        raise ValueError("config.json: more than 200 layers, which is out of range.")
+
+
+# ---------------------------------------------------------------- 2. Linear and LoRA
+
+
+class Linear(nn.Linear):
+    """A linear layer that can carry a low-rank adapter: W x + (alpha / rank) B (A x), B starting at zero (Hu et al.,
+    arXiv 2106.09685). The adapter is float32 beside weights of any type; W itself is never written to."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_module("lora_A", None)
+        self.register_module("lora_B", None)
+        self.lora_scale, self.lora_on = 0.0, True
+
+    def add_lora(self, rank, alpha):
+        """Freeze W and add A (rank, in), B (out, rank)."""
+        self.requires_grad_(False)
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=self.weight.device, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=self.weight.device, dtype=torch.float32)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.lora_scale = alpha / rank
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_A is None or not self.lora_on:
+            return y
+        low = F.linear(x, self.lora_A.weight.to(x.dtype))
+        return y + self.lora_scale * F.linear(low, self.lora_B.weight.to(x.dtype))
+
+    def merged(self):
+        """W + (alpha / rank) B A in W's type, summed in float32 so that it rounds once."""
+        if self.lora_A is None:
+            return self.weight
+        delta = self.lora_scale * (self.lora_B.weight @ self.lora_A.weight)
+        return (self.weight.float() + delta).to(self.weight.dtype)
+
+
+def add_lora(model, rank, alpha, where="language_model.model"):
+    """Adapters on every Linear whose name starts with `where` (default: all of the decoder, not lm_head); everything
+    else is frozen. Add them after loading weights. Returns the number of adapted layers."""
+    model.requires_grad_(False)
+    chosen = [m for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith(where)]
+    if not chosen:
+        raise ValueError(f"no linear layer's name starts with {where!r}, so there is nothing to adapt.")
+    for module in chosen:
+        module.add_lora(rank, alpha)
+    return len(chosen)
+
+
+@contextmanager
+def adapters_off(model):
+    """Within this context the model is the one that the adapters started from: the reference policy for free."""
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    for layer in layers:
+        layer.lora_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.lora_on = True
+
+
+# ---------------------------------------------------------------- 3. Text decoder
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight (that order is the checkpoint's)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+
+
+def rope_frequencies(c):
+    """Inverse wavelengths (E/2,), float32. "llama3" divides those of low frequency by `rope_factor` and blends in
+    between (Llama 3.1's context extension)."""
+    inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    turns = c.rope_original * inverse / (2 * math.pi)  # full turns within the original context
+    keep = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
+    return inverse * (keep + (1 - keep) / c.rope_factor)
+
+
+def rope_table(c, positions):
+    """cos and sin (B, 1, T, E) in float32 for positions (B, T)."""
+    angles = positions[..., None].float() * rope_frequencies(c).to(positions.device)  # (B, T, E/2)
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, table):
+    """RoPE on x (B, heads, T, E): the two halves of a head are the real and imaginary parts ("rotate_half")."""
+    cos, sin = (t.to(x.dtype) for t in table)
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+def split_heads(x, heads):
+    """(B, T, heads * E) -> (B, heads, T, E)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def grouped_attention(q, k, v, mask):
+    """Attention of q (B, H, T, E) over k, v (B, K, S, E), H a multiple of K, without repeating k and v: the query
+    heads that share a key head become more queries of it. mask (B, 1, T, S), True where seen. -> (B, T, H * E)"""
+    B, H, T, E = q.shape
+    share = H // k.shape[1]
+    q = q.reshape(B, k.shape[1], share * T, E)
+    if mask is not None and T > 1:
+        mask = mask.repeat(1, 1, share, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.reshape(B, H, T, E).transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Causal grouped-query attention with RoPE."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = Linear(c.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x, rope, mask=None, store=None):
+        """x (B, T, D). mask None: causal among the T tokens. `store` puts k, v into the cache and returns all of it."""
+        q = rotate(split_heads(self.q_proj(x), self.heads), rope)
+        k = rotate(split_heads(self.k_proj(x), self.kv_heads), rope)
+        v = split_heads(self.v_proj(x), self.kv_heads)
+        if store is not None:
+            k, v = store(k, v)
+        if mask is not None:
+            return self.o_proj(grouped_attention(q, k, v, mask))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Text queries over image keys: no RoPE, not causal, an RMSNorm on every query and key head."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = Linear(c.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(self.head_dim, c.rms_norm_eps), RMSNorm(self.head_dim, c.rms_norm_eps)
+
+    def keys_values(self, features):
+        """features (B, N, D) -> k (normed), v (B, K, N, E): computed once per image, kept for every later token."""
+        return (self.k_norm(split_heads(self.k_proj(features), self.kv_heads)),
+                split_heads(self.v_proj(features), self.kv_heads))
+
+    def forward(self, x, keys_values, visible):
+        """x (B, T, D), visible (B, T, N) bool -> (B, T, D). A row that sees nothing gets a mean over everything here
+        (never -inf scores, which would be NaN in value and gradient); the layer discards it."""
+        q = self.q_norm(split_heads(self.q_proj(x), self.heads))
+        mask = visible | ~visible.any(-1, keepdim=True)
+        return self.o_proj(grouped_attention(q, *keys_values, mask[:, None]))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SelfLayer(nn.Module):
+    """h + attention(norm h), then h + MLP(norm h)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = SelfAttention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, h, rope, mask=None, store=None):
+        h = h + self.self_attn(self.input_layernorm(h), rope, mask, store)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class CrossLayer(nn.Module):
+    """The same with cross attention, each branch behind tanh of a learned gate; zero for tokens that see no image."""
+
+    def __init__(self, c, mask_prefix_attention):
+        super().__init__()
+        self.cross_attn, self.mlp = CrossAttention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
+        self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
+        self.mask_prefix_attention = mask_prefix_attention
+
+    def forward(self, h, keys_values, visible):
+        sees = visible.any(-1, keepdim=True).to(h.dtype)  # (B, T, 1)
+        a = self.cross_attn(self.input_layernorm(h), keys_values, visible)
+        h = h + self.cross_attn_attn_gate.tanh() * (a * sees if self.mask_prefix_attention else a)
+        return h + self.cross_attn_mlp_gate.tanh() * sees * self.mlp(self.post_attention_layernorm(h))
+
+
+class TextModel(nn.Module):
+    """Embedding, layers, final norm. Text-only calls skip the cross layers, which is the same as seeing no image."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config.text
+        self.embed_tokens = nn.Embedding(c.vocab_size + 8, c.hidden_size)
+        self.layers = nn.ModuleList(
+            CrossLayer(c, config.mask_prefix_attention) if i in c.cross_attention_layers else SelfLayer(c)
+            for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.recompute = False
+
+    def forward(self, ids, positions, mask, image, cache):
+        """ids, positions (B, T); mask (B, 1, T, S) or None; image ImageContext or None -> (B, T, D)."""
+        h, rope = self.embed_tokens(ids), rope_table(self.config, positions)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, SelfLayer):
+                store = None if cache is None else cache.writer(i)
+                h = _run(self, layer, h, rope, mask, store)
+            elif image is not None:
+                h = _run(self, layer, h, image.keys_values(i, layer.cross_attn), image.visible)
+        return self.norm(h)
+
+
+def _run(owner, layer, *args):
+    """Call a layer, keeping only its input for the backward pass when `owner.recompute` asks for it."""
+    if owner.recompute and torch.is_grad_enabled():
+        return checkpoint(layer, *args, use_reentrant=False)
+    return layer(*args)
+
+
+class ImageContext:
+    """What a batch of text sees of its images.
+
+    features (B, N, D): projected image tokens of each row. visible (B, T, N) bool: which of them each token sees.
+    Keys and values of every cross layer are computed at first use and kept.
+    """
+
+    def __init__(self, features, visible):
+        self.features, self.visible, self._kept = features, visible, {}
+
+    def keys_values(self, i, attention):
+        """k, v (B, K, N, E) of cross layer i."""
+        if i not in self._kept:
+            self._kept[i] = attention.keys_values(self.features)
+        return self._kept[i]
+
+
+# ---------------------------------------------------------------- 4. Vision tower
+
+
+class VisionAttention(nn.Module):
+    """Plain multi-head attention, no bias."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            Linear(c.hidden_size, c.hidden_size, bias=False) for _ in range(4))
+
+    def forward(self, x, mask):
+        q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class VisionMLP(nn.Module):
+    """fc1, exact GELU, fc2, with biases."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.fc1 = Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer layer; the global ones have a tanh gate on each branch."""
+
+    def __init__(self, c, gated):
+        super().__init__()
+        self.self_attn, self.mlp = VisionAttention(c), VisionMLP(c)
+        self.input_layernorm = nn.LayerNorm(c.hidden_size, c.norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(c.hidden_size, c.norm_eps)
+        if gated:
+            self.gate_attn, self.gate_ffn = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.gated = gated
+
+    def forward(self, x, mask):
+        a = self.self_attn(self.input_layernorm(x), mask)
+        x = x + (self.gate_attn.tanh() * a if self.gated else a)
+        m = self.mlp(self.post_attention_layernorm(x))
+        return x + (self.gate_ffn.tanh() * m if self.gated else m)
+
+
+class VisionLayers(nn.Module):
+    """A stack of vision layers (a module of its own because the hub's names have it)."""
+
+    def __init__(self, c, count, gated):
+        super().__init__()
+        self.layers = nn.ModuleList(VisionLayer(c, gated) for _ in range(count))
+
+
+class TileEmbedding(nn.Module):
+    """x (I, M, P, C) + tanh(gate) * what the aspect ratio says of each tile's place."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embedding = nn.Embedding(9, c.max_num_tiles * c.hidden_size)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, ratio_ids):
+        table = self.embedding(ratio_ids).view(x.shape[0], x.shape[1], 1, x.shape[3])
+        return x + self.gate.tanh() * table
+
+
+class PositionEmbedding(nn.Module):
+    """x (I, M, P, C) + (1 - tanh g) * (place in the tile) + tanh g * (place in the tile, tile and aspect ratio)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(c.tokens, c.hidden_size))
+        self.tile_embedding = nn.Embedding(9, c.max_num_tiles * c.tokens * c.hidden_size)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, ratio_ids):
+        g = self.gate.tanh()
+        return x + (1 - g) * self.embedding + g * self.tile_embedding(ratio_ids).view(x.shape)
+
+
+class VisionTower(nn.Module):
+    """Tiles of images to the final state of every patch with the tapped states of earlier layers beside it."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config.vision
+        self.taps = [i - (config.vision_taps == "input") for i in c.intermediate_layers_indices]  # layers' outputs
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+        self.gated_positional_embedding = PositionEmbedding(c)
+        self.pre_tile_positional_embedding = TileEmbedding(c)
+        self.post_tile_positional_embedding = TileEmbedding(c)
+        self.layernorm_pre = nn.LayerNorm(c.hidden_size, c.norm_eps)
+        self.layernorm_post = nn.LayerNorm(c.hidden_size, c.norm_eps)
+        self.transformer = VisionLayers(c, c.num_hidden_layers, gated=False)
+        self.global_transformer = VisionLayers(c, c.num_global_layers, gated=True)
+        self.recompute = False
+
+    def embed(self, tiles, ratio_ids):
+        """tiles (I, M, 3, R, R) -> tokens (I, M, P, C) before the first layer."""
+        I, M = tiles.shape[:2]
+        x = self.patch_embedding(tiles.flatten(0, 1)).flatten(2).transpose(1, 2)  # (I * M, P - 1, C)
+        x = self.pre_tile_positional_embedding(x.unflatten(0, (I, M)), ratio_ids)
+        x = torch.cat([self.class_embedding.expand(I, M, 1, -1), x], 2)
+        return self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))
+
+    def forward(self, tiles, ratio_ids, tile_mask):
+        """tiles (I, M, 3, R, R); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real -> (I, M, P, C * 6).
+
+        Tokens are padded to a multiple of 8 per tile, and only pad-to-pad attention is forbidden: real tokens do attend
+        to pads and to empty tiles. That is what the checkpoint was trained with; "fixing" it changes the features.
+        """
+        I, M, P = tiles.shape[0], tiles.shape[1], self.config.tokens
+        x = F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8))
+        slots = x.shape[2]
+        real = tile_mask.bool()[:, :, None] & (torch.arange(slots, device=x.device) < P)  # (I, M, slots)
+        real = real.flatten(1)
+        mask = (real[:, :, None] | real[:, None, :])[:, None]  # (I, 1, M * slots, M * slots)
+        x, kept = x.flatten(1, 2), []
+        if -1 in self.taps:
+            kept.append(x)
+        for i, layer in enumerate(self.transformer.layers):
+            x = _run(self, layer, x, mask)
+            if i in self.taps:
+                kept.append(x)
+        x = self.layernorm_post(x).unflatten(1, (M, slots))
+        x = self.post_tile_positional_embedding(x, ratio_ids).flatten(1, 2)
+        for layer in self.global_transformer.layers:
+            x = _run(self, layer, x, mask)
+        # The tap index runs fastest: feature c * taps + j, not blocks of C.
+        out = torch.cat([x, torch.stack(kept, -1).flatten(2)], -1)
+        return out.unflatten(1, (M, slots))[:, :, :P]
+
+
+# ---------------------------------------------------------------- 5. The whole model
+
+
+class CausalLM(nn.Module):
+    """The decoder and its output layer (a module of its own because the hub's names have it)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = TextModel(config)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+
+class LlamaVision(nn.Module):
+    """Llama-3.2-Vision: vision tower, projector, decoder."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTower(config)
+        self.multi_modal_projector = Linear(config.vision.output_dim, config.text.hidden_size)
+        self.language_model = CausalLM(config)
+
+    @property
+    def device(self):
+        """Where the weights are."""
+        return self.language_model.lm_head.weight.device
+
+    def recompute(self, on=True):
+        """Gradient checkpointing of every layer, of the tower too: less memory, one more forward pass."""
+        self.vision_model.recompute = self.language_model.model.recompute = on
+
+    def image_features(self, tiles, ratio_ids, tile_mask):
+        """tiles (I, M, 3, R, R), ratio_ids (I,), tile_mask (I, M) -> projected image tokens (I, M * P, D)."""
+        return self.multi_modal_projector(self.vision_model(tiles, ratio_ids, tile_mask)).flatten(1, 2)
+
+    def forward(self, ids, real=None, image=None):
+        """Hidden states (B, T, D) of ids (B, T) after the final norm.
+
+        real (B, T) bool marks tokens that are not padding. Padding on the right needs none: no token looks ahead.
+        """
+        if real is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            return self.language_model.model(ids, positions, None, image, None)
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        mask = real[:, None, :].expand(-1, ids.shape[1], -1).tril()
+        mask = mask | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # pads see themselves: no NaN
+        return self.language_model.model(ids, positions, mask[:, None], image, None)
+
+    def logits(self, hidden):
+        """(..., D) -> (..., V) float32."""
+        return self.language_model.lm_head(hidden).float()
+
+    def extend(self, cache, ids, lengths, image=None):
+        """Feed ids (B, T), of which the first `lengths` (B,) of each row are real, after what `cache` holds.
+
+        Returns logits (B, V) float32 behind the last real token of each row. A pad writes to a slot beyond the row's
+        end, which no query sees before a later token has overwritten it.
+        """
+        slots = cache.open(ids.shape[1])  # (B, T)
+        mask = torch.arange(cache.used, device=ids.device) <= slots[..., None]  # (B, T, used)
+        hidden = self.language_model.model(ids, slots, mask[:, None], image, cache)
+        cache.length = cache.length + lengths
+        last = hidden[torch.arange(len(ids), device=ids.device), (lengths - 1).clamp(min=0)]
+        return self.logits(last)
+
+    def log_probs(self, ids, chosen, temperature=1.0, image=None):
+        """Log-probabilities of the tokens ids[b, t] with chosen[b, t] = True, each given all tokens before it.
+
+        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (log_probs, entropy), both
+        (number chosen,) float32 in row-major order, of softmax(logits / temperature): the distribution that was
+        sampled from, so that the ratio to `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
+        """
+        hidden = self(ids[:, :-1], image=image)
+        logits = self.logits(hidden[chosen[:, 1:]]) / temperature
+        log_p = logits.log_softmax(-1)
+        picked = log_p.gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
+        return picked, -(log_p.exp() * log_p).sum(-1)
+
+
+def init_weights(model, seed):
+    """Random weights for training from scratch: normal(0, 0.02), smaller on layers that write to the residual stream.
+
+    Gates start at 0.5: at the zero of a fresh Llama-3.2-Vision a model that is trained from nothing ignores images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    depth = model.config.text.num_hidden_layers
+    for name, p in model.named_parameters():
+        if "gate" in name.rsplit(".", 1)[-1]:
+            nn.init.constant_(p, 0.5)
+        elif p.dim() == 1:
+            nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth) if writes else 0.02, generator=generator)
+    return model
+
+
+# ---------------------------------------------------------------- 6. Cache and generation
+
+
+class Cache:
+    """Keys and values of every self-attention layer in slots taken once: rows need not be equally long.
+
+    Token t of a row lies in slot t, whatever the other rows hold. `length` (B,) counts the tokens of each row.
+    """
+
+    def __init__(self, model, rows, slots):
+        c, weight = model.config.text, model.language_model.lm_head.weight
+        self.layers = [i for i in range(c.num_hidden_layers) if i not in c.cross_attention_layers]
+        shape = (rows, slots, c.num_key_value_heads, c.head_dim)
+        self.k = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
+        self.v = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
+        self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.slots, self.used = slots, 0
+
+    def reserve(self, count):
+        """Make sure that `count` more tokens fit into every row. Call it between turns: it asks the device."""
+        self.used = int(self.length.max())
+        extra = self.used + count - self.slots
+        if extra > 0:
+            for kept in (self.k, self.v):
+                kept.update({i: F.pad(t, (0, 0, 0, 0, 0, extra)) for i, t in kept.items()})
+            self.slots += extra
+        return self
+
+    def open(self, count):
+        """Slots (B, count) for the next `count` tokens of each row. Raises ValueError when they were not reserved."""
+        self.used += count  # an upper bound of the longest row, without asking the device
+        if self.used > self.slots:
+            raise ValueError(f"{self.used} tokens do not fit into the {self.slots} slots of the cache: reserve more.")
+        self.at = self.length[:, None] + torch.arange(count, device=self.length.device)
+        return self.at
+
+    def writer(self, i):
+        """A function that stores k, v (B, K, T, E) of layer i in the opened slots and returns all slots in use."""
+        rows = torch.arange(len(self.at), device=self.at.device)[:, None]
+
+        def store(k, v):
+            for kept, new in ((self.k[i], k), (self.v[i], v)):
+                kept[rows, self.at] = new.transpose(1, 2)
+            return (kept[:, : self.used].transpose(1, 2) for kept in (self.k[i], self.v[i]))
+
+        return store
+
+    def select(self, rows):
+        """Keep, drop or repeat rows (a LongTensor): one prompt becomes a group of episodes, solved ones leave."""
+        for i in self.layers:
+            self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
+        self.length = self.length[rows]
+        return self
+
+
+def sample(logits, temperature, generator=None):
+    """One token for each row of logits (B, V), and its log-probability, both (B,). temperature 0: the likeliest, with
+    its log-probability at temperature 1."""
+    log_p = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token = log_p.argmax(-1)
+    else:  # argmax of p / Exp(1) is a draw from p, and needs no answer from the device
+        noise = torch.empty_like(log_p).exponential_(generator=generator)
+        token = (log_p.exp() / noise).argmax(-1)
+    return token, log_p.gather(1, token[:, None])[:, 0]
+
+
+@torch.no_grad()
+def generate(model, cache, logits, max_new_tokens, stop_ids, temperature=1.0, generator=None, image=None):
+    """Sample a response for every row of `cache`, whose next-token logits (B, V) are given.
+
+    A row ends with a token of stop_ids, which belongs to its response, or after max_new_tokens. Returns
+    (responses, log_probs): for each row a list of token ids and a list of floats. The cache then holds all tokens of a
+    response but its last: continue with `extend`.
+    """
+    rows = logits.shape[0]
+    stops = torch.tensor(sorted(stop_ids), device=logits.device)
+    running = torch.ones(rows, dtype=torch.bool, device=logits.device)
+    tokens, log_probs, alive = [], [], []
+    for step in range(max_new_tokens):
+        token, log_p = sample(logits, temperature, generator)
+        tokens.append(token), log_probs.append(log_p), alive.append(running)
+        running = running & ~torch.isin(token, stops)
+        # Asking the device whether all rows are done costs a wait; every fourth token is often enough.
+        if step + 1 == max_new_tokens or (step % 4 == 3 and not running.any()):
+            break
+        # Finished rows are computed along but do not grow: their slot is written again by whatever comes next.
+        logits = model.extend(cache, token[:, None], running.long(), image)
+    counts = torch.stack(alive).sum(0).tolist()
+    tokens, log_probs = torch.stack(tokens, 1).tolist(), torch.stack(log_probs, 1).tolist()
+    return [t[:n] for t, n in zip(tokens, counts)], [p[:n] for p, n in zip(log_probs, counts)]
+
+
+def pad_rows(rows, pad, device, side="right"):
+    """Lists of token ids -> ids (B, T) and lengths (B,)."""
+    width = max(len(r) for r in rows)
+    fill = [[pad] * (width - len(r)) for r in rows]
+    ids = [list(r) + f if side == "right" else f + list(r) for r, f in zip(rows, fill)]
+    return torch.tensor(ids, device=device), torch.tensor([len(r) for r in rows], device=device)
+
+
+# ---------------------------------------------------------------- 7. Tokenizer and chat
+
+BOS, EOT, PAD, IMAGE = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"
+STOPS = ("<|end_of_text|>", "<|eom_id|>", EOT)
+TINY_SPECIAL = (BOS, EOT, PAD, "<|user|>", "<|assistant|>", IMAGE)  # <|image|> last: its id lies outside lm_head
+DATE = "26 Jul 2024"  # pinned, or prompts would change every day
+
+
+class Tokenizer:
+    """A `tokenizers` file and the chat format of its model.
+
+    Special tokens are found by name and only ever added as ids: text that spells one is encoded as plain text.
+    The tiny tokenizer has one-token headers <|user|> and <|assistant|> and no system block; others speak Llama 3.2.
+    """
+
+    def __init__(self, bpe):
+        self.bpe = bpe
+        self.bpe.encode_special_tokens = True  # reads as: treat special tokens in text like any other text
+        self.pad, self.eot, self.bos = (self._id(name) for name in (PAD, EOT, BOS))
+        self.stop_ids = {bpe.token_to_id(name) for name in STOPS} - {None}
+        self.short = bpe.token_to_id("<|user|>") is not None
+
+    def _id(self, name):
+        found = self.bpe.token_to_id(name)
+        if found is None:
+            raise ValueError(f"the tokenizer has no {name} token, so it is not one of Llama-3.2-Vision.")
+        return found
+
+    def encode(self, text):
+        """Token ids of plain text."""
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Text of token ids; special tokens are spelled out, a stop token at the end is left off."""
+        ids = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        return self.bpe.decode(ids, skip_special_tokens=False)
+
+    def header(self, role):
+        """Ids that open a message of `role`."""
+        if self.short and role != "system":
+            return [self._id(f"<|{role}|>")]
+        start, end = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
+        return [start, *self.encode(role), end, *self.encode("\n\n")]
+
+    def prompt(self, text, image=False):
+        """Ids of a conversation that opens with the user's text and waits for the first response."""
+        ids = [self.bos]
+        if not self.short and not image:  # the published template adds this block to text-only conversations
+            dates = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
+            ids += self.header("system") + self.encode(dates) + [self.eot]
+        return ids + self.turn(text, image)
+
+    def turn(self, text, image=False):
+        """Ids of one more user message and the header of the response to it."""
+        shown = [self._id(IMAGE)] if image else []
+        return self.header("user") + shown + self.encode(text) + [self.eot] + self.header("assistant")
+
+
+def train_tokenizer(texts, vocab_size=480):
+    """The tiny tokenizer, learned from texts: cards, numbers and operators stay single tokens, everything between them
+    may merge across spaces. vocab_size counts the special tokens but <|image|>. Returns a Tokenizer."""
+    bpe = BPE(models.BPE())
+    pieces = Regex(r"\d+|(?<![A-Za-z])[AJQK](?![A-Za-z])|[-+*/()]")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(TINY_SPECIAL) + 1, show_progress=False, min_frequency=2,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in TINY_SPECIAL])
+    return Tokenizer(bpe)
+
+
+# ---------------------------------------------------------------- 8. Loading and saving
+
+WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+
+
+def write_atomically(path, write):
+    """Call write(temporary path) beside `path`, then rename: a reader never meets half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path, data):
+    """Write data as indented JSON, atomically."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=1) + "\n"))
+
+
+def save_model(model, tokenizer, directory, dtype=None):
+    """Write a model directory in the hub's layout: config.json, tokenizer.json, model.safetensors (adapters merged)."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    merged = {f"{name}.weight": m.merged() for name, m in model.named_modules() if isinstance(m, Linear)}
+    state = {name: merged.get(name, tensor).detach().to("cpu", dtype).contiguous()
+             for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    write_atomically(directory / WEIGHTS, lambda p: save_file(state, p, metadata={"format": "pt"}))
+    write_json(directory / "config.json", config_to_json(model.config))
+    write_atomically(directory / "tokenizer.json", lambda p: tokenizer.bpe.save(str(p)))
+
+
+def save_adapter(model, directory, base):
+    """Write the LoRA tensors as PEFT does; `base` is the model directory that they belong to."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None]
+    state = {f"base_model.model.{name}.lora_{side}.weight": getattr(m, f"lora_{side}").weight.detach().cpu()
+             for name, m in adapted for side in "AB"}
+    rank = adapted[0][1].lora_A.out_features
+    write_atomically(directory / ADAPTER, lambda p: save_file(state, p, metadata={"format": "pt"}))
+    write_json(directory / ADAPTER_CONFIG, {
+        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "bias": "none", "task_type": "CAUSAL_LM",
+        "lora_alpha": adapted[0][1].lora_scale * rank, "target_modules": [name for name, _ in adapted]})
+
+
+def load_tensors(path):
+    """All tensors of a safetensors file. Raises ValueError with one sentence when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:120]}).") from None
+
+
+def read_json(path):
+    """A JSON file of at most 1 MB, or a ValueError that names it."""
+    try:
+        if Path(path).stat().st_size > 1_000_000:
+            raise ValueError(f"{path} is too large to be a configuration.")
+        return json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{path} is missing or is not JSON.") from None
+
+
+def load_tokenizer(directory):
+    """The Tokenizer of a model directory."""
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file() or path.stat().st_size > 100_000_000:
+        raise ValueError(f"{path} is missing or too large.")
+    try:
+        return Tokenizer(BPE.from_file(str(path)))
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises bare Exception for any damaged file
+        raise ValueError(f"{path} cannot be read as a tokenizer ({str(error)[:120]}).") from None
+
+
+def load_model(directory, dtype=torch.float32, device="cpu"):
+    """Model and Tokenizer of a directory: weights in the hub's layout, or an adapter and the base that it names.
+
+    Raises ValueError with one sentence when anything is missing, misnamed or of another shape.
+    """
+    directory = Path(directory)
+    if (directory / ADAPTER_CONFIG).is_file():
+        return _load_adapted(directory, dtype, device)
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} holds no model: it has no config.json.")
+    config = config_from_json(read_json(directory / "config.json"))
+    tokenizer = load_tokenizer(directory)
+    with torch.device("meta"):
+        model = LlamaVision(config)
+    _check_tensors(directory / WEIGHTS, {k: tuple(v.shape) for k, v in model.state_dict().items()})
+    state = {k: v.to(device, dtype) for k, v in load_tensors(directory / WEIGHTS).items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model, tokenizer
+
+
+def _check_tensors(path, wanted):
+    """Compare the names and shapes in a safetensors header with `wanted` before memory is taken for the tensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:120]}).") from None
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise ValueError(f"{path} {'lacks' if name in wanted else 'has an unknown'} tensor {name[:120]!r}.")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {found[name]}, but config.json asks for {shape}.")
+
+
+def _load_adapted(directory, dtype, device):
+    """The base that adapter_config.json names, with the adapter on top."""
+    config = read_json(directory / ADAPTER_CONFIG)
+    model, tokenizer = load_model(config["base_model_name_or_path"], dtype, device)
+    chosen = set(config["target_modules"])
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if name in chosen:
+            module.add_lora(int(config["r"]), float(config["lora_alpha"]))
+    wanted = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    _check_tensors(directory / ADAPTER, {f"base_model.model.{n}": tuple(p.shape) for n, p in wanted.items()})
+    state = load_tensors(directory / ADAPTER)
+    with torch.no_grad():
+        for name, p in wanted.items():
+            p.copy_(state[f"base_model.model.{name}"])
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------- 9. Cost
+
+
+def count_parameters(model):
+    """Parameters of the decoder, the tower (with projector), the adapters, and those that are trained."""
+    def total(parameters):
+        return sum(p.numel() for p in parameters)
+    adapters = total(p for n, p in model.named_parameters() if ".lora_" in n)
+    vision = total(model.vision_model.parameters()) + total(model.multi_modal_projector.parameters())
+    return {"decoder": total(model.language_model.parameters()) - adapters, "vision": vision, "adapters": adapters,
+            "trained": total(p for p in model.parameters() if p.requires_grad)}
+
+
+def text_flops(config, start, end, scored):
+    """Forward FLOPs of tokens start .. end - 1 of one text-only sequence whose first `start` are cached.
+
+    2 per weight and token of the self-attention layers, 4 E per head, query and key for the attention, and lm_head on
+    the `scored` positions whose logits are needed. Cross layers are skipped without an image; lookups are free.
+    """
+    c = config.text
+    layers = c.num_hidden_layers - len(c.cross_attention_layers)
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    weights = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
+    pairs = (end * (end + 1) - start * (start + 1)) // 2
+    return layers * (2 * weights * (end - start) + 4 * q * pairs) + 2 * c.hidden_size * c.vocab_size * scored
+
+
+def training_flops(forward, frozen=False, recompute=False):
+    """Forward and backward together: backward costs twice the forward, once when the weights are frozen (LoRA: their
+    gradients are not needed; the adapters' own cost, about 1 %, is left out); recompute adds one forward."""
+    return forward * (1 + (1 if frozen else 2) + (1 if recompute else 0))

@@ -1,0 +1,746 @@
+"""The tasks: what is asked, what an expert answers, and how an answer is judged.
+
+GeneralPoints in text, "gp-l": some playing cards are dealt, and a formula that uses each card once must equal a target. The
+rule says what J, Q and K count as. Training sees one rule, the test asks for another, so memory and understanding part ways.
+
+    problem = make("gp-l", rule="11,12,13", split="test", index=0, attempts=5)
+    problem.prompt                          the first user turn
+    problem.expert()                        a right response
+    problem.step(response)                  Step(reward, done, feedback, outcome)
+
+Contents
+    1. Cards and rules       Rule, parse_rule, values
+    2. Exact arithmetic      rational numbers as integer pairs
+    3. Formulas              one notation for all formulas that differ only in the order of their operands
+    4. Solver                solve (3 to 6 cards), solutions (all of them, up to 4 cards)
+    5. Splits and deals      hand_class, split_of, deal
+    6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
+    7. The verifier          judge, REWARD, feedback_text
+    8. The problem           GeneralPoints, make, KINDS of demonstrators, SUITES
+    9. Command line          python tasks.py --task gp-l
+
+Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak: exact
+rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
+"""
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+from math import gcd
+from typing import NamedTuple
+
+# ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
+
+RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+DECK = tuple((rank, suit) for suit in "SHDC" for rank in range(1, 14))  # a card is (rank 1..13, suit)
+ID_RULE, OOD_RULE = "10", "11,12,13"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999, `cards` 3..6. ValueError otherwise."""
+    faces: tuple[int, int, int] = (10, 10, 10)
+    target: int = 24
+    cards: int = 4
+
+    def __post_init__(self):
+        if len(self.faces) != 3 or not all(1 <= face <= 99 for face in self.faces):
+            raise ValueError(f"J, Q and K need one value or three, each from 1 to 99, not {self.faces}.")
+        if not 1 <= self.target <= 999:
+            raise ValueError(f"The target must lie from 1 to 999, not at {self.target}.")
+        if not 3 <= self.cards <= 6:
+            raise ValueError(f"A hand has 3 to 6 cards, not {self.cards}.")
+
+    def __str__(self):
+        faces = self.faces[:1] if len(set(self.faces)) == 1 else self.faces
+        target = "" if self.target == 24 else f"/target={self.target}"
+        cards = "" if self.cards == 4 else f"/cards={self.cards}"
+        return ",".join(map(str, faces)) + target + cards
+
+
+def parse_rule(text):
+    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36" and "/cards=5" in any order; str(rule) undoes it.
+
+    A Rule passes through unchanged. Any other text raises a ValueError that says what is wrong."""
+    if isinstance(text, Rule):
+        return text
+    faces, *options = text.split("/")
+    found = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in ("target", "cards") or name in found:
+            raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N and /cards=N may follow, each once.")
+        found[name] = _small_int(value, text)
+    face_values = tuple(_small_int(face, text) for face in faces.split(","))
+    return Rule(face_values * 3 if len(face_values) == 1 else face_values, **found)
+
+
+def fill_rule(text, rng):
+    """Rule text with every `*` drawn: a face value from 1..20, a target from 10..40. "*,*,*/target=*" is any rule at all."""
+    faces, *rest = text.split("/")
+    rest = [re.sub(r"=\*$", lambda _: f"={rng.randint(10, 40)}", part) for part in rest]
+    return "/".join([re.sub(r"\*", lambda _: str(rng.randint(1, 20)), faces), *rest])
+
+
+def _small_int(digits, text):
+    if not re.fullmatch("[1-9][0-9]{0,2}", digits):
+        raise ValueError(f"{text[:60]!r} is not a rule: write 10, or 11,12,13, or 10/target=36/cards=5.")
+    return int(digits)
+
+
+def values(hand, rule):
+    """The numbers that a hand stands for: ace 1, number cards as printed, J, Q, K by the rule; in dealt order."""
+    return tuple(rank if rank <= 10 else rule.faces[rank - 11] for rank, _ in hand)
+
+
+def rank_names(hand):
+    return [RANKS[rank - 1] for rank, _ in hand]
+
+
+# ---- 2. Exact arithmetic ---------------------------------------------------------------------------------------------
+# A value is a pair (numerator, denominator) in lowest terms, the denominator positive. Floats would refuse 8/(3-8/3) = 24;
+# fractions.Fraction would do, but is several times slower, and every deal runs the solver.
+
+class Illegal(ValueError):
+    """The answer is no legal formula; the message says why, as the end of a sentence."""
+
+
+def _ratio(top, bottom):
+    shared = gcd(top, bottom) if bottom > 0 else -gcd(top, bottom)
+    return top // shared, bottom // shared
+
+
+def _apply(op, x, y):
+    """x op y. Raises Illegal for a division by zero."""
+    (a, b), (c, d) = x, y
+    if op == "+":
+        return _ratio(a * d + c * b, b * d)
+    if op == "-":
+        return _ratio(a * d - c * b, b * d)
+    if op == "*":
+        return _ratio(a * c, b * d)
+    if c == 0:
+        raise Illegal("it divides by zero")
+    return _ratio(a * d, b * c)
+
+
+def _show(value):
+    return f"{value[0]}/{value[1]}" if value[1] > 1 else str(value[0])
+
+
+# ---- 3. Formulas -----------------------------------------------------------------------------------------------------
+
+class Formula(NamedTuple):
+    """A formula in the one notation used here: sums and products are flat lists, so a-(b-c) and a+c-b are one formula.
+
+    `ups` are added (multiplied), `downs` subtracted (divided by); each is sorted, larger values first. `kind` is "+" for a sum, "*"
+    for a product, "" for a number. Two formulas are the same up to commutativity and associativity just when their texts are equal."""
+    value: tuple
+    text: str
+    kind: str = ""
+    ups: tuple = ()
+    downs: tuple = ()
+
+
+def _number(n):
+    return Formula((n, 1), str(n))
+
+
+def _join(op, left, right):
+    """The Formula `left op right`, flattened, in order, with as few brackets as possible."""
+    kind, inverse = ("+", "-") if op in "+-" else ("*", "/")
+    ups, downs = (left.ups, left.downs) if left.kind == kind else ((left,), ())
+    more, fewer = (right.ups, right.downs) if right.kind == kind else ((right,), ())
+    if op == inverse:
+        more, fewer = fewer, more
+    ups, downs = sorted(ups + more, key=_order), sorted(downs + fewer, key=_order)
+    text = kind.join(map(_bracketed, ups)) + "".join(inverse + _bracketed(part) for part in downs)
+    return Formula(_apply(op, left.value, right.value), text, kind, tuple(ups), tuple(downs))
+
+
+def _order(part):
+    # What must be worked out comes first, so that a reader from left to right has its value when the rest is chosen; then the larger.
+    return part.kind == "", -part.value[0] / part.value[1], part.text  # the float only sorts: equal values give equal floats
+
+
+def _bracketed(part):
+    return f"({part.text})" if part.kind == "+" else part.text  # only a product can have a sum as its part
+
+
+def _difficulty(text):
+    """Sort key: few brackets first, then few - and /, then the text itself, so that the order is the same everywhere."""
+    return text.count("("), text.count("-") + text.count("/"), text
+
+
+# ---- 4. Solver -------------------------------------------------------------------------------------------------------
+# No partial result is ever negative: (7-13)*(2-6) is (13-7)*(6-2) with two signs flipped, and any formula of a positive value can be
+# turned so. That halves the search, and keeps the unary minus and its look-alikes out of the experts' answers.
+
+@lru_cache(maxsize=4096)
+def _splits(numbers):
+    """All ways to part a sorted tuple into two non-empty sorted tuples (few, many), each once."""
+    found = {}
+    for size in range(1, len(numbers) // 2 + 1):
+        for chosen in combinations(range(len(numbers)), size):
+            few = tuple(numbers[i] for i in chosen)
+            many = tuple(n for i, n in enumerate(numbers) if i not in chosen)
+            if len(few) < len(many) or few <= many:
+                found[few, many] = None
+    return tuple(found)
+
+
+@lru_cache(maxsize=600)  # four of six cards have about a thousand values: 600 entries stay below 100 MB
+def _reachable(numbers):
+    """Every value that a formula of exactly these numbers can have (a dict used as an ordered set)."""
+    if len(numbers) == 1:
+        return {(numbers[0], 1): None}
+    found = {}
+    for few, many in _splits(numbers):
+        for a, b in _reachable(few):
+            for c, d in _reachable(many):
+                bottom, p, q = b * d, a * d, c * b
+                found[_ratio(p + q, bottom)] = found[_ratio(abs(p - q), bottom)] = found[_ratio(a * c, bottom)] = None
+                if c:
+                    found[_ratio(p, q)] = None
+                if a:
+                    found[_ratio(q, p)] = None
+    return found
+
+
+def _partners(x, target):
+    """All (op, y, y_first) for which x op y, or y op x when y_first, is the target.
+
+    For x = target = 0 any y would do, and is left out: the same numbers give 0 with a single card, which is never 0, as x."""
+    (a, b), (c, d) = x, target
+    difference, bottom = c * b - a * d, b * d  # target - x
+    found = [("-", _ratio(c * b + a * d, bottom), True)]
+    if difference >= 0:
+        found.append(("+", _ratio(difference, bottom), False))
+    if difference <= 0:
+        found.append(("-", _ratio(-difference, bottom), False))
+    if a:
+        found += [("*", _ratio(c * b, a * d), False), ("/", _ratio(c * a, bottom), True)]
+    if a and c:
+        found.append(("/", _ratio(a * d, b * c), False))
+    return found
+
+
+def _formulas(numbers, target, depth):
+    """Yield the Formulas of exactly these numbers that equal the target; some come more than once.
+
+    Meet in the middle: one side of the top operation is enumerated, the partner it needs is looked up. Values are listed for up to
+    `depth` numbers (two fewer than the hand), since a list for the largest part would cost more than all other lists together."""
+    if len(numbers) == 1:
+        if target == (numbers[0], 1):
+            yield _number(numbers[0])
+        return
+    for few, many in _splits(numbers):
+        listed = _reachable(many) if len(many) <= depth else None
+        for x in _reachable(few):
+            for op, y, y_first in _partners(x, target):
+                if listed is not None and y not in listed:
+                    continue
+                for right in _formulas(many, y, depth):
+                    for left in _formulas(few, x, depth):
+                        yield _join(op, right, left) if y_first else _join(op, left, right)
+
+
+def solve(numbers, target):
+    """One formula (text) of 3 to 6 positive numbers, each used once, that equals the target; None where there is none."""
+    return _solve(tuple(sorted(numbers)), target)
+
+
+@lru_cache(maxsize=1 << 16)
+def _solve(numbers, target):
+    formula = next(_formulas(numbers, (target, 1), len(numbers) - 2), None)
+    return formula.text if formula else None
+
+
+def solutions(numbers, target):
+    """All distinct formulas (texts) of up to 4 positive numbers that equal the target, the simplest first.
+
+    Distinct up to commutativity, associativity and flipped signs (no partial result is negative). ValueError for more numbers."""
+    if len(numbers) > 4:
+        raise ValueError(f"All solutions are listed for up to 4 numbers, not for {len(numbers)}: use solve.")
+    return _solutions(tuple(sorted(numbers)), target)
+
+
+@lru_cache(maxsize=1 << 13)
+def _solutions(numbers, target):
+    texts = {formula.text for formula in _formulas(numbers, (target, 1), len(numbers) - 2)}
+    return tuple(sorted(texts, key=_difficulty))
+
+
+# ---- 5. Splits and deals ---------------------------------------------------------------------------------------------
+# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are held out, from every stage
+# and every rule. A face card and a solution under both rules is a lot to ask: 54 classes of four cards are left for test, 13 for val.
+
+SPLITS = ("train", "val", "test")
+SALT = 103  # of 300 tried, one whose shares are near even for 3 to 6 cards and among the 158 classes that can be held-out problems
+TRIES = 10_000
+
+
+def hand_class(hand):
+    """The hand's class: its ranks with J, Q, K as 10, sorted, such as "1-2-7-10"."""
+    return "-".join(map(str, sorted(min(rank, 10) for rank, _ in hand)))
+
+
+def number_class(numbers):
+    """The class that numbers belong to, whatever cards they came from: under "3" a J-7-2-A has the numbers of 3-7-2-A."""
+    return "-".join(map(str, sorted(min(n, 10) for n in numbers)))
+
+
+@lru_cache(maxsize=1 << 14)
+def split_of(cls):
+    """The split a class belongs to: train (60 %), val (8 %) or test (32 %), by a hash that is the same on every machine."""
+    percent = int.from_bytes(hashlib.sha256(f"{SALT}/{cls}".encode()).digest()[:8], "big") % 100
+    return "train" if percent < 60 else "val" if percent < 68 else "test"
+
+
+def deal(rule, split, index):
+    """The hand of a problem: the first of the index's stream of hands, dealt without replacement, that fits the split and the rule.
+
+    "train": solvable under the rule. "val" and "test": at least one face card, and solvable under the rule and under both ID_RULE and
+    OOD_RULE faces (same target and card count), so these two rules are tested on the same hands; for a third rule the hands may
+    differ. No face value turns a training hand into the numbers of a held-out one, or the reverse. ValueError when TRIES deals bring
+    none."""
+    held_out = split != "train"
+    rules = [rule] + [replace(rule, faces=parse_rule(text).faces) for text in (ID_RULE, OOD_RULE) if held_out]
+    rng = random.Random(f"gp/{split}/{index}")  # a text seed is hashed the same way everywhere
+    for _ in range(TRIES):
+        hand = tuple(rng.sample(DECK, rule.cards))
+        if split_of(hand_class(hand)) != split or held_out and max(hand)[0] <= 10:
+            continue
+        if (split_of(number_class(values(hand, rule))) != "train") != held_out:
+            continue
+        if all(solve(values(hand, each), each.target) for each in rules):
+            return hand
+    raise ValueError(f"No solvable {split} hand in {TRIES} deals for rule {rule}: choose another target or number of cards.")
+
+
+# ---- 6. Reading an answer --------------------------------------------------------------------------------------------
+# Bound first, then read; the text is never executed or evaluated. One reader takes JSON and what a person would still call JSON: text
+# or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers stay text, so 1e999, NaN or five thousand
+# digits do no harm, and each token is matched once, so the time is linear.
+
+MAX_RESPONSE, MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 4000, 200, 16, 4, 16
+JSON_TOKEN = re.compile(r"""\s*(?:(?P<double>"(?:[^"\\]|\\.)*")|(?P<single>'(?:[^'\\]|\\.)*')"""
+                        r"""|(?P<mark>[{}\[\],:])|(?P<word>[^\s{}\[\],:"']+))""", re.DOTALL)
+FORMULA_TOKEN = re.compile(r"[0-9]+|\S", re.ASCII)
+SIGNS = str.maketrans("×÷−", "*/-")
+
+
+def clean(text, limit=60):
+    """Text of unknown origin made fit for a terminal or a sentence: printable characters only, at most `limit` of them."""
+    return "".join(ch for ch in text[:limit] if ch.isprintable())
+
+
+def _quoted(text):
+    return f"'{clean(text)}'" if clean(text) else "an unprintable character"
+
+
+def read_answer(text):
+    """Read the one flat object in a response: a dict of str, tuple of str (a list), or None (a bare number or word).
+
+    Raises Illegal for anything else: no object or two, nested ones, a key given twice, more than 16 entries."""
+    if len(text) > MAX_RESPONSE:
+        raise Illegal(f"the response is longer than {MAX_RESPONSE} characters")
+    start = text.find("{")
+    if start < 0:
+        raise Illegal("the response holds no JSON object")
+    pairs, end = _items(_json_tokens(text, start + 1), "}", _pair)
+    if "{" in text[end:]:
+        raise Illegal("the response holds more than one JSON object")
+    if len(dict(pairs)) < len(pairs):
+        raise Illegal("a key stands twice in the JSON object")
+    return dict(pairs)
+
+
+def _json_tokens(text, position):
+    """Yield (kind, text, end): kind is the mark itself for { } [ ] , : and otherwise "string" or "word"."""
+    while match := JSON_TOKEN.match(text, position):
+        position, kind, token = match.end(), match.lastgroup, match[match.lastgroup]
+        if kind == "double":
+            kind, token = "string", _unescaped(token)
+        elif kind == "single":
+            kind, token = "string", token[1:-1].replace("\\'", "'")
+        yield token if kind == "mark" else kind, token, position
+    raise Illegal("the JSON object is broken or does not end")
+
+
+def _unescaped(token):
+    try:
+        return json.loads(token, strict=False)  # one string, bounded: nothing but its escapes is read
+    except ValueError:
+        raise Illegal("a string in the JSON object has a wrong escape") from None
+
+
+def _items(tokens, close, read):
+    """The items of an object or a list up to its closing mark, each read by `read`, and where the mark ends."""
+    items = []
+    token = next(tokens)
+    while token[0] != close:
+        items.append(read(token, tokens))
+        token = next(tokens)
+        if token[0] == "," and len(items) <= MAX_NUMBERS:
+            token = next(tokens)
+        elif token[0] != close:
+            raise Illegal("the JSON object lacks a comma or has too many entries")
+    return items, token[2]
+
+
+def _pair(token, tokens):
+    key = _scalar(token, tokens)
+    if next(tokens)[0] != ":":
+        raise Illegal("the JSON object lacks a colon")
+    token = next(tokens)
+    if token[0] == "[":
+        return key, tuple(_items(tokens, "]", _scalar)[0])
+    value = _scalar(token, tokens)
+    return key, value if token[0] == "string" else None
+
+
+def _scalar(token, tokens):
+    if token[0] not in ("string", "word"):
+        raise Illegal("the JSON object is nested or lacks a value")
+    return token[1]
+
+
+def read_formula(text, target):
+    """Read a formula: returns its exact value (numerator, denominator) and the numbers it uses, in order.
+
+    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional `=target` at the end. Raises
+    Illegal, also for a division by zero, a sign before a number, a missing operator, and whatever passes the bounds."""
+    if len(text) > MAX_FORMULA:
+        raise Illegal(f"the formula is longer than {MAX_FORMULA} characters")
+    tokens = FORMULA_TOKEN.findall(text.translate(SIGNS))
+    if tokens[-2:] == ["=", str(target)]:
+        tokens = tokens[:-2]
+    _check_tokens(tokens, target)
+    stack = tokens[::-1]  # the next token is the last one
+    value = _sum(stack)
+    if stack:
+        raise Illegal(f"{_quoted(stack[-1])} stands where an operator or the end should")
+    return value, [int(token) for token in tokens if token.isdigit()]
+
+
+def _check_tokens(tokens, target):
+    depth = count = 0
+    for token in tokens:
+        if token[0] in "0123456789":
+            count += 1
+            if len(token) > MAX_DIGITS or token[0] == "0" and len(token) > 1:
+                raise Illegal(f"{_quoted(token)} has a leading zero or more than {MAX_DIGITS} digits")
+        elif token == "=":
+            raise Illegal(f"'=' may stand only once, at the end, as '={target}'")
+        elif token not in "+-*/()":
+            raise Illegal(f"{_quoted(token)} is not allowed")
+        depth += (token == "(") - (token == ")")
+        if depth > MAX_DEPTH or count > MAX_NUMBERS:
+            raise Illegal(f"it has more than {MAX_NUMBERS} numbers or brackets more than {MAX_DEPTH} deep")
+
+
+def _sum(stack, operators="+-"):
+    """A sum of products of atoms, worked out from left to right; with operators "*/" one product of atoms."""
+    operand = _atom if operators == "*/" else lambda stack: _sum(stack, "*/")
+    value = operand(stack)
+    while stack and stack[-1] in operators:
+        value = _apply(stack.pop(), value, operand(stack))
+    return value
+
+
+def _atom(stack):
+    """A number, or a sum in brackets."""
+    token = stack.pop() if stack else "the end"
+    if token.isdigit():
+        return int(token), 1
+    if token != "(":
+        raise Illegal(f"{_quoted(token)} stands where a number or '(' should")
+    value = _sum(stack)
+    if not stack or stack.pop() != ")":
+        raise Illegal("a bracket is not closed")
+    return value
+
+
+# ---- 7. The verifier -------------------------------------------------------------------------------------------------
+
+REWARD = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3}
+LAST_ATTEMPT = -1  # in addition, when the last attempt fails too
+AGAIN = "Please give another answer in the same JSON form."
+STYLES = ("full", "short")  # prompts and feedback: for a large instruct model, or a handful of tokens for the tiny one
+
+
+class Verdict(NamedTuple):
+    """What the verifier found: `outcome` is a key of REWARD, `fact` says what is wrong (empty when nothing is), `cards` is what the
+    response says the cards are (tuple of str, None when absent): for information, the outcome rests on the formula alone."""
+    outcome: str
+    fact: str = ""
+    cards: tuple[str, ...] | None = None
+
+
+class Step(NamedTuple):
+    """What one answer brings: the reward, whether the episode is over, the verifier's text, the outcome."""
+    reward: float
+    done: bool
+    feedback: str
+    outcome: str
+
+
+def judge(response, hand, rule):
+    """Judge a response (text of a model, of any content) to a hand under a rule; never raises for a str, takes under a millisecond.
+
+    One outcome per answer, the first that holds: "illegal", "wrong_numbers" (one not on the cards, used too often, or missing),
+    "wrong_value", "correct"."""
+    cards = None
+    try:
+        answer = read_answer(response)
+        cards = answer.get("cards") if isinstance(answer.get("cards"), tuple) else None
+        if not isinstance(answer.get("formula"), str):
+            raise Illegal("the JSON object has no key 'formula' with a string")
+        value, used = read_formula(answer["formula"], rule.target)
+    except Illegal as error:
+        return Verdict("illegal", str(error), cards)
+    if fact := _misused(used, values(hand, rule)):
+        return Verdict("wrong_numbers", fact, cards)
+    if value != (rule.target, 1):
+        return Verdict("wrong_value", f"{_show(value)}, not {rule.target}", cards)
+    return Verdict("correct", "", cards)
+
+
+def _misused(used, numbers):
+    """What is wrong with the numbers used, empty if nothing: the one used most in excess, and only then a missing one."""
+    wrong = [n for n in (*used, *numbers) if used.count(n) != numbers.count(n)]
+    if not wrong:
+        return ""
+    n = max(wrong, key=lambda n: used.count(n) - numbers.count(n))
+    times, allowed = used.count(n), numbers.count(n)
+    if allowed == 0:
+        return f"{n} is not on the cards"
+    if times == 0:
+        return f"{n} is missing"
+    words = {1: "once", 2: "twice"}
+    limit = f", not {words.get(allowed, f'{allowed} times')}" if allowed > 1 else ""
+    return f"{n} is used {words.get(times, f'{times} times')}{limit}"
+
+
+FEEDBACK = {
+    "short": {"correct": "Correct.", "wrong_value": "{fact}.", "wrong_numbers": "{fact}.", "illegal": "Not a legal formula."},
+    "full": {"correct": "Correct.",
+             "wrong_value": "Your formula equals {fact}. " + AGAIN,
+             "wrong_numbers": "Your formula must use the value of each card exactly once, but {fact}. " + AGAIN,
+             "illegal": "Your answer is not legal: {fact}. " + AGAIN}}
+
+
+def feedback_text(verdict, style):
+    """The verifier's words for the next turn, "full" or "short"; the response is echoed for 60 printable characters at most."""
+    return FEEDBACK[style][verdict.outcome].format(fact=verdict.fact)
+
+
+# ---- 8. The problem --------------------------------------------------------------------------------------------------
+
+KINDS = ("careful", "careless", "habit", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
+
+# Rows of (name, rule of the prompt, rule of the judge where it is another). The gap between the rows is the study's result.
+SUITES = {
+    "gp-l": [
+        ("id", ID_RULE, None),         # the rule that was trained
+        ("rule", OOD_RULE, None),      # the same hands under the rule that was not
+        ("fake", OOD_RULE, ID_RULE),   # told the new rule, judged by the old: high where the old rule was memorized, low where
+    ],                                 # arithmetic was lost
+    "gp-l-probes": [                   # further away, one change from the trained rule each
+        ("faces-5", "5", None),        # faces as numbers that other cards have too
+        ("faces-7", "7", None),
+        ("faces-12", "12", None),      # faces as one number that no card of the trained rule has
+        ("five-cards", "10/cards=5", None),
+        ("target-36", "10/target=36", None),
+    ],
+}
+
+
+class GeneralPoints:
+    """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands for
+    intervals), image (None in text), prompt, attempts, attempt (answers judged so far), verdict (the latest), done."""
+    image = None
+
+    def __init__(self, hand, rule, attempts, style, judged_by):
+        self.hand, self.rule, self.attempts, self.style, self.judged_by = hand, rule, attempts, style, judged_by
+        self.numbers, self.cls = values(hand, rule), hand_class(hand)
+        self.prompt = short_prompt(hand, rule) if style == "short" else full_prompt(hand, rule)
+        self.attempt, self.verdict, self.done = 0, None, False
+
+    def step(self, response):
+        """Judge the next answer. Done when it is right or `attempts` are used up; a RuntimeError after that."""
+        if self.done:
+            raise RuntimeError("This episode is over: make the problem anew.")
+        self.verdict = judge(response, self.hand, self.judged_by)
+        self.attempt += 1
+        right, last = self.verdict.outcome == "correct", self.attempt == self.attempts
+        self.done = right or last
+        reward = REWARD[self.verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
+        return Step(float(reward), self.done, feedback_text(self.verdict, self.style), self.verdict.outcome)
+
+    def expert(self, rng=None):
+        """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them.
+
+        For five and six cards it is always the one that the solver finds first."""
+        return self._response(self.rule, self._solution(self.rule, rng))
+
+    def demonstrate(self, kind, rng):
+        """What a demonstrator of the base stage writes: response, feedback, response, ... (list of str).
+
+        "careful": the expert. "careless": the right numbers in a formula of another value. "habit": face cards taken as ID_RULE
+        has them, whatever the prompt says. "retry": careless, the verifier's text, the expert. ValueError for other kinds."""
+        if kind == "careful":
+            return [self.expert(rng)]
+        if kind == "careless":
+            return [self._careless(self.rule, rng)]
+        if kind == "habit":
+            habit = replace(self.rule, faces=parse_rule(ID_RULE).faces)
+            formula = self._solution(habit, rng)
+            return [self._response(habit, formula) if formula else self._careless(habit, rng)]
+        if kind == "retry":
+            slip = self._careless(self.rule, rng)
+            return [slip, feedback_text(judge(slip, self.hand, self.rule), self.style), self.expert(rng)]
+        raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(KINDS)}.")
+
+    def _solution(self, rule, rng):
+        numbers = values(self.hand, rule)
+        if rule.cards > 4:
+            return solve(numbers, rule.target)
+        found = solutions(numbers, rule.target)
+        return (rng.choice(found) if rng else found[0]) if found else None
+
+    def _careless(self, rule, rng):
+        """Random operations until the value is not the target (there is always another: turn a + into a -)."""
+        while True:
+            parts = [_number(n) for n in values(self.hand, rule)]
+            while len(parts) > 1:
+                left, right = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+                if left.value[0] * right.value[1] < right.value[0] * left.value[1]:
+                    left, right = right, left  # the larger first, as in the solver: nothing negative
+                parts.append(_join(rng.choice("++--**/" if right.value[0] else "+-*"), left, right))
+            if parts[0].value != (rule.target, 1):
+                return self._response(rule, parts[0].text)
+
+    def _response(self, rule, formula):
+        return json.dumps({"cards": rank_names(self.hand), "number": values(self.hand, rule), "formula": formula})
+
+
+def short_prompt(hand, rule):
+    """Few tokens, for the tiny model: `K 7 2 A, JQK=11,12,13, make 24`."""
+    return f"{' '.join(rank_names(hand))}, JQK={','.join(map(str, rule.faces))}, make {rule.target}"
+
+
+def full_prompt(hand, rule):
+    """Plain words, for an instruct model."""
+    jack, queen, king = rule.faces
+    alike = jack == queen == king
+    faces = f"J, Q and K each count as {jack}" if alike else f"J counts as {jack}, Q counts as {queen} and K counts as {king}"
+    return (f"You are dealt {len(hand)} playing cards: {json.dumps(rank_names(hand))}. {faces}. A counts as 1, and every other card "
+            f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly once "
+            "and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, with these "
+            'keys: "cards", the list of the cards as dealt; "number", the list of their values in the same order; "formula", your '
+            "formula as a string.")
+
+
+TASKS = ("gp-l",)
+
+
+def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0):
+    """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
+
+    rule, judge: as for parse_rule; `judge` is the rule answers are judged by where it is not the prompt's (the "fake rule" control;
+    the expert still follows the prompt). index counts from 0; the run's `seed` shifts it for the training split only. attempts:
+    answers per episode. ValueError, in one sentence, for anything unknown or out of range."""
+    if name not in TASKS:
+        raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
+    if visual is not None:
+        raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
+    for value, known in ((split, SPLITS), (style, STYLES)):
+        if value not in known:
+            raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
+    if index < 0 or seed < 0 or attempts < 1:
+        raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
+    rule = parse_rule(rule)
+    judged_by = rule if judge is None else parse_rule(judge)
+    if judged_by.cards != rule.cards:
+        raise ValueError("The judge's rule must have as many cards as the prompt's.")
+    hand = deal(rule, split, index + seed * 10**9 if split == "train" else index)
+    return GeneralPoints(hand, rule, attempts, style, judged_by)
+
+
+# ---- 9. Command line -------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
+    which = parser.add_argument_group("which problems")
+    which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
+    which.add_argument("--rule", default=ID_RULE, help="what J, Q, K count as: 10 or 11,12,13, then /target=N /cards=N (default 10)")
+    which.add_argument("--split", default="test", help="train, val or test (default test)")
+    which.add_argument("--index", type=int, default=0, help="the first problem's index (default 0)")
+    which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")
+    which.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")
+    which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
+    answers.add_argument("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
+    answers.add_argument("--attempts", type=int, default=1, help="answers per problem (default 1)")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Print the problems, ask for answers where asked to, and return the list of Steps that were judged."""
+    if args.n < 1:
+        raise ValueError("The number of problems must be 1 or more.")
+    steps = []
+    for index in range(args.index, args.index + args.n):
+        problem = make(args.task, args.rule, None, args.split, index, args.attempts, args.style, seed=args.seed)
+        _say(f"--- {args.task} | rule {problem.rule} | {args.split} {index} | class {problem.cls}\n{problem.prompt}\n")
+        if args.answer is not None:
+            steps += [_judged(problem, args.answer)] if index == args.index else []
+        elif args.ask or sys.stdin.isatty():
+            steps += _asked(problem)
+        _say(f"Expert: {problem.expert()}")
+        if len(problem.hand) <= 4:
+            _say(f"Distinct solutions: {len(solutions(problem.numbers, problem.rule.target))}")
+        _say("")
+    return steps
+
+
+def _asked(problem):
+    steps = []
+    while not problem.done:
+        try:
+            line = input("Your formula, or a whole response: ")
+        except EOFError:
+            break
+        steps.append(_judged(problem, line if "{" in line else json.dumps({"formula": line})))
+    return steps
+
+
+def _judged(problem, response):
+    step = problem.step(response)
+    _say(f"Verdict: {step.outcome}, reward {step.reward:+g}. {step.feedback}\n")
+    return step
+
+
+def _say(text):
+    """Print line by line without control characters, and without an error where the terminal cannot show a character."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in text.split("\n"):
+        print(clean(line, len(line)).encode(encoding, "replace").decode(encoding))
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

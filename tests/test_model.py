@@ -1,0 +1,391 @@
+"""model.py: the same numbers however they are computed."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import model as M
+from conftest import small_config
+
+
+def ids_of(tokenizer, count, seed=0):
+    return torch.randint(0, tokenizer.bpe.get_vocab_size() - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def close(a, b, tolerance=1e-5):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() < tolerance
+
+
+# ---- forward: padding, batching, cache
+
+def test_right_padding_left_padding_and_alone_agree(model, tokenizer):
+    rows = [ids_of(tokenizer, n, seed=n) for n in (3, 9, 6)]
+    right, lengths = M.pad_rows(rows, tokenizer.pad, "cpu")
+    left, _ = M.pad_rows(rows, tokenizer.pad, "cpu", side="left")
+    width = right.shape[1]
+    real_left = torch.arange(width) >= (width - lengths)[:, None]
+    real_right = torch.arange(width) < lengths[:, None]
+    plain, masked, from_left = model(right), model(right, real_right), model(left, real_left)
+    for i, row in enumerate(rows):
+        alone = model(torch.tensor([row]))[0]
+        assert alone.abs().max() > 0.1
+        for hidden in (plain[i, : len(row)], masked[i, : len(row)], from_left[i, width - len(row) :]):
+            close(hidden, alone)
+
+
+def test_left_padding_needs_its_mask(model, tokenizer):
+    left, lengths = M.pad_rows([ids_of(tokenizer, 4), ids_of(tokenizer, 8)], tokenizer.pad, "cpu", side="left")
+    real = torch.arange(8) >= (8 - lengths)[:, None]
+    assert (model(left)[0, -1] - model(left, real)[0, -1]).abs().max() > 1e-2
+
+
+def test_cached_equals_uncached_in_uneven_pieces(model, tokenizer):
+    rows = [ids_of(tokenizer, n, seed=n) for n in (12, 7, 10)]
+    cuts = [(5, 6, 12), (2, 6, 7), (4, 9, 10)]
+    cache = M.Cache(model, 3, 12)
+    done = [0, 0, 0]
+    with torch.no_grad():
+        for turn in range(3):
+            pieces = [row[a : c[turn]] for row, a, c in zip(rows, done, cuts)]
+            done = [c[turn] for c in cuts]
+            ids, lengths = M.pad_rows(pieces, tokenizer.pad, "cpu")
+            logits = model.extend(cache.reserve(ids.shape[1]), ids, lengths)
+            for i, row in enumerate(rows):
+                close(logits[i], model.logits(model(torch.tensor([row[: done[i]]])))[0, -1], 1e-4)
+    assert cache.length.tolist() == [12, 7, 10]
+
+
+def test_cache_shared_by_a_group_and_rows_dropped(model, tokenizer):
+    prompts = [ids_of(tokenizer, 4), ids_of(tokenizer, 6, seed=5)]
+    ids, lengths = M.pad_rows(prompts, tokenizer.pad, "cpu")
+    cache = M.Cache(model, 2, 8)
+    with torch.no_grad():
+        model.extend(cache, ids, lengths)
+        cache.select(torch.tensor([0, 0, 1, 1])).select(torch.tensor([3, 0]))
+        logits = model.extend(cache.reserve(1), torch.tensor([[7], [9]]), torch.tensor([1, 1]))
+        close(logits[0], model.logits(model(torch.tensor([prompts[1] + [7]])))[0, -1], 1e-4)
+        close(logits[1], model.logits(model(torch.tensor([prompts[0] + [9]])))[0, -1], 1e-4)
+
+
+def test_cache_that_is_too_small_says_so(model):
+    with pytest.raises(ValueError, match="do not fit"):
+        M.Cache(model, 1, 3).open(4)
+
+
+# ---- generation
+
+def greedy_by_hand(model, prompt, stops, most):
+    out = []
+    while len(out) < most and (not out or out[-1] not in stops):
+        out.append(int(model.logits(model(torch.tensor([prompt + out])))[0, -1].argmax()))
+    return out
+
+
+@torch.no_grad()
+def test_batched_generation_equals_each_prompt_alone(model, tokenizer):
+    prompts = [ids_of(tokenizer, n, seed=n) for n in (3, 11, 6, 8)]
+    alone = [greedy_by_hand(model, p, set(), 9) for p in prompts]
+    stops = {alone[1][2], alone[3][5]}  # so that rows end at different steps
+    expected = [greedy_by_hand(model, p, stops, 9) for p in prompts]
+    assert len({len(e) for e in expected}) > 1
+    ids, lengths = M.pad_rows(prompts, tokenizer.pad, "cpu")
+    cache = M.Cache(model, 4, ids.shape[1] + 9)
+    responses, log_probs = M.generate(model, cache, model.extend(cache, ids, lengths), 9, stops, temperature=0)
+    assert responses == expected
+    for prompt, response, lp in zip(prompts, responses, log_probs):
+        full = model.logits(model(torch.tensor([prompt + response])))[0].log_softmax(-1)
+        by_hand = [full[len(prompt) + i - 1, t].item() for i, t in enumerate(response)]
+        assert lp == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(20000, 1)
+    token, log_p = M.sample(logits, 0.5, torch.Generator().manual_seed(0))
+    p = (logits[0] / 0.5).softmax(-1)
+    assert torch.allclose(torch.bincount(token, minlength=3) / 20000, p, atol=0.015)
+    assert torch.allclose(log_p, p.log()[token], atol=1e-6)
+
+
+# ---- log-probabilities
+
+def test_log_probs_by_hand(model, tokenizer):
+    ids = torch.tensor([ids_of(tokenizer, 7), ids_of(tokenizer, 7, seed=3)])
+    chosen = torch.tensor([[0, 0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0, 1]]).bool()
+    log_probs, entropy = model.log_probs(ids, chosen, temperature=0.7)
+    expected = []
+    for b, t in chosen.nonzero().tolist():
+        row = (model.logits(model(ids[b : b + 1, :t]))[0, -1] / 0.7).log_softmax(-1)
+        expected.append((row[ids[b, t]].item(), -(row.exp() * row).sum().item()))
+    assert log_probs.tolist() == pytest.approx([e[0] for e in expected], abs=1e-4)
+    assert entropy.tolist() == pytest.approx([e[1] for e in expected], abs=1e-4)
+
+
+# ---- LoRA and gradient checkpointing
+
+def adapted(model):
+    M.add_lora(model, 3, 6.0)
+    return model
+
+
+def with_random_b(model):
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, M.Linear) and module.lora_B is not None:
+            torch.nn.init.normal_(module.lora_B.weight, std=0.2)
+    return model
+
+
+def test_lora_starts_as_identity_and_switches_off(model, tokenizer):
+    ids = torch.tensor([ids_of(tokenizer, 8)])
+    before = model(ids)
+    adapted(model)
+    assert torch.equal(model(ids), before)
+    with_random_b(model)
+    assert (model(ids) - before).abs().max() > 1e-2
+    with M.adapters_off(model):
+        assert torch.equal(model(ids), before)
+    assert (model(ids) - before).abs().max() > 1e-2
+
+
+def test_lora_merges_to_the_same_logits(model, tokenizer, tmp_path):
+    with_random_b(adapted(model))
+    ids = torch.tensor([ids_of(tokenizer, 8)])
+    M.save_model(model, tokenizer, tmp_path / "merged")
+    merged, _ = M.load_model(tmp_path / "merged")
+    close(merged.logits(merged(ids)), model.logits(model(ids)), 1e-3)
+
+
+def test_lora_goes_out_and_comes_in_with_pefts_names(model, tokenizer, tmp_path):
+    M.save_model(model, tokenizer, tmp_path / "base")
+    with_random_b(adapted(model))
+    M.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    back, _ = M.load_model(tmp_path / "adapter")
+    ids = torch.tensor([ids_of(tokenizer, 8)])
+    assert torch.equal(back(ids), model(ids))
+    names = M.load_tensors(tmp_path / "adapter" / M.ADAPTER).keys()
+    assert "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_adapter_in_use_gets_a_gradient(model, tokenizer, recompute):
+    with_random_b(adapted(model))
+    model.recompute(recompute)
+    image = M.ImageContext(torch.randn(1, 5, 32), torch.ones(1, 7, 5, dtype=torch.bool))
+    ids = torch.tensor([ids_of(tokenizer, 8)])
+    log_probs, _ = model.log_probs(ids, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]).bool(), image=image)
+    log_probs.sum().backward()
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+        else:
+            assert p.grad is None, name
+
+
+def test_recompute_changes_memory_not_gradients(model, tokenizer):
+    ids, chosen = torch.tensor([ids_of(tokenizer, 8)]), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]]).bool()
+    grads = []
+    for on in (False, True):
+        model.recompute(on)
+        model.zero_grad()
+        model.log_probs(ids, chosen)[0].sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
+    for name in grads[0]:
+        close(grads[0][name], grads[1][name])
+
+
+# ---- cross attention and the tower: shapes, and what may be seen
+
+def image_context(model, visible, images=1):
+    g = torch.Generator().manual_seed(0)
+    tiles = torch.randn(images, 4, 3, 12, 12, generator=g)
+    features = model.image_features(tiles, torch.tensor([6] * images), torch.tensor([[1, 1, 1, 0]] * images))
+    assert features.shape == (images, 4 * 10, 32)
+    return M.ImageContext(features.expand(visible.shape[0], -1, -1), visible)
+
+
+def test_tokens_before_the_image_are_those_of_a_text_only_call(model, tokenizer):
+    ids = torch.tensor([ids_of(tokenizer, 8)])
+    visible = torch.zeros(1, 8, 40, dtype=torch.bool)
+    visible[:, 3:, :30] = True
+    seen = model(ids, image=image_context(model, visible))
+    plain = model(ids)
+    close(seen[:, :3], plain[:, :3])
+    assert (seen[:, 3:] - plain[:, 3:]).abs().max() > 1e-2
+    blind = model(ids, image=image_context(model, torch.zeros(1, 8, 40, dtype=torch.bool)))
+    close(blind, plain)
+    assert torch.isfinite(blind).all()
+
+
+def test_unseen_image_tokens_do_not_matter(model, tokenizer):
+    ids = torch.tensor([ids_of(tokenizer, 8)])
+    visible = torch.zeros(1, 8, 40, dtype=torch.bool)
+    visible[:, :, :30] = True
+    context = image_context(model, visible)
+    changed = M.ImageContext(context.features.clone(), visible)
+    changed.features[:, 30:] += 5.0
+    close(model(ids, image=context), model(ids, image=changed))
+    changed.features[:, 29] += 5.0
+    changed._kept.clear()
+    assert (model(ids, image=context) - model(ids, image=changed)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_tower_shapes(size):
+    with torch.device("meta"):
+        model = M.LlamaVision(M.SIZES[size])
+        v = M.SIZES[size].vision
+        tiles = torch.zeros(2, 4, 3, v.image_size, v.image_size)
+        out = model.vision_model(tiles, torch.zeros(2, dtype=torch.long), torch.ones(2, 4))
+        assert out.shape == (2, 4, v.tokens, v.output_dim)
+        assert model.multi_modal_projector(out).shape[-1] == M.SIZES[size].text.hidden_size
+
+
+def test_sizes():
+    with torch.device("meta"):
+        big = M.LlamaVision(M.SIZES["11b"])
+        tiny = M.count_parameters(M.LlamaVision(M.SIZES["tiny"]))
+    assert len(big.state_dict()) == 906
+    assert sum(p.numel() for p in big.parameters()) == 10_670_220_835
+    assert tiny["decoder"] <= 900_000 and tiny["vision"] <= 700_000
+    names = big.state_dict()
+    assert names["vision_model.gated_positional_embedding.tile_embedding.weight"].shape == (9, 8197120)
+    assert names["language_model.model.layers.3.cross_attn.k_norm.weight"].shape == (128,)
+    assert names["language_model.model.embed_tokens.weight"].shape == (128264, 4096)
+
+
+def test_llama3_rope_stretches_low_frequencies_only():
+    c = M.TextConfig()
+    plain = c.rope_theta ** (-torch.arange(0, 128, 2) / 128)
+    ours = M.rope_frequencies(c)
+    wavelength = 2 * math.pi / plain
+    assert torch.allclose(ours[wavelength < 8192 / 4], plain[wavelength < 8192 / 4])
+    assert torch.allclose(ours[wavelength > 8192], plain[wavelength > 8192] / 8)
+    between = (wavelength > 8192 / 4) & (wavelength < 8192)
+    assert between.any() and ((ours < plain) & (ours > plain / 8))[between].all()
+
+
+# ---- tokenizer and chat
+
+def test_special_tokens_come_from_ids_never_from_text(tokenizer):
+    special = {tokenizer.bpe.token_to_id(name) for name in M.TINY_SPECIAL}
+    for name in M.TINY_SPECIAL:
+        ids = tokenizer.encode(f"a{name}b")
+        assert not special & set(ids)
+        assert tokenizer.decode(ids) == f"a{name}b"
+
+
+def test_chat_of_the_tiny_model(tokenizer):
+    name = tokenizer.bpe.id_to_token
+    ids = tokenizer.prompt("24") + tokenizer.encode("7") + [tokenizer.eot] + tokenizer.turn("no")
+    assert [name(i) for i in ids if name(i).startswith("<|")] == [
+        M.BOS, "<|user|>", M.EOT, "<|assistant|>", M.EOT, "<|user|>", M.EOT, "<|assistant|>"]
+    assert [name(i) for i in tokenizer.prompt("24", image=True)[:3]] == [M.BOS, "<|user|>", M.IMAGE]
+
+
+def test_image_token_lies_outside_the_output_layer(tokenizer):
+    assert tokenizer.bpe.token_to_id(M.IMAGE) == small_config(tokenizer).text.vocab_size
+
+
+def test_cards_numbers_and_operators_are_single_tokens(tokenizer):
+    ids = tokenizer.encode('{"cards": ["K", "10", "2", "A"], "number": [13, 10, 2, 1], "formula": "(13-10)*2*1"}')
+    pieces = [tokenizer.bpe.id_to_token(i) for i in ids]
+    for piece in ("K", "10", "13", "(", ")", "-", "*"):
+        assert piece in pieces
+    assert len(ids) <= 34
+
+
+def test_llama_chat_format():
+    """The published format, spelled with a byte-level tokenizer that has the published special tokens."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+    bpe = M.BPE(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (
+        M.BOS, M.PAD, "<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>", "<|eom_id|>", M.EOT, M.IMAGE)])
+    tokenizer = M.Tokenizer(bpe)
+    spelled = lambda ids: bpe.decode(ids, skip_special_tokens=False)
+    assert spelled(tokenizer.prompt("Hi", image=True)) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>Hi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert spelled(tokenizer.prompt("Hi")) == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert len(tokenizer.stop_ids) == 3
+
+
+# ---- saving and loading
+
+def test_model_directory_round_trip(model, tokenizer, tmp_path):
+    M.save_model(model, tokenizer, tmp_path)
+    back, tok = M.load_model(tmp_path)
+    assert back.config == model.config
+    assert tok.encode("K 7 2 A") == tokenizer.encode("K 7 2 A")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_config_reads_both_layouts_of_rope():
+    new = M.config_to_json(M.SIZES["11b"])
+    assert M.config_from_json(json.loads(json.dumps(new))) == M.SIZES["11b"]
+    rope = new["text_config"].pop("rope_scaling") | {"rope_theta": new["text_config"].pop("rope_theta")}
+    new["text_config"]["rope_parameters"] = rope
+    assert M.config_from_json(new) == M.SIZES["11b"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda d: d.update(model_type="llama"), "mllama"),
+    (lambda d: d["text_config"].update(hidden_size=-4), "hidden_size"),
+    (lambda d: d["text_config"].update(hidden_size="big"), "must be a number"),
+    (lambda d: d["text_config"].update(num_attention_heads=5), "divide"),
+    (lambda d: d["text_config"].update(num_hidden_layers=10**5), "range"),
+])
+def test_config_that_cannot_be_meant(change, words):
+    data = json.loads(json.dumps(M.config_to_json(M.SIZES["tiny"])))
+    change(data)
+    with pytest.raises(ValueError, match=words):
+        M.config_from_json(data)
+
+
+def test_wrong_tensors_are_named(model, tokenizer, tmp_path):
+    M.save_model(model, tokenizer, tmp_path)
+    state = M.load_tensors(tmp_path / M.WEIGHTS)
+    name = "language_model.model.norm.weight"
+    for damage, words in ((lambda s: s.pop(name), "lacks"), (lambda s: s.update(extra=torch.zeros(1)), "unknown"),
+                          (lambda s: s.update({name: torch.zeros(3)}), "shape")):
+        broken = dict(state)
+        damage(broken)
+        M.save_file(broken, tmp_path / M.WEIGHTS)
+        with pytest.raises(ValueError, match=words):
+            M.load_model(tmp_path)
+    (tmp_path / M.WEIGHTS).write_bytes(b"\x00" * 20)
+    with pytest.raises(ValueError, match="safetensors"):
+        M.load_model(tmp_path)
+
+
+# ---- cost
+
+def test_flops_against_a_count_by_hand(model):
+    c = model.config.text
+    layer = 2 * c.hidden_size * (32 + 16 + 16 + 32 + 3 * 48)  # q, k, v, o, and three matrices of the MLP
+    attention = lambda keys: 4 * 32 * keys  # q k and p v, over all heads
+    one_by_one = sum(3 * (layer + attention(t + 1)) for t in range(4, 9)) + 2 * 2 * 32 * c.vocab_size
+    assert M.text_flops(model.config, 4, 9, scored=2) == one_by_one
+    whole = M.text_flops(model.config, 0, 9, 3)
+    assert whole == M.text_flops(model.config, 0, 4, 1) + M.text_flops(model.config, 4, 9, 2)
+    assert M.training_flops(10) == 30 and M.training_flops(10, frozen=True) == 20 and M.training_flops(10, recompute=True) == 40
+
+
+def test_flops_against_torchs_counter(model, tokenizer):
+    from torch.utils.flop_counter import FlopCounterMode
+    ids = torch.tensor([ids_of(tokenizer, 9)])
+    with FlopCounterMode(display=False) as counter:
+        model.logits(model(ids))
+    ours = M.text_flops(model.config, 0, 9, 9)
+    causal = 3 * 4 * 32 * 45  # torch counts attention on some devices as a whole square, on others not at all
+    assert counter.get_total_flops() in (ours - causal, ours - causal + 3 * 4 * 32 * 81)

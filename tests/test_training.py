@@ -1,0 +1,451 @@
+"""Episodes, losses, advantages and the two trainers: numbers worked by hand, and every path that must agree with another."""
+
+import copy
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import evaluate as E
+import model as M
+import tasks
+import train_rl as RL
+import train_sft as SFT
+
+
+def problem(index=0, attempts=3, rule="10"):
+    return tasks.make("gp-l", rule, index=index, attempts=attempts, style="short")
+
+
+# ---- episodes
+
+def test_literal_mask_of_a_three_turn_episode(tokenizer):
+    """Wrong, cut off, then right: every sampled token with its stop token has mask 1, and nothing else has."""
+    p, e = problem(), None
+    e = E.Episode(p)
+    prompt = tokenizer.prompt(p.prompt)
+    e.read(prompt)
+    wrong, right = tokenizer.encode("no idea"), tokenizer.encode(p.expert())
+    cut = tokenizer.encode('{"cards"')
+    expected, ids = [0] * len(prompt), list(prompt)
+    for response, stop in ((wrong, True), (cut, False), (right, True)):
+        sampled = response + [tokenizer.eot] * stop
+        e.respond(sampled, [-0.5] * len(sampled))
+        done = e.judge(tokenizer, tokenizer.decode(sampled))
+        expected += [1] * len(sampled)
+        ids += sampled
+        if not done:
+            words = ([] if stop else [tokenizer.eot]) + tokenizer.turn(e.turns[-1]["feedback"])
+            expected += [0] * len(words)
+            ids += words
+    assert done and [t["outcome"] for t in e.turns] == ["illegal", "illegal", "correct"]
+    assert e.ids == ids and e.response_mask == expected
+    assert len(e.log_probs) == len(ids) and sum(e.log_probs) == -0.5 * sum(expected)
+    assert ids[-1] == tokenizer.eot and expected[-1] == 1
+    assert e.total() == -3 - 3 + 5 and e.total(0.5) == -3 - 1.5 + 1.25
+
+
+def test_response_that_is_only_a_stop_token(tokenizer):
+    e = E.Episode(problem(attempts=1))
+    e.read(tokenizer.prompt(e.problem.prompt))
+    e.respond([tokenizer.eot])
+    assert e.judge(tokenizer, tokenizer.decode([tokenizer.eot])) and e.response_mask[-1] == 1
+    assert e.turns[0]["response"] == "" and e.turns[0]["outcome"] == "illegal"
+
+
+def random_rollout(model, tokenizer, group=3, attempts=3, temperature=0.8, new=6, problems=4):
+    generator = torch.Generator().manual_seed(3)
+    return E.rollout(model, tokenizer, [problem(i, attempts) for i in range(problems)], group, new, temperature, generator, rows=7)
+
+
+def test_rollout_log_probs_are_training_log_probs(model, tokenizer):
+    """Over three turns, at a temperature other than 1, in any batch: the ratio before an update is 1."""
+    groups = random_rollout(model, tokenizer)
+    episodes = [e for g in groups for e in g]
+    assert len(groups) == 4 and all(len(g) == 3 for g in groups)
+    assert max(len(e.turns) for e in episodes) == 3
+    for part in (episodes, episodes[5:6]):
+        ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
+        with torch.no_grad():
+            log_probs, _ = model.log_probs(ids, chosen, 0.8)
+            other, _ = model.log_probs(ids, chosen, 1.0)
+        assert (log_probs - old[chosen]).abs().max() < 1e-4
+        assert (other - old[chosen]).abs().max() > 1e-2
+
+
+def test_trained_ids_are_sampled_ids(model, tokenizer):
+    """What is trained was sampled, token by token; the verifier's words are exactly their encoding."""
+    for e in (e for g in random_rollout(model, tokenizer) for e in g):
+        ids, runs = list(e.ids), []
+        for i, m in enumerate(e.response_mask):
+            if i == 0 or m != e.response_mask[i - 1]:
+                runs.append((m, []))
+            runs[-1][1].append(ids[i])
+        assert [m for m, _ in runs] == [0, 1] * len(e.turns)
+        for turn, (_, response) in zip(e.turns, runs[1::2]):
+            assert tokenizer.decode(response) == turn["response"]
+            assert tokenizer.eot not in response[:-1]
+        for turn, (_, words), (_, before) in zip(e.turns, runs[2::2], runs[1::2]):
+            closing = [] if before[-1] == tokenizer.eot else [tokenizer.eot]
+            assert words == closing + tokenizer.turn(turn["feedback"])
+
+
+def test_greedy_rollout_does_not_depend_on_the_batch(model, tokenizer):
+    play = lambda rows, n: [g[0].ids for g in E.rollout(model, tokenizer, [problem(i) for i in range(n)], 1, 6, 0.0, None, rows)]
+    assert play(1, 4) == play(3, 4) == play(64, 6)[:4]
+
+
+def test_base_weights_are_untouched_by_a_rollout(model, tokenizer):
+    M.add_lora(model, 2, 4.0)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    random_rollout(model, tokenizer)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_solved_episodes_leave_and_the_others_go_on(model, tokenizer, monkeypatch):
+    """A verifier that accepts the first episode of every group at once: its ids stay short, the others play on."""
+    real, seen = tasks.GeneralPoints.step, []
+
+    def step(self, response):
+        seen.append(response)
+        if self.attempt == 0 and len(seen) % 3 == 1:
+            self.attempt, self.done = 1, True
+            return tasks.Step(5.0, True, "", "correct")
+        return real(self, response)
+    monkeypatch.setattr(tasks.GeneralPoints, "step", step)
+    groups = E.rollout(model, tokenizer, [problem(i) for i in range(2)], 3, 5, 1.0, torch.Generator().manual_seed(0))
+    assert [[len(e.turns) for e in g] for g in groups] == [[1, 3, 3], [1, 3, 3]]
+    ids, chosen, old = E.to_batch([e for g in groups for e in g], tokenizer.pad, "cpu")
+    assert (model.log_probs(ids, chosen)[0] - old[chosen]).abs().max() < 1e-4
+
+
+# ---- the SFT loss
+
+def demonstrations(tokenizer, n=6):
+    rng = random.Random(0)
+    kinds = ["careful", "retry", "careless"] * n
+    return [SFT.demonstrated_episode(tokenizer, problem(i), problem(i).demonstrate(kinds[i], rng)) for i in range(n)]
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_demonstration_trains_responses_and_their_stop_tokens(tokenizer):
+    p = problem()
+    e = SFT.demonstrated_episode(tokenizer, p, ["a wrong one", "18, not 24.", p.expert()])
+    trained = [i for i, m in zip(e.ids, e.response_mask) if m]
+    assert trained == tokenizer.encode("a wrong one") + [tokenizer.eot] + tokenizer.encode(p.expert()) + [tokenizer.eot]
+    given = [i for i, m in zip(e.ids, e.response_mask) if not m]
+    assert given == tokenizer.prompt(p.prompt) + tokenizer.turn("18, not 24.")
+
+
+def test_sft_loss_by_hand_and_in_any_micro_batch(model, tokenizer):
+    episodes = demonstrations(tokenizer)
+    by_hand, count = 0.0, 0
+    for e in episodes:
+        log_p = model.logits(model(torch.tensor([e.ids])))[0].log_softmax(-1)
+        for t, m in enumerate(e.response_mask):
+            if m:
+                by_hand, count = by_hand - log_p[t - 1, e.ids[t]].item(), count + 1
+    results = []
+    for size in (1, 2, 4, 6):
+        model.zero_grad()
+        before = [list(e.ids) for e in episodes]
+        loss, tokens = SFT.sft_backward(model, episodes, tokenizer.pad, size)
+        assert loss == pytest.approx(by_hand / count, rel=1e-5) and tokens == count
+        assert before == [e.ids for e in episodes]
+        results.append(gradients(model))
+    for other in results[1:]:
+        for name, grad in results[0].items():
+            assert torch.allclose(grad, other[name], atol=1e-5, rtol=1e-3), name
+
+
+def test_masked_positions_do_not_matter(model, tokenizer):
+    """The loss is the same whatever token comes after the last trained one, and padding has no gradient."""
+    e = demonstrations(tokenizer)[0]
+    ids, chosen, _ = E.to_batch([e], tokenizer.pad, "cpu")
+    longer = torch.cat([ids, torch.full((1, 3), 5)], 1)
+    wide = torch.cat([chosen, torch.zeros(1, 3, dtype=torch.bool)], 1)
+    assert torch.allclose(model.log_probs(ids, chosen)[0], model.log_probs(longer, wide)[0], atol=1e-5)
+
+
+# ---- advantages and the policy loss
+
+RETURNS = torch.tensor([[5.0, -2.0, -2.0, -1.0], [5.0, 5.0, 5.0, 5.0]])
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("reinforce", [[2.5, -4.5, -4.5, -3.5], [2.5, 2.5, 2.5, 2.5]]),
+    ("rloo", [[20 / 3, -8 / 3, -8 / 3, -4 / 3], [0.0] * 4]),
+    ("dr_grpo", [[5.0, -2.0, -2.0, -1.0], [0.0] * 4]),
+    ("grpo", [[5 / math.sqrt(8.5), -2 / math.sqrt(8.5), -2 / math.sqrt(8.5), -1 / math.sqrt(8.5)], [0.0] * 4]),
+])
+def test_advantages_by_hand(name, expected):
+    before = RETURNS.clone()
+    assert torch.allclose(RL.advantages(RETURNS, name), torch.tensor(expected), atol=1e-3)
+    assert torch.equal(RETURNS, before)
+
+
+def test_rloo_is_the_mean_of_the_others():
+    r = torch.randn(3, 5)
+    others = (r.sum(1, keepdim=True) - r) / 4
+    assert torch.allclose(RL.advantages(r, "rloo"), r - others, atol=1e-6)
+
+
+def test_equal_returns_give_exactly_zero_and_sparse_ones_stay_finite():
+    equal = torch.full((2, 7), 0.1) * 3
+    for name in ("rloo", "grpo", "dr_grpo"):
+        assert (RL.advantages(equal, name) == 0).all()
+    sparse = torch.zeros(1, 1000)
+    sparse[0, 0] = 1
+    for name in RL.ESTIMATORS:
+        assert RL.advantages(sparse, name).isfinite().all()
+    with pytest.raises(ValueError, match="--estimator"):
+        RL.advantages(equal, "magic")
+
+
+def test_policy_loss_and_clipping_by_hand():
+    log_p, old = torch.tensor([0.0, 0.5, -0.5, 0.5]).requires_grad_(), torch.zeros(4)
+    adv, weight = torch.tensor([1.0, 2.0, 2.0, -1.0]), torch.full((4,), 0.25)
+    loss, _ = RL.policy_loss(log_p, old, adv, weight)
+    r = [1.0, math.exp(0.5), math.exp(-0.5), math.exp(0.5)]
+    assert loss.item() == pytest.approx(-0.25 * (r[0] + 2 * r[1] + 2 * r[2] - r[3]), rel=1e-6)
+    loss, share = RL.policy_loss(log_p, old, adv, weight, clip_eps=0.2)
+    assert loss.item() == pytest.approx(-0.25 * (1 + 2 * 1.2 + 2 * r[2] - r[3]), rel=1e-6)
+    assert share.item() == 0.25
+    loss.backward()
+    assert log_p.grad[1] == 0 and (log_p.grad[[0, 2, 3]] != 0).all()
+
+
+def test_gradient_is_the_policy_gradient_on_a_two_token_policy():
+    """Enumerate a policy of two answers: the expected gradient of the loss is minus the gradient of expected reward."""
+    logit = torch.tensor(0.3, requires_grad=True)
+    reward = [1.0, -2.0]
+    p = torch.sigmoid(logit)
+    (p * reward[0] + (1 - p) * reward[1]).backward()
+    exact, logit.grad = logit.grad.clone(), None
+    with torch.no_grad():
+        chance = [torch.sigmoid(logit).item(), 1 - torch.sigmoid(logit).item()]
+    expected = 0.0
+    for a in range(2):
+        for b in range(2):  # a group of two independent answers
+            log_p = torch.stack([torch.nn.functional.logsigmoid(logit if x == 0 else -logit) for x in (a, b)])
+            adv = RL.advantages(torch.tensor([[reward[a], reward[b]]]), "rloo")[0]
+            loss, _ = RL.policy_loss(log_p, log_p.detach(), adv, torch.tensor([0.5, 0.5]))
+            expected += chance[a] * chance[b] * torch.autograd.grad(loss, logit)[0]
+    assert expected.item() == pytest.approx(-exact.item(), rel=1e-5)
+
+
+def test_kl_estimate():
+    p, q = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])
+    exact = (p * (p / q).log()).sum()
+    estimate = (p * RL.kl_to_reference(p.log(), q.log())).sum()
+    assert estimate.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert (RL.kl_to_reference(p.log(), q.log()) >= 0).all() and (RL.kl_to_reference(p.log(), p.log()) == 0).all()
+
+
+def rl_args(**changes):
+    argv = "--task gp-l --problems 4 --group 3 --attempts 3 --max-new-tokens 6 --temperature 0.8".split()
+    args = RL.parse_args([*argv, "--init", str(rl_args.run)])
+    vars(args).update(changes)
+    return args
+
+
+@pytest.mark.parametrize("estimator", RL.ESTIMATORS)
+def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, tiny_run, estimator):
+    rl_args.run = tiny_run
+    groups = random_rollout(model, tokenizer)
+    returns = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    advantage = RL.advantages(returns, estimator).flatten().tolist()
+    episodes, results = [e for g in groups for e in g], []
+    start = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in start.parameters():
+            p.add_(0.01)
+    reference = lambda ids, chosen: start.log_probs(ids, chosen, 0.8)[0].detach()
+    for size in (1, 2, 12):
+        model.zero_grad()
+        args = rl_args(estimator=estimator, micro_batch=size, kl_coef=0.1)
+        metrics = RL.rl_backward(model, episodes, advantage, args, tokenizer.pad, reference)
+        assert metrics["ratio_error"] < 1e-4 and metrics["entropy"] > 0 and metrics["kl"] > 0
+        results.append((metrics, gradients(model)))
+    for metrics, grads in results[1:]:
+        for key in ("loss", "entropy", "kl"):
+            assert metrics[key] == pytest.approx(results[0][0][key], rel=1e-4, abs=1e-6)
+        for name, grad in results[0][1].items():
+            assert torch.allclose(grad, grads[name], atol=1e-5, rtol=1e-3), name
+
+
+def test_loss_by_hand_over_a_batch(model, tokenizer, tiny_run):
+    """dr_grpo divides by episodes * attempts * max_new_tokens, grpo by each episode's own length."""
+    rl_args.run = tiny_run
+    episodes = [e for g in random_rollout(model, tokenizer) for e in g]
+    advantage = [float(i % 3 - 1) for i in range(12)]
+    lengths = [sum(e.response_mask) for e in episodes]
+    model.zero_grad()
+    loss = RL.rl_backward(model, episodes, advantage, rl_args(estimator="dr_grpo"), tokenizer.pad)["loss"]
+    assert loss == pytest.approx(-sum(a * n for a, n in zip(advantage, lengths)) / (12 * 3 * 6), abs=1e-4)
+    loss = RL.rl_backward(model, episodes, advantage, rl_args(estimator="grpo"), tokenizer.pad)["loss"]
+    assert loss == pytest.approx(-sum(advantage) / 12, abs=1e-4)
+
+
+def test_rl_step_flops_by_hand(model, tokenizer, tiny_run):
+    rl_args.run = tiny_run
+    groups = random_rollout(model, tokenizer, attempts=1)
+    c, expected = model.config, 0
+    for g in groups:
+        n = g[0].response_mask.index(1)
+        expected += M.text_flops(c, 0, n, 1) + sum(M.text_flops(c, n, len(e.ids) - 1, sum(e.response_mask) - 1) for e in g)
+    trained = groups[1]
+    expected += 3 * sum(M.text_flops(c, 0, len(e.ids) - 1, sum(e.response_mask)) for e in trained)
+    assert RL.step_flops(model, groups, trained, rl_args())[0] == expected
+
+
+# ---- the mixture, the schedule
+
+def test_mix_is_read_and_bad_ones_are_sentences():
+    pairs, weights = SFT.parse_mix(["10", "11,12,13:retry:2.5", "7/target=36:careless"])
+    assert pairs == [("10", "careful"), ("11,12,13", "retry"), ("7/target=36", "careless")] and weights == [1, 2.5, 1]
+    for bad in ("10:clever:1", "10:careful:x", "10:careful:-1", "10:careful:nan", "ten:careful:1"):
+        with pytest.raises(ValueError):
+            SFT.parse_mix([bad])
+
+
+def test_schedule_warms_up_and_falls():
+    args = SFT.parse_args("--fresh --steps 100 --lr 1e-3 --lr-warmup 10 --lr-end 0.1".split())
+    progress, lrs = SFT.Progress(args), []
+    for _ in range(100):
+        lrs.append(progress.lr())
+        progress.add(1, 1, 1.0)
+    assert lrs[0] == pytest.approx(1e-4) and max(lrs) == pytest.approx(1e-3, rel=0.05) and lrs[-1] == pytest.approx(1e-4, rel=0.02)
+    assert lrs.index(max(lrs)) < 12 and progress.done()
+
+
+def test_budget_in_flops_ends_a_run():
+    args = SFT.parse_args("--fresh --flops 95 --evals 3".split())
+    progress, due = SFT.Progress(args), 0
+    while not progress.done():
+        due += progress.eval_due()
+        progress.evals_done = due
+        progress.add(10, 10, 1.0)
+    due += progress.eval_due()
+    assert progress.step == 10 and due == 3
+
+
+# ---- the scripts, end to end
+
+@pytest.fixture
+def uneven_rewards(monkeypatch):
+    """An untrained model never solves anything, so no group would have signal: reward by the length of the text instead."""
+    real = tasks.GeneralPoints.step
+    monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: real(self, text)._replace(reward=float(len(text) % 5)))
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sft_run_directory(tiny_run):
+    names = {p.name for p in tiny_run.iterdir()}
+    assert {"args.json", "metrics.jsonl", "evals", "latest", "source", "step-000002"} <= names
+    assert {p.name for p in (tiny_run / "source").iterdir()} == {f"{n}.py" for n in ("model", "tasks", "evaluate", "train_sft", "train_rl")}
+    assert [r["step"] for r in lines(tiny_run)] == [1, 2] and lines(tiny_run)[1]["flops"] > 0
+    state = torch.load(tiny_run / "step-000002" / "state.pt", weights_only=True)
+    assert state["step"] == 2
+    result = json.loads((tiny_run / "evals" / "000002.json").read_text())
+    assert result["n"] == 4 and len(result["rows"]["id"]["greedy"]["first"]) == 4 and set(result["rows"]) == {"id", "rule", "fake"}
+
+
+@pytest.mark.parametrize("script, extra", [
+    (SFT, "--batch 8 --steps 6"),
+    (SFT, "--batch 8 --steps 6 --lora-rank 2 --recompute"),
+    (RL, "--problems 2 --group 3 --attempts 2 --max-new-tokens 6 --steps 6 --estimator reinforce --kl-coef 0.1"),
+    (RL, "--problems 2 --group 3 --max-new-tokens 6 --steps 6 --estimator reinforce --lora-rank 2 --clip-eps 0.2"),
+])
+def test_resumed_equals_uninterrupted(script, extra, tiny_run, tmp_path, uneven_rewards):
+    """6 steps = 3 steps, stop, resume: weights, optimizer, random states and metrics, bit for bit."""
+    common = f"{extra} --init {tiny_run} --eval-n 4 --evals 2 --save-every 3 --device cpu --seed 5"
+    script.main(f"{common} --out {tmp_path / 'whole'}".split())
+    stop_after(script, 3, lambda: script.main(f"{common} --out {tmp_path / 'parts'}".split()))
+    assert (tmp_path / "parts" / "latest").read_text() == "step-000003\n"
+    script.main(["--resume", str(tmp_path / "parts")])
+    a, b = (torch.load(tmp_path / n / "step-000006" / "state.pt", weights_only=True) for n in ("whole", "parts"))
+    assert torch.equal(a["random"]["torch"], b["random"]["torch"]) and torch.equal(a["random"]["sampling"], b["random"]["sampling"])
+    for key, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][key][k]) for k, v in moments.items())
+    weights = M.ADAPTER if "lora" in extra else M.WEIGHTS
+    a, b = (M.load_tensors(tmp_path / n / "step-000006" / weights) for n in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    timeless = lambda run: [{k: v for k, v in r.items() if "seconds" not in k} for r in lines(run)]
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+    start = M.load_tensors(E.find_model(str(tiny_run), "gp-l") / M.WEIGHTS)
+    if "lora" not in extra:
+        assert any(not torch.equal(a[k], start[k]) for k in a)
+
+
+def stop_after(script, steps, run):
+    """Run a script whose Run asks it to stop after so many steps, as Ctrl-C does."""
+    original = SFT.Run.log
+
+    def log(self, record):
+        original(self, record)
+        self.stopping = record["step"] >= steps
+    SFT.Run.log = log
+    try:
+        run()
+    finally:
+        SFT.Run.log = original
+
+
+def test_every_rl_option_runs_together(tiny_run, tmp_path, capsys, uneven_rewards):
+    for estimator in RL.ESTIMATORS:
+        out = tmp_path / estimator
+        RL.main(f"--init {tiny_run} --out {out} --steps 1 --problems 2 --group 2 --attempts 2 --max-new-tokens 5 --eval-n 2 "
+                f"--estimator {estimator} --clip-eps 0.2 --kl-coef 0.05 --discount 0.9 --temperature 0.7 --recompute".split())
+        record = lines(out)[0]
+        for key in ("reward", "success_1", "success", "signal", "repeat", "tokens", "rollout_seconds", "update_seconds", "kl",
+                    "entropy", "clip_fraction", "grad_norm"):
+            assert key in record
+    assert list((out / "samples").iterdir())
+    assert "step    1" in capsys.readouterr().out
+
+
+def test_evaluate_and_report_from_the_command_line(tiny_run, tmp_path, capsys):
+    study = tmp_path / "study"
+    SFT.main(f"--init {tiny_run} --out {study / 'sft'} --steps 1 --batch 4 --eval-n 5 --eval-split test".split())
+    RL.main(f"--init {tiny_run} --out {study / 'rl'} --steps 1 --problems 2 --group 2 --eval-n 5 --eval-split test --max-new-tokens 5".split())
+    result = E.main(f"{tiny_run} --n 5 --k 2 --out {study / 'base'} --max-new-tokens 5".split())
+    assert set(result["pass_at_k"]) == {"id", "rule", "fake"}
+    E.main(["--report", str(study)])
+    out = capsys.readouterr().out
+    assert "RL, end" in out and "base" in out and "paired difference" in out
+    page = (study / "report.html").read_text()
+    assert "Content-Security-Policy" in page and "<script" not in page and (study / "curves.svg").is_file()
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--init nowhere", "not a directory"),
+    ("--init x --resume y", "only one"),
+    ("--resume nowhere", "no run"),
+    ("--steps 0", "--steps"),
+    ("--lr -1", "--lr"),
+    ("--lr nan", "--lr"),
+    ("--task poker", "poker"),
+    ("--rule ten", "ten"),
+    ("--batch 0", "--batch"),
+])
+def test_bad_arguments_are_one_sentence(argv, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as caught:
+        SFT.main([*argv.split(), *([] if "--init" in argv or "--resume" in argv else ["--fresh"]), "--out", str(tmp_path / "r")])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_is_never_overwritten(tiny_run):
+    before = sorted(p.name for p in tiny_run.iterdir())
+    with pytest.raises(ValueError, match="not empty"):
+        SFT.main(f"--fresh --steps 1 --batch 4 --eval-n 2 --out {tiny_run}".split())
+    assert before == sorted(p.name for p in tiny_run.iterdir())
