@@ -657,7 +657,8 @@ class LlamaVision(nn.Module):
 
 
 def init_weights(model, seed):
-    """Random weights for training from scratch: normal(0, 0.02), smaller on layers that write to the residual stream.
+    """Random weights for training from scratch: normal, 0.02 for embeddings, 0.6 / sqrt(inputs) for matrices (smaller
+    where they write to the residual stream).
 
     Gates start at 0.5: at the zero of a fresh Llama-3.2-Vision a model that is trained from nothing ignores images.
     """
@@ -670,7 +671,9 @@ def init_weights(model, seed):
             nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
         else:
             writes = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth) if writes else 0.02, generator=generator)
+            table = "embed" in name or "lm_head" in name
+            std = 0.02 if table else 0.6 / math.sqrt(p[0].numel()) / (math.sqrt(depth) if writes else 1)
+            nn.init.normal_(p, std=std, generator=generator)
     return model
 
 

@@ -43,10 +43,12 @@ ID_RULE, OOD_RULE = "10", "11,12,13"
 
 @dataclass(frozen=True)
 class Rule:
-    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999, `cards` 3..6. ValueError otherwise."""
+    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999, `cards` 3..6; and `courts`, at least how
+    many face cards are dealt. ValueError otherwise."""
     faces: tuple[int, int, int] = (10, 10, 10)
     target: int = 24
     cards: int = 4
+    courts: int = 0
 
     def __post_init__(self):
         if len(self.faces) != 3 or not all(1 <= face <= 99 for face in self.faces):
@@ -55,16 +57,20 @@ class Rule:
             raise ValueError(f"The target must lie from 1 to 999, not at {self.target}.")
         if not 3 <= self.cards <= 6:
             raise ValueError(f"A hand has 3 to 6 cards, not {self.cards}.")
+        if not 0 <= self.courts <= self.cards:
+            raise ValueError(f"A hand of {self.cards} cards cannot have {self.courts} face cards or more.")
 
     def __str__(self):
         faces = self.faces[:1] if len(set(self.faces)) == 1 else self.faces
         target = "" if self.target == 24 else f"/target={self.target}"
         cards = "" if self.cards == 4 else f"/cards={self.cards}"
-        return ",".join(map(str, faces)) + target + cards
+        courts = f"/courts={self.courts}" if self.courts else ""
+        return ",".join(map(str, faces)) + target + cards + courts
 
 
 def parse_rule(text):
-    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36" and "/cards=5" in any order; str(rule) undoes it.
+    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36", "/cards=5" and "/courts=2" in any order; str(rule)
+    undoes it.
 
     A Rule passes through unchanged. Any other text raises a ValueError that says what is wrong."""
     if isinstance(text, Rule):
@@ -73,18 +79,18 @@ def parse_rule(text):
     found = {}
     for option in options:
         name, _, value = option.partition("=")
-        if name not in ("target", "cards") or name in found:
-            raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N and /cards=N may follow, each once.")
+        if name not in ("target", "cards", "courts") or name in found:
+            raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N, /cards=N and /courts=N may follow, each once.")
         found[name] = _small_int(value, text)
     face_values = tuple(_small_int(face, text) for face in faces.split(","))
     return Rule(face_values * 3 if len(face_values) == 1 else face_values, **found)
 
 
 def fill_rule(text, rng):
-    """Rule text with every `*` drawn: a face value from 1..20, a target from 10..40. "*,*,*/target=*" is any rule at all."""
+    """Rule text with wildcards drawn: a face value `*` from 1..13 or `?` from 10..13, a target `*` from 10..40."""
     faces, *rest = text.split("/")
-    rest = [re.sub(r"=\*$", lambda _: f"={rng.randint(10, 40)}", part) for part in rest]
-    return "/".join([re.sub(r"\*", lambda _: str(rng.randint(1, 20)), faces), *rest])
+    faces = re.sub(r"[*?]", lambda wild: str(rng.randint(1 if wild[0] == "*" else 10, 13)), faces)
+    return "/".join([faces, *(part.replace("target=*", f"target={rng.randint(10, 40)}") for part in rest)])
 
 
 def _small_int(digits, text):
@@ -307,16 +313,16 @@ def deal(rule, split, index):
 
     "train": solvable under the rule. "val" and "test": at least one face card, and solvable under the rule and under both ID_RULE and
     OOD_RULE faces (same target and card count), so these two rules are tested on the same hands; for a third rule the hands may
-    differ. No face value turns a training hand into the numbers of a held-out one, or the reverse. ValueError when TRIES deals bring
-    none."""
+    differ, and are never the numbers of a training class. Classes keep ID and OOD numbers of training and test hands apart; a training
+    rule with small faces does not (J=3 makes J-7-2-A the numbers of 3-7-2-A). ValueError when TRIES deals bring none."""
     held_out = split != "train"
     rules = [rule] + [replace(rule, faces=parse_rule(text).faces) for text in (ID_RULE, OOD_RULE) if held_out]
     rng = random.Random(f"gp/{split}/{index}")  # a text seed is hashed the same way everywhere
     for _ in range(TRIES):
         hand = tuple(rng.sample(DECK, rule.cards))
-        if split_of(hand_class(hand)) != split or held_out and max(hand)[0] <= 10:
+        if split_of(hand_class(hand)) != split or sum(rank > 10 for rank, _ in hand) < max(rule.courts, held_out):
             continue
-        if (split_of(number_class(values(hand, rule))) != "train") != held_out:
+        if held_out and split_of(number_class(values(hand, rule))) == "train":
             continue
         if all(solve(values(hand, each), each.target) for each in rules):
             return hand
@@ -543,7 +549,7 @@ def feedback_text(verdict, style):
 
 # ---- 8. The problem --------------------------------------------------------------------------------------------------
 
-KINDS = ("careful", "careless", "habit", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
+KINDS = ("expert", "careful", "careless", "lazy", "habit", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
 
 # Rows of (name, rule of the prompt, rule of the judge where it is another). The gap between the rows is the study's result.
 SUITES = {
@@ -593,10 +599,14 @@ class GeneralPoints:
     def demonstrate(self, kind, rng):
         """What a demonstrator of the base stage writes: response, feedback, response, ... (list of str).
 
-        "careful": the expert. "careless": the right numbers in a formula of another value. "habit": face cards taken as ID_RULE
+        "expert": the simplest right answer, always the same. "careful": any right answer. "careless": the right numbers in a formula of
+        another value. "lazy": the numbers added up (careless where that is right). "habit": face cards taken as ID_RULE
         has them, whatever the prompt says. "retry": careless, the verifier's text, the expert. ValueError for other kinds."""
-        if kind == "careful":
-            return [self.expert(rng)]
+        if kind in ("expert", "careful"):
+            return [self.expert(rng if kind == "careful" else None)]
+        if kind == "lazy":
+            formula = "+".join(map(str, self.numbers))
+            return [self._response(self.rule, formula) if sum(self.numbers) != self.rule.target else self._careless(self.rule, rng)]
         if kind == "careless":
             return [self._careless(self.rule, rng)]
         if kind == "habit":

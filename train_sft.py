@@ -195,8 +195,7 @@ def set_up(args):
     if args.lora_rank and not any(".lora_" in name for name, _ in model.named_parameters()):
         add_lora(model, args.lora_rank, args.lora_alpha)
     model.recompute(args.recompute)
-    trained = trained_parameters(model, args)
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = make_optimizer(model, args)
     if start:
         state = run.load_state()
         optimizer.load_state_dict(state["optimizer"])
@@ -210,15 +209,20 @@ def set_up(args):
     return model, tokenizer, optimizer, generator, progress, run
 
 
-def trained_parameters(model, args):
-    """The parameters that the optimizer moves. Text-only training leaves out the tower and the cross layers, which get
-    no gradient; with LoRA only adapters are left."""
+def freeze_unused(model):
+    """Text-only training leaves out the tower, the projector and the cross layers: they would get no gradient."""
+    model.vision_model.requires_grad_(False)
+    model.multi_modal_projector.requires_grad_(False)
+    for i in model.config.text.cross_attention_layers:
+        model.language_model.model.layers[i].requires_grad_(False)
+
+
+def make_optimizer(model, args):
+    """AdamW on what is trained: the adapters, or with rank 0 all of the text path."""
     if not args.lora_rank:
-        model.vision_model.requires_grad_(False)
-        model.multi_modal_projector.requires_grad_(False)
-        for i in model.config.text.cross_attention_layers:
-            model.language_model.model.layers[i].requires_grad_(False)
-    return [p for p in model.parameters() if p.requires_grad]
+        freeze_unused(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
 
 def save_run(run, model, tokenizer, optimizer, generator, progress, args):

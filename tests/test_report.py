@@ -1,0 +1,348 @@
+"""Tests of report.py, on synthetic studies: seconds on a CPU."""
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+import fake_runs
+import evaluate as report
+
+
+def bernoulli(n, p, seed=0):
+    return (np.random.default_rng(seed).random(n) < p).astype(float)
+
+
+@pytest.fixture(scope="module")
+def study_dir(tmp_path_factory):
+    return fake_runs.make(tmp_path_factory.mktemp("demo"), n=150)
+
+
+@pytest.fixture
+def small_dir(tmp_path):
+    return fake_runs.make(tmp_path, n=60, kind="single")
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+# intervals
+
+def test_bootstrap_of_independent_hands_is_the_normal_interval():
+    values = bernoulli(800, .3)
+    mean, low, high = report.bootstrap(values, np.arange(800))
+    half = 1.96 * math.sqrt(mean * (1 - mean) / 800)
+    assert mean == values.mean()
+    assert low == pytest.approx(mean - half, abs=.005) and high == pytest.approx(mean + half, abs=.005)
+
+
+def test_bootstrap_covers_the_truth_about_95_times_in_100():
+    hits = [low <= .4 <= high for _, low, high in
+            (report.bootstrap(np.repeat(bernoulli(150, .4, s), 2), np.repeat(np.arange(150), 2), 500) for s in range(200))]
+    assert .9 <= np.mean(hits) <= .99
+
+
+def test_classes_that_agree_widen_the_interval():
+    values, classes = np.repeat(bernoulli(100, .5), 8), np.repeat(np.arange(100), 8)
+    wide, narrow = report.bootstrap(values, classes), report.bootstrap(values, np.arange(800))
+    assert (wide[2] - wide[1]) / (narrow[2] - narrow[1]) == pytest.approx(math.sqrt(8), rel=.1)
+
+
+def test_classes_of_unequal_size_are_weighted_by_their_hands():
+    mean, low, high = report.bootstrap([1, 1, 1, 0], ["a", "a", "a", "b"])
+    assert (mean, low, high) == (.75, 0, 1)                     # resamples: all a, all b, or both
+
+
+def test_bootstrap_is_repeatable_and_ignores_the_order_of_hands():
+    values, classes = bernoulli(50, .5), np.arange(50) // 2
+    turn = np.random.default_rng(1).permutation(50)
+    assert report.bootstrap(values, classes) == pytest.approx(report.bootstrap(values[turn], classes[turn]))
+
+
+def test_paired_is_narrower_than_unpaired():
+    a = bernoulli(400, .5)
+    b = np.where(bernoulli(400, .1, 1) == 1, 1 - a, a)
+    mean, low, high = report.paired(a, b, np.arange(400))
+    alone = [report.bootstrap(x, np.arange(400)) for x in (a, b)]
+    assert mean == pytest.approx(a.mean() - b.mean())
+    assert high - low < .6 * math.hypot(*(h - l for _, l, h in alone))
+
+
+def test_seeds_that_differ_widen_the_interval():
+    seeds = np.stack([bernoulli(300, p, i) for i, p in enumerate((.2, .5, .8))])
+    same = np.stack([bernoulli(300, .5, i) for i in range(3)])
+    wide, narrow = (report.bootstrap(x, np.arange(300)) for x in (seeds, same))
+    assert wide[0] == pytest.approx(seeds.mean()) and wide[2] - wide[1] > 3 * (narrow[2] - narrow[1])
+
+
+def test_degenerate_values():
+    assert report.bootstrap(np.zeros(9), np.arange(9)) == (0, 0, 0)
+    assert report.bootstrap([1, 0, 1, 1], ["a"] * 4) == (.75, .75, .75)
+    for call in (lambda: report.bootstrap([], []), lambda: report.bootstrap([1, 0], ["a"]), lambda: report.paired([1], [1, 0], "ab"),
+                 lambda: report.paired(np.ones((2, 3)), np.ones((3, 3)), "abc")):
+        with pytest.raises(ValueError, match=r"needs .*\.$"):
+            call()
+
+
+@pytest.mark.parametrize("n, c, k", [(5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 2), (4, 3, 2), (7, 1, 7)])
+def test_pass_at_k_by_enumeration(n, c, k):
+    draws = list(combinations([1] * c + [0] * (n - c), k))
+    assert report.pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize("n, c, k", [(5, 6, 1), (5, 2, 0), (5, 2, 6), (5, -1, 1)])
+def test_pass_at_k_refuses(n, c, k):
+    with pytest.raises(ValueError, match="pass@k needs"):
+        report.pass_at_k(n, c, k)
+
+
+# a study
+
+def test_load_study_sorts_arms_seeds_and_steps(tmp_path):
+    study = report.load_study(fake_runs.make(tmp_path, seeds=2, n=30))
+    assert list(study) == ["base", "warmup", "sft", "rl"] and list(study["rl"]) == [0, 1]
+    steps = [e["step"] for e in study["sft"][1]]
+    assert steps == sorted(steps) and len(steps) == 11 and study["sft"][1][0]["args"]["lr"] == 1e-4
+
+
+def test_nothing_there(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match="There is no evaluation in"):
+            report.load_study(path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda e: e.pop("rows"), lambda e: e.pop("step"), lambda e: e["rows"].pop("fake"), lambda e: e.update(samples=3),
+    lambda e: e.update(classes=[]), lambda e: e.update(flops=float("nan")), lambda e: e.update(flops=-1), lambda e: e.update(flops="x"),
+    lambda e: e["rows"]["id"]["greedy"]["first"].pop(), lambda e: e["rows"]["id"]["greedy"]["first"].__setitem__(0, 2),
+    lambda e: e["rows"]["rule"]["sampled"].update(episode=[[0]]), lambda e: e["samples"][0].pop("prompt"),
+    lambda e: e["samples"][0].update(turns=[1]), lambda e: e.update(rows=[]), lambda e: e["rows"]["id"].update(greedy=None)])
+def test_a_malformed_file_is_named(small_dir, change):
+    edit(small_dir / "rl/evals/000000.json", change)
+    with pytest.raises(ValueError, match=r"rl/evals/000000\.json cannot be used \(.+\): write it again"):
+        report.load_study(small_dir)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", "[" * 100000, "\x1b[31m", '{"step": 1e999}'])
+def test_text_that_is_no_evaluation_is_named(small_dir, text):
+    (small_dir / "rl/evals/000000.json").write_text(text)
+    with pytest.raises(ValueError, match=r"000000\.json cannot be used"):
+        report.load_study(small_dir)
+
+
+def test_other_hands_twice_the_same_run_and_bad_args_are_refused(small_dir):
+    edit(small_dir / "rl/evals/000000.json", lambda e: e["classes"].reverse())
+    with pytest.raises(ValueError, match="scored other hands"):
+        report.load_study(small_dir)
+    (small_dir / "rl").rename(small_dir / "sft-s0")
+    with pytest.raises(ValueError, match="a second run of arm sft with seed 0"):
+        report.load_study(small_dir)
+    (small_dir / "base/args.json").write_text("[1]")
+    with pytest.raises(ValueError, match="base/args.json cannot be used"):
+        report.load_study(small_dir)
+
+
+def evaluation(step, score, n=10):
+    solved = np.arange(n) < score * n
+    return {"step": step, "solved": {(row, mode, part): solved.astype(float) for row in report.ROWS for mode in report.MODES for part in report.PARTS}}
+
+
+def test_best_checkpoint_is_the_earliest_of_the_highest():
+    evals = [evaluation(0, .2), evaluation(10, .5), evaluation(20, .5), evaluation(30, .1)]
+    assert report.best_checkpoint(evals, ("greedy", "first"))["step"] == 10
+
+
+def test_best_checkpoint_is_chosen_in_the_view_of_its_table(study_dir):
+    study = report.load_study(study_dir)
+    study["sft"][0][4]["solved"]["rule", "sampled", "first"][:] = 1
+    assert "(step 400)" in report.stages(study, ("sampled", "first"))["sft best"][0]
+    assert "(step 400)" not in report.stages(study, ("greedy", "first"))["sft best"][0]
+
+
+# the table
+
+def test_table_holds_every_stage_and_difference(study_dir):
+    study = report.load_study(study_dir)
+    text = report.table_text(study)
+    assert text.count("success in %") == 2 and "Temperature 1, first attempt" in text
+    for word in ("| base ", "| start ", "| SFT, end ", "| SFT at its best OOD (step ", "| RL, end ", "| RL - best SFT checkpoint, rule OOD "):
+        assert text.count(word) == 2
+    mean = report.bootstrap(study["rl"][0][-1]["solved"]["rule", "greedy", "first"], study["rl"][0][-1]["classes"])
+    assert "%.1f [%.1f, %.1f]" % tuple(100 * x for x in mean) in text
+    assert len({len(line) for line in text.split("\n\n")[1].splitlines()}) == 1                  # aligned
+
+
+def test_the_episode_has_a_table_when_there_are_attempts(tmp_path):
+    study = report.load_study(fake_runs.make(tmp_path, n=40, attempts=5))
+    assert report.table_text(study).count("whole episode: success") == 2
+    assert report.table_text(study, ("greedy", "episode")).count("success in %") == 1
+
+
+def test_differences_are_paired_with_each_seeds_own_start(tmp_path):
+    study = report.load_study(fake_runs.make(tmp_path, seeds=3, n=80))
+    view = ("greedy", "first")
+    mean, low, high = report.differences(study, view)["rl end", "start", "id"]
+    own = [study["rl"][s][-1]["solved"][("id", *view)].mean() - study["sft"][s][0]["solved"][("id", *view)].mean() for s in range(3)]
+    assert mean == pytest.approx(np.mean(own)) and low <= mean <= high
+
+
+@pytest.mark.parametrize("gone", [["rl"], ["sft"], ["base", "warmup"], ["sft", "rl"], ["base", "sft", "rl"]])
+def test_an_unfinished_study_has_a_report(tmp_path, gone):
+    fake_runs.make(tmp_path, n=40)
+    for arm in gone:
+        (tmp_path / arm).rename(tmp_path / f"_{arm}")
+        (tmp_path / f"_{arm}" / "evals").rename(tmp_path / f"_{arm}" / "gone")
+    study = report.load_study(tmp_path)
+    assert report.table_text(study) and "nan" not in report.report_html(tmp_path)
+    for svg in (report.svg_curves(study), report.svg_path(study)):
+        ElementTree.fromstring(svg)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_start_serves_several_seeds(tmp_path, seeds):
+    fake_runs.make(tmp_path, seeds=3, n=40)
+    for arm in ("sft", "rl"):
+        for s in range(3):
+            (tmp_path / f"{arm}-s{s}/evals/000000.json").unlink()
+    for s in range(seeds, 3):                                   # one start for three seeds, or two with a start of their own
+        (tmp_path / f"warmup-s{s}/evals").rename(tmp_path / f"warmup-s{s}/gone")
+    study, view = report.load_study(tmp_path), ("greedy", "first")
+    d = report.differences(study, view)
+    assert len(d) == len(report.COMPARED)
+    serve = {s: study["warmup"][s if seeds > 1 else 0][-1]["solved"][("id", *view)].mean() for s in range(3 if seeds == 1 else 2)}
+    own = [study["rl"][s][-1]["solved"][("id", *view)].mean() - start for s, start in serve.items()]
+    assert d["rl end", "start", "id"][0] == pytest.approx(np.mean(own))
+
+
+def test_sign_and_numbers():
+    assert [report.sign_of(d) for d in ((.2, .1, .3), (-.2, -.3, -.1), (0, 0, 0), (.1, -.1, .2))] == [1, -1, 0, 0]
+    assert report.percent((.632, .589, .674)) == ("63.2", "[58.9, 67.4]")
+    assert report.percent((-.0001, -.01, .02), "+") == ("+0.0", "[-1.0, +2.0]")
+
+
+# figures
+
+@pytest.mark.parametrize("kind, seeds", [("published", 1), ("published", 3), ("tie", 1), ("single", 1), ("single", 2)])
+def test_figures_are_xml_of_finite_numbers_inside_the_panel(tmp_path, kind, seeds):
+    study = report.load_study(fake_runs.make(tmp_path, seeds=seeds, kind=kind, n=50))
+    for svg in (report.svg_curves(study), report.svg_path(study), report.svg_standalone(report.svg_curves(study))):
+        root = ElementTree.fromstring(svg)
+        assert root.get("role") == "img" and not re.search(r"\b(nan|inf)\b", svg, re.I)
+        assert [child.tag.rpartition("}")[2] for child in root if "style" not in child.tag][:2] == ["title", "desc"]
+        for group in root.iter("{http://www.w3.org/2000/svg}g"):
+            drawn = " ".join(p.get("d") for p in group.iter("{http://www.w3.org/2000/svg}path"))
+            numbers = np.array(re.findall(r"(-?[\d.]+),(-?[\d.]+)", drawn), float)
+            assert numbers.min() >= 0 and numbers[:, 0].max() <= report.WIDTH and numbers[:, 1].max() <= report.HEIGHT
+
+
+def test_ends_of_the_mean_curve_are_the_ends_of_the_table(tmp_path):
+    study = report.load_study(fake_runs.make(tmp_path, seeds=3, n=60))
+    for row in ("id", "rule"):
+        c, view = report.curve(study["rl"], row, ("greedy", "first")), ("greedy", "first")
+        ends = [np.mean([e[i]["solved"][(row, *view)].mean() for e in study["rl"].values()]) for i in (0, -1)]
+        assert c[[0, -1], 1] == pytest.approx(ends)
+        assert (c[:, 2] <= c[:, 1]).all() and (c[:, 1] <= c[:, 3]).all() and c[0, 0] == 0
+
+
+def test_seeds_with_other_numbers_of_evaluations_meet(tmp_path):
+    fake_runs.make(tmp_path, seeds=2, n=60)
+    for step in (20, 60, 100):
+        (tmp_path / f"rl-s1/evals/{step:06d}.json").unlink()
+    assert np.isfinite(report.curve(report.load_study(tmp_path)["rl"], "id", ("greedy", "first"))).all()
+
+
+def test_names_at_line_ends_do_not_collide():
+    for heights in ([100, 100, 100], [270, 275, 278], [50, 60, 200], [278], []):
+        ends = [(np.array([300.0, h]), "SFT 80", "c0") for h in heights]
+        at = sorted(float(re.search(r' y="([\d.]+)"', t)[1]) - 4 for t in report.named(ends, 360) if t.startswith("<text"))
+        assert len(at) == len(heights) and (np.diff(at) > 15.5).all() and max(at, default=0) <= report.BOTTOM + .1
+
+
+def test_flops_and_ticks():
+    assert [report.si(x) for x in (0, 999, 2e12, 1.5e15, 3.14159e9)] == ["0 FLOP", "999 FLOP", "2 TFLOP", "1.5 PFLOP", "3.14 GFLOP"]
+    assert report.si(5e11, 2e12) == "0.5 TFLOP"
+    assert report.nice_ticks(0, 3.1e12) == [0, 1e12, 2e12, 3e12]
+    for top in np.geomspace(1e-3, 1e20, 60):
+        assert 3 <= len(report.nice_ticks(0, top)) <= 5
+
+
+def test_standalone_brings_its_style(study_dir):
+    svg = report.svg_standalone(report.svg_curves(report.load_study(study_dir)))
+    assert "prefers-color-scheme:dark" in svg and 'width="860"' in svg and "max-width:100%" in svg
+    assert not re.search(r"(href|url\(|<script|@import)", svg)
+
+
+# the report
+
+def test_everything_from_files_is_escaped(tmp_path):
+    fake_runs.make(tmp_path / "<b>&", n=40)
+    edit(tmp_path / "<b>&/rl/args.json", lambda a: a.update({"model": "<script>x</script>", "<i>&\x07": '"'}))
+    edit(tmp_path / "<b>&/rl/evals/000200.json", lambda e: e["samples"][0]["turns"][0].update(feedback="</pre><script>", outcome="\ud800\x00&", reward="<u>"))
+    fake_runs.make(tmp_path / "more", n=40)
+    (tmp_path / "more/sft").rename(tmp_path / "<b>&/<u>arm|")
+    page = report.report_html(tmp_path / "<b>&")
+    for bad in ("<script", "<b>", "<i>&", "<u>", "\x1b", "\x00", "\x07", "\u202e", "\ud800", "</pre><s"):
+        assert bad not in page, bad
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; [31m7" in page and "&lt;u&gt;arm" in page
+    assert not re.search(r"<[a-z][^>]*\son\w+=", page) and page.count("<meta http-equiv") == 1
+    page.encode("utf-8")
+
+
+def test_report_loads_and_runs_nothing(study_dir):
+    page = report.report_html(study_dir)
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page
+    assert not re.search(r"<(script|link|iframe|img|object|form|base)\b|\b(src|href|action)=|@import|url\(", page)
+    assert page.count("<svg ") == 6 and "There is one seed" in page and "Sample episodes: RL, seed 0, step 200" in page
+
+
+def test_write_report_is_whole_or_nothing(small_dir):
+    path = report.write_report(small_dir)
+    before = path.read_text()
+    assert path.name == "report.html" and before.endswith("</html>\n")
+    (small_dir / "rl/evals/000000.json").write_text("{")
+    with pytest.raises(ValueError):
+        report.write_report(small_dir)
+    assert path.read_text() == before and not list(small_dir.glob(".report*"))
+
+
+@pytest.mark.parametrize("kind, says", [("published", "the published picture"), ("reverse", "the opposite of the published"), ("tie", "without a clear difference")])
+def test_the_story_follows_the_numbers(tmp_path, kind, says):
+    told = report.story(report.load_study(fake_runs.make(tmp_path, kind=kind, n=400)))
+    assert says in told[0] and ("goes on using the rule" in " ".join(told)) == (kind == "published")
+
+
+def test_every_verdict_is_a_sentence():
+    signs = (-1, 0, 1)
+    told = {(s, r, g, i): report.verdict(s, r, g, i) for s in signs for r in signs for g in signs for i in signs}
+    assert all(t.endswith(".") for t in told.values())
+    assert all(("generalizes" in t) == (g > 0 and s < 0 and r >= 0) for (s, r, g, i), t in told.items())
+    assert "changed little" in told[-1, 0, 1, 0] and "changed little" not in told[-1, 0, 1, 1] and "both lost" in told[-1, -1, 1, 1]
+
+
+def test_seeds_and_unequal_compute_are_said(tmp_path):
+    study = report.load_study(fake_runs.make(tmp_path, seeds=3, n=40))
+    assert "There are 3 seeds" in " ".join(report.limits_of(study)) and "not equal" not in " ".join(report.limits_of(study))
+    study["rl"][0][-1]["flops"] *= 2
+    assert "Compute is not equal" in " ".join(report.limits_of(study))
+
+
+def test_clean_keeps_text_and_drops_control():
+    assert report.clean("a\x1b[2J\u202eb\r\n\tc\x85\ufffe é 中") == "a[2Jb\n\tc é 中"
+    assert report.esc("<'\">&") == "&lt;&#x27;&quot;&gt;&amp;"
+
+
+def test_colours_have_contrast():
+    def light(colour):
+        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        return np.dot([.2126, .7152, .0722], [c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in parts])
+    for scheme in report.COLOURS.replace("#fff;", "#ffffff;").split("@media"):
+        colour = {name: light(value) for name, value in re.findall(r"--(\w+):(#\w{6})", scheme)}
+        for name in ("ink", "muted", "c0", "c1", "c2", "c3"):
+            low, high = sorted((colour["paper"], colour[name]))
+            assert (high + .05) / (low + .05) >= 4.5, name
