@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import tasks
-from model import Cache, generate, load_model, pad_rows, write_atomically, write_json
+from model import Cache, generate, load_model, pad_rows, save_model, write_atomically, write_json
 
 # ---------------------------------------------------------------- 1. Episodes and rollout
 
@@ -406,6 +406,26 @@ def stages(study, view):
     return {key: stage for key, stage in out.items() if stage[1]}
 
 
+def choose_rates(directory):
+    """{arm: learning rate} of a grid of runs `ARM-lrRATE`, printed as a table: the smallest rate within one standard error
+    of the best ID score (greedy, whole episode, last evaluation). OOD scores are shown nowhere: they must not choose."""
+    study, grid = load_study(directory), {}
+    for name, seeds in study.items():
+        arm, found, rate = name.partition("-lr")
+        if found:
+            last = seeds[min(seeds)][-1]
+            mean, low, high = bootstrap(last["solved"]["id", "greedy", "episode"], last["classes"])
+            grid.setdefault(arm, []).append((float(rate), mean, (high - low) / (2 * 1.96)))
+    chosen = {}
+    for arm, rates in grid.items():
+        best = max(rates, key=lambda r: r[1])
+        chosen[arm] = min(rate for rate, mean, _ in rates if mean >= best[1] - best[2])
+        print(_markdown([f"{name_of(arm)}, learning rate", "ID on validation, %", "standard error", ""],
+                        [[f"{rate:g}", f"{100 * mean:.1f}", f"{100 * error:.1f}", "chosen" if rate == chosen[arm] else ""]
+                         for rate, mean, error in sorted(rates)]) + "\n")
+    return chosen
+
+
 # ---------------------------------------------------------------- 6. Tables
 
 def _solved(evals, row, view, seeds=None):
@@ -775,6 +795,7 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
     parser.add_argument("--report", metavar="STUDY", help="print the tables of a study directory and write its report.html")
+    parser.add_argument("--choose", metavar="GRID", help="print a grid's ID validation scores and the learning rates to take")
     parser.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}")
     parser.add_argument("--suite", default="gp-l", help=f"one of {', '.join(tasks.SUITES)}")
     parser.add_argument("--n", type=int, default=500, help="held-out problems per row")
@@ -784,10 +805,11 @@ def parse_args(argv=None):
     parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens per answer")
     parser.add_argument("--rows", type=int, default=256, help="episodes computed side by side")
     parser.add_argument("--out", help="run directory to put evals/000000.json into, for a report")
+    parser.add_argument("--export", metavar="DIR", help="write the model there as the hub has it, adapters merged, in bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
-    if bool(args.model) == bool(args.report):
-        raise ValueError("give a model to evaluate, or --report and a study directory.")
+    if sum(map(bool, (args.model, args.report, args.choose))) != 1:
+        raise ValueError("give one of: a model to evaluate, --report and a study directory, --choose and a grid of runs.")
     if args.suite not in tasks.SUITES:
         raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
     for name in ("n", "attempts", "rows", "max_new_tokens"):
@@ -811,7 +833,13 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return write_study(args.report)
+    if args.choose:
+        return choose_rates(args.choose)
     model, tokenizer = load_model(find_model(args.model, args.task), *device_and_dtype(args.device)[::-1])
+    if args.export:
+        save_model(model, tokenizer, args.export, torch.bfloat16)
+        print(f"written: {clean(args.export)}")
+        return {}
     result = evaluate(model, tokenizer, args.suite, args.n, args.attempts, args.split, args.max_new_tokens, args.rows)
     print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % [95 % interval]")
     print(result_table(result))

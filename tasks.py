@@ -9,11 +9,11 @@ rule says what J, Q and K count as. Training sees one rule, the test asks for an
     problem.step(response)                  Step(reward, done, feedback, outcome)
 
 Contents
-    1. Cards and rules       Rule, parse_rule, values
+    1. Cards and rules       Rule, parse_rule, fill_rule (wildcards), values
     2. Exact arithmetic      rational numbers as integer pairs
     3. Formulas              one notation for all formulas that differ only in the order of their operands
     4. Solver                solve (3 to 6 cards), solutions (all of them, up to 4 cards)
-    5. Splits and deals      hand_class, split_of, deal
+    5. Splits and deals      problem_class, split_of, deal
     6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
     7. The verifier          judge, REWARD, feedback_text
     8. The problem           GeneralPoints, make, KINDS of demonstrators, SUITES
@@ -43,8 +43,8 @@ ID_RULE, OOD_RULE = "10", "11,12,13"
 
 @dataclass(frozen=True)
 class Rule:
-    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999, `cards` 3..6; and `courts`, at least how
-    many face cards are dealt. ValueError otherwise."""
+    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999 (0, written `*`: drawn from TARGETS with every
+    hand), `cards` 3..6; and `courts`, at least how many face cards are dealt. ValueError otherwise."""
     faces: tuple[int, int, int] = (10, 10, 10)
     target: int = 24
     cards: int = 4
@@ -53,7 +53,7 @@ class Rule:
     def __post_init__(self):
         if len(self.faces) != 3 or not all(1 <= face <= 99 for face in self.faces):
             raise ValueError(f"J, Q and K need one value or three, each from 1 to 99, not {self.faces}.")
-        if not 1 <= self.target <= 999:
+        if not 0 <= self.target <= 999:
             raise ValueError(f"The target must lie from 1 to 999, not at {self.target}.")
         if not 3 <= self.cards <= 6:
             raise ValueError(f"A hand has 3 to 6 cards, not {self.cards}.")
@@ -62,15 +62,15 @@ class Rule:
 
     def __str__(self):
         faces = self.faces[:1] if len(set(self.faces)) == 1 else self.faces
-        target = "" if self.target == 24 else f"/target={self.target}"
+        target = "" if self.target == 24 else f"/target={self.target or '*'}"
         cards = "" if self.cards == 4 else f"/cards={self.cards}"
         courts = f"/courts={self.courts}" if self.courts else ""
         return ",".join(map(str, faces)) + target + cards + courts
 
 
 def parse_rule(text):
-    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36", "/cards=5" and "/courts=2" in any order; str(rule)
-    undoes it.
+    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36" or "/target=*", "/cards=5" and "/courts=2" in any order;
+    str(rule) undoes it.
 
     A Rule passes through unchanged. Any other text raises a ValueError that says what is wrong."""
     if isinstance(text, Rule):
@@ -81,16 +81,20 @@ def parse_rule(text):
         name, _, value = option.partition("=")
         if name not in ("target", "cards", "courts") or name in found:
             raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N, /cards=N and /courts=N may follow, each once.")
-        found[name] = _small_int(value, text)
+        found[name] = 0 if option == "target=*" else _small_int(value, text)
     face_values = tuple(_small_int(face, text) for face in faces.split(","))
     return Rule(face_values * 3 if len(face_values) == 1 else face_values, **found)
 
 
+TARGETS = (10, 40)  # from which `target=*` is drawn, anew for every hand
+
+
 def fill_rule(text, rng):
-    """Rule text with wildcards drawn: a face value `*` from 1..13 or `?` from 10..13, a target `*` from 10..40."""
-    faces, *rest = text.split("/")
-    faces = re.sub(r"[*?]", lambda wild: str(rng.randint(1 if wild[0] == "*" else 10, 13)), faces)
-    return "/".join([faces, *(part.replace("target=*", f"target={rng.randint(10, 40)}") for part in rest)])
+    """Rule text with the wildcards among its faces drawn: `*` from 1..13, `?` from 10..13."""
+    faces, slash, rest = str(text).partition("/")
+    lowest = {"*": 1, "?": 10}
+    faces = (str(rng.randint(lowest[face], 13)) if face in lowest else face for face in faces.split(","))
+    return ",".join(faces) + slash + rest
 
 
 def _small_int(digits, text):
@@ -283,49 +287,51 @@ def _solutions(numbers, target):
 
 
 # ---- 5. Splits and deals ---------------------------------------------------------------------------------------------
-# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are held out, from every stage
-# and every rule. A face card and a solution under both rules is a lot to ask: 54 classes of four cards are left for test, 13 for val.
+# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are held out, their hands from every
+# stage and every rule, their numbers from all but "base", which stands in for pretraining (under J=3 it may show J-10-2-A as 3-10-2-A,
+# the numbers of 3-K-2-A). A class is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25 trained. A face card and a solution
+# under both rules is a lot to ask: of the classes of four cards that make 24, 57 are left for test, 15 for val.
 
-SPLITS = ("train", "val", "test")
-SALT = 103  # of 300 tried, one whose shares are near even for 3 to 6 cards and among the 158 classes that can be held-out problems
+SPLITS = ("base", "train", "val", "test")
 TRIES = 10_000
 
 
-def hand_class(hand):
-    """The hand's class: its ranks with J, Q, K as 10, sorted, such as "1-2-7-10"."""
-    return "-".join(map(str, sorted(min(rank, 10) for rank, _ in hand)))
+def problem_class(numbers, target):
+    """What a problem is whatever cards it came from: its numbers, sorted, those above 10 as 10, and its target: "1-2-7-10=24".
+
+    By its ranks, where J, Q and K count as 10, a hand has one class under every rule; by its values under ID_RULE and OOD_RULE it has
+    that class too, by those under another rule (J=3) it may have a second one, and `deal` looks at both (for "base" at the first)."""
+    return "-".join(map(str, sorted(min(n, 10) for n in numbers))) + f"={target}"
 
 
-def number_class(numbers):
-    """The class that numbers belong to, whatever cards they came from: under "3" a J-7-2-A has the numbers of 3-7-2-A."""
-    return "-".join(map(str, sorted(min(n, 10) for n in numbers)))
-
-
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 16)
 def split_of(cls):
-    """The split a class belongs to: train (60 %), val (8 %) or test (32 %), by a hash that is the same on every machine."""
-    percent = int.from_bytes(hashlib.sha256(f"{SALT}/{cls}".encode()).digest()[:8], "big") % 100
-    return "train" if percent < 60 else "val" if percent < 68 else "test"
+    """The split a class belongs to: train (60 %), val (10 %) or test (30 %), by a hash that is the same on every machine."""
+    percent = int.from_bytes(hashlib.sha256(f"gp/{cls}".encode()).digest()[:8], "big") % 100
+    return "train" if percent < 60 else "val" if percent < 70 else "test"
 
 
 def deal(rule, split, index):
-    """The hand of a problem: the first of the index's stream of hands, dealt without replacement, that fits the split and the rule.
+    """(hand, rule with its target): the first of the index's stream of hands, dealt without replacement, and of targets, where the
+    rule leaves them open, that fits the split and the rule.
 
-    "train": solvable under the rule. "val" and "test": at least one face card, and solvable under the rule and under both ID_RULE and
-    OOD_RULE faces (same target and card count), so these two rules are tested on the same hands; for a third rule the hands may
-    differ, and are never the numbers of a training class. Classes keep ID and OOD numbers of training and test hands apart; a training
-    rule with small faces does not (J=3 makes J-7-2-A the numbers of 3-7-2-A). ValueError when TRIES deals bring none."""
-    held_out = split != "train"
-    rules = [rule] + [replace(rule, faces=parse_rule(text).faces) for text in (ID_RULE, OOD_RULE) if held_out]
+    "train": solvable under the rule; "base": the same for the stage before. "val" and "test": at least one face card, and solvable
+    under the rule and under both ID_RULE and OOD_RULE faces (same target and card count), so these two rules are tested on the same
+    hands and targets; for a third rule they may differ. No face value turns a hand of train into the numbers of a held-out class, or
+    the reverse (J=3 would make J-7-2-A a 3-7-2-A); in "base" it may. ValueError when TRIES deals bring none."""
+    held_out = split in ("val", "test")
+    faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
     rng = random.Random(f"gp/{split}/{index}")  # a text seed is hashed the same way everywhere
     for _ in range(TRIES):
-        hand = tuple(rng.sample(DECK, rule.cards))
-        if split_of(hand_class(hand)) != split or sum(rank > 10 for rank, _ in hand) < max(rule.courts, held_out):
+        hand, dealt = tuple(rng.sample(DECK, rule.cards)), replace(rule, target=rule.target or rng.randint(*TARGETS))
+        if split_of(problem_class([rank for rank, _ in hand], dealt.target)) != ("train" if split == "base" else split):
             continue
-        if held_out and split_of(number_class(values(hand, rule))) == "train":
+        if sum(rank > 10 for rank, _ in hand) < max(rule.courts, held_out):
             continue
-        if all(solve(values(hand, each), each.target) for each in rules):
-            return hand
+        if split != "base" and (split_of(problem_class(values(hand, rule), dealt.target)) != "train") != held_out:
+            continue
+        if all(solve(values(hand, replace(rule, faces=each)), dealt.target) for each in faces):
+            return hand, dealt
     raise ValueError(f"No solvable {split} hand in {TRIES} deals for rule {rule}: choose another target or number of cards.")
 
 
@@ -549,7 +555,7 @@ def feedback_text(verdict, style):
 
 # ---- 8. The problem --------------------------------------------------------------------------------------------------
 
-KINDS = ("expert", "careful", "careless", "lazy", "habit", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
+KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
 
 # Rows of (name, rule of the prompt, rule of the judge where it is another). The gap between the rows is the study's result.
 SUITES = {
@@ -575,7 +581,7 @@ class GeneralPoints:
 
     def __init__(self, hand, rule, attempts, style, judged_by):
         self.hand, self.rule, self.attempts, self.style, self.judged_by = hand, rule, attempts, style, judged_by
-        self.numbers, self.cls = values(hand, rule), hand_class(hand)
+        self.numbers, self.cls = values(hand, rule), problem_class([rank for rank, _ in hand], rule.target)
         self.prompt = short_prompt(hand, rule) if style == "short" else full_prompt(hand, rule)
         self.attempt, self.verdict, self.done = 0, None, False
 
@@ -600,23 +606,27 @@ class GeneralPoints:
         """What a demonstrator of the base stage writes: response, feedback, response, ... (list of str).
 
         "expert": the simplest right answer, always the same. "careful": any right answer. "careless": the right numbers in a formula of
-        another value. "lazy": the numbers added up (careless where that is right). "habit": face cards taken as ID_RULE
-        has them, whatever the prompt says. "retry": careless, the verifier's text, the expert. ValueError for other kinds."""
+        another value. "lazy": where the simplest answer needs brackets, no list of numbers and just their sum; else the expert.
+        "inattentive": face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says (the expert where that has no solution).
+        "retry": the sum and, unless that is right, the verifier's text and the expert. ValueError for other kinds."""
         if kind in ("expert", "careful"):
             return [self.expert(rng if kind == "careful" else None)]
-        if kind == "lazy":
-            formula = "+".join(map(str, self.numbers))
-            return [self._response(self.rule, formula) if sum(self.numbers) != self.rule.target else self._careless(self.rule, rng)]
         if kind == "careless":
             return [self._careless(self.rule, rng)]
-        if kind == "habit":
-            habit = replace(self.rule, faces=parse_rule(ID_RULE).faces)
-            formula = self._solution(habit, rng)
-            return [self._response(habit, formula) if formula else self._careless(habit, rng)]
+        if kind == "lazy":
+            return [self._sum() if self.hand[0][0] > 7 else self.expert()]
+        if kind == "inattentive":
+            taken = replace(self.rule, faces=parse_rule(rng.choice((ID_RULE, OOD_RULE))).faces)
+            formula = self._solution(taken, None)
+            return [self._response(taken, formula) if formula else self.expert()]
         if kind == "retry":
-            slip = self._careless(self.rule, rng)
-            return [slip, feedback_text(judge(slip, self.hand, self.rule), self.style), self.expert(rng)]
+            slip = self._sum()
+            feedback = feedback_text(judge(slip, self.hand, self.rule), self.style)
+            return [slip] if sum(self.numbers) == self.rule.target else [slip, feedback, self.expert()]
         raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(KINDS)}.")
+
+    def _sum(self):
+        return json.dumps({"cards": rank_names(self.hand), "formula": "+".join(map(str, self.numbers))})
 
     def _solution(self, rule, rng):
         numbers = values(self.hand, rule)
@@ -664,9 +674,10 @@ TASKS = ("gp-l",)
 def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule, judge: as for parse_rule; `judge` is the rule answers are judged by where it is not the prompt's (the "fake rule" control;
-    the expert still follows the prompt). index counts from 0; the run's `seed` shifts it for the training split only. attempts:
-    answers per episode. ValueError, in one sentence, for anything unknown or out of range."""
+    rule: a text for fill_rule and parse_rule; face wildcards are drawn anew for every index. judge: the face values that answers are judged by where they are not the prompt's (the "fake
+    rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts from 0; the run's
+    `seed` shifts it for "base" and "train" only. attempts: answers per episode. ValueError, in one sentence, for anything unknown or
+    out of range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     if visual is not None:
@@ -676,11 +687,10 @@ def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, st
             raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
     if index < 0 or seed < 0 or attempts < 1:
         raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
-    rule = parse_rule(rule)
-    judged_by = rule if judge is None else parse_rule(judge)
-    if judged_by.cards != rule.cards:
-        raise ValueError("The judge's rule must have as many cards as the prompt's.")
-    hand = deal(rule, split, index + seed * 10**9 if split == "train" else index)
+    index += seed * 10**9 if split in ("base", "train") else 0
+    rule = parse_rule(fill_rule(rule, random.Random(f"gp/{split}/{index}/rule")))
+    hand, rule = deal(rule, split, index)
+    judged_by = replace(rule, faces=parse_rule(judge or rule).faces)
     return GeneralPoints(hand, rule, attempts, style, judged_by)
 
 
@@ -690,8 +700,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
     which = parser.add_argument_group("which problems")
     which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
-    which.add_argument("--rule", default=ID_RULE, help="what J, Q, K count as: 10 or 11,12,13, then /target=N /cards=N (default 10)")
-    which.add_argument("--split", default="test", help="train, val or test (default test)")
+    which.add_argument("--rule", default=ID_RULE, help="what J, Q, K count as: 10 or 11,12,13, * or ? for any of 1..13 or "
+                       f"10..13; then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards). Not "
+                       "named: 24 and 4 cards (default 10)")
+    which.add_argument("--split", default="test", help=f"{', '.join(SPLITS[:-1])} or test (default test)")
     which.add_argument("--index", type=int, default=0, help="the first problem's index (default 0)")
     which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")
     which.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")

@@ -1,7 +1,7 @@
 """Supervised fine-tuning, and what both trainers share.
 
     python train_sft.py --task gp-l --out runs/sft                    # expert answers under the training rule
-    python train_sft.py --task gp-l --fresh --mix 10:careful:3 11,12,13:careless:2 --out runs/base    # a base from scratch
+    python train_sft.py --task gp-l --fresh --rules 10:2 11,12,13:3 --demonstrators expert:2 retry --out runs/base  # from scratch
 
 Contents
   1. Run directory   arguments, metrics, checkpoints that resume bit for bit, stopping cleanly
@@ -218,11 +218,52 @@ def freeze_unused(model):
 
 
 def make_optimizer(model, args):
-    """AdamW on what is trained: the adapters, or with rank 0 all of the text path."""
+    """AdamW on what is trained: the adapters, or with rank 0 all of the text path.
+
+    --optimizer muon orthogonalises the updates of the layers' matrices (Jordan et al., 2024, as in torch.optim.Muon) and
+    leaves the rest to AdamW: about twice as fast where a model learns from nothing.
+    """
     if not args.lora_rank:
         freeze_unused(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adamw = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
+    if getattr(args, "optimizer", "adamw") == "adamw":
+        return torch.optim.AdamW(trained.values(), **adamw)
+    matrices = [name for name, p in trained.items() if ".layers." in name and p.dim() == 2]
+    return Pair(torch.optim.Muon([trained[n] for n in matrices], lr=args.lr, weight_decay=args.weight_decay, momentum=0.95,
+                                 adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], **adamw))
+
+
+class Pair:
+    """Two optimizers that are stepped and saved as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        """The groups of both."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        """Step both."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        """Clear the gradients of both."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self):
+        """Both states."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state):
+        """The reverse."""
+        for part, own in zip(self.parts, state["parts"]):
+            part.load_state_dict(own)
 
 
 def save_run(run, model, tokenizer, optimizer, generator, progress, args):
@@ -247,32 +288,46 @@ def update(model, optimizer, lr, max_grad_norm):
 # ---------------------------------------------------------------- 3. Data
 
 
-def parse_mix(items):
-    """["10:careful:3", "11,12,13:retry"] -> ([(rule, kind), ...], [weight, ...]). ValueError when one cannot be read."""
-    pairs, weights = [], []
+def parse_weights(items, flag, check):
+    """["10:3", "11,12,13"] -> (["10", "11,12,13"], [3.0, 1.0]). check(name) raises ValueError for a name it does not know."""
+    names, weights = [], []
     for item in items:
-        parts = item.split(":", 2)
-        rule, kind, weight = parts + ["careful", "1"][len(parts) - 1 :]
-        tasks.parse_rule(tasks.fill_rule(rule, random.Random(0)))
-        if kind not in tasks.KINDS:
-            raise ValueError(f"--mix {clean(item)}: the demonstrator must be one of {', '.join(tasks.KINDS)}.")
+        name, _, weight = item.partition(":")
+        check(name)
         try:
-            weights.append(float(weight))
+            weights.append(float(weight or 1))
         except ValueError:
-            raise ValueError(f"--mix {clean(item)}: the weight must be a number.") from None
+            raise ValueError(f"--{flag} {clean(item)}: the weight behind the colon must be a number.") from None
         if not 0 < weights[-1] < 1e6:
-            raise ValueError(f"--mix {clean(item)}: the weight must be positive.")
-        pairs.append((rule, kind))
-    return pairs, weights
+            raise ValueError(f"--{flag} {clean(item)}: the weight must be positive.")
+        names.append(name)
+    return names, weights
+
+
+def check_rule(text):
+    """ValueError for a rule text that cannot be read."""
+    tasks.parse_rule(tasks.fill_rule(text, random.Random(0)))
+
+
+def check_kind(name):
+    """ValueError for an unknown demonstrator."""
+    if name not in tasks.KINDS:
+        raise ValueError(f"--demonstrators {clean(name)}: choose from {', '.join(tasks.KINDS)}.")
+
+
+def draw(args, rng):
+    """A rule and a demonstrator of the mixture."""
+    (rule,), (kind,) = (rng.choices(*parse_weights(*part)) for part in (
+        (args.rules, "rules", check_rule), (args.demonstrators, "demonstrators", check_kind)))
+    return rule, kind
 
 
 def demonstration(args, tokenizer, index):
     """The training episode number `index`: a pure function of the arguments, so a resumed run needs no data state."""
     rng = random.Random(f"demonstrator/{args.seed}/{index}")
-    (rule, kind), = rng.choices(args.mix_pairs, args.mix_weights)
-    rule = tasks.fill_rule(rule, rng)
+    rule, kind = draw(args, rng)
     style = "short" if tokenizer.short else "full"
-    problem = tasks.make(args.task, rule, split="train", index=index, style=style, seed=args.seed)
+    problem = tasks.make(args.task, rule, split=args.split, index=index, style=style, seed=args.seed)
     return demonstrated_episode(tokenizer, problem, problem.demonstrate(kind, rng))
 
 
@@ -293,8 +348,8 @@ def fresh_model(args):
     texts = []
     for index in range(2000):
         rng = random.Random(f"tokenizer/{index}")
-        (rule, kind), = rng.choices(args.mix_pairs, args.mix_weights)
-        problem = tasks.make(args.task, tasks.fill_rule(rule, rng), split="train", index=index, style="short")
+        rule, kind = draw(args, rng)
+        problem = tasks.make(args.task, rule, split=args.split, index=index, style="short")
         texts += [problem.prompt, *problem.demonstrate(kind, rng)]
     tokenizer = train_tokenizer(texts, SIZES[args.model].text.vocab_size)
     return init_weights(LlamaVision(SIZES[args.model]), args.seed), tokenizer
@@ -426,12 +481,16 @@ def parse_args(argv=None):
     shared_arguments(parser, steps=300, lr=3e-4, schedule="cosine", out="runs/sft")
     g = parser.add_argument_group("supervised fine-tuning")
     g.add_argument("--batch", type=int, default=256, help="demonstrations per step")
-    g.add_argument("--mix", nargs="+", metavar="RULE:KIND:WEIGHT", default=None,
-                   help=f"mixture of rules and demonstrators ({', '.join(tasks.KINDS)}); default: --rule, careful")
+    g.add_argument("--rules", nargs="+", metavar="RULE:WEIGHT", default=None, help="mixture of rules; default: --rule")
+    g.add_argument("--demonstrators", nargs="+", metavar="KIND:WEIGHT", default=["expert"],
+                   help=f"mixture of demonstrators: {', '.join(tasks.KINDS)}")
+    g.add_argument("--split", choices=("train", "base"), default="train", help="base: as train, but with rules under which "
+                   "face cards give a hand the numbers of a held-out one; it stands in for pretraining")
+    g.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for training from scratch")
     g.add_argument("--fresh", action="store_true", help="random weights and a new tokenizer for --model tiny or small")
     args = finish_arguments(parser, argv)
-    args.mix = args.mix or [f"{args.rule}:careful:1"]
-    args.mix_pairs, args.mix_weights = parse_mix(args.mix)
+    args.rules = args.rules or [args.rule]
+    draw(args, random.Random(0))
     if args.fresh and args.model not in ("tiny", "small"):
         raise ValueError("--fresh makes a model from nothing: --model must be tiny or small.")
     return args

@@ -52,5 +52,5 @@ def tiny_run(tmp_path_factory):
     """A run directory with a tiny base trained for two steps: something to start the scripts from."""
     import train_sft
     out = tmp_path_factory.mktemp("runs") / "base"
-    train_sft.main(f"--fresh --steps 2 --batch 16 --eval-n 4 --out {out} --device cpu --mix 10:careful:2 10:retry:1".split())
+    train_sft.main(f"--fresh --steps 2 --batch 16 --eval-n 4 --out {out} --device cpu --rules 10 --demonstrators careful:2 retry:1".split())
     return out

@@ -306,12 +306,18 @@ def test_rl_step_flops_by_hand(model, tokenizer, tiny_run):
 
 # ---- the mixture, the schedule
 
-def test_mix_is_read_and_bad_ones_are_sentences():
-    pairs, weights = SFT.parse_mix(["10", "11,12,13:retry:2.5", "7/target=36:careless"])
-    assert pairs == [("10", "careful"), ("11,12,13", "retry"), ("7/target=36", "careless")] and weights == [1, 2.5, 1]
-    for bad in ("10:clever:1", "10:careful:x", "10:careful:-1", "10:careful:nan", "ten:careful:1"):
-        with pytest.raises(ValueError):
-            SFT.parse_mix([bad])
+def test_mixtures_are_read_and_bad_ones_are_sentences():
+    assert SFT.parse_weights(["10", "11,12,13:2.5"], "rules", SFT.check_rule) == (["10", "11,12,13"], [1.0, 2.5])
+    for rules, kinds, words in ((["10"], ["clever:1"], "clever"), (["10:x"], ["expert"], "number"), (["10:-1"], ["expert"], "positive"),
+                                (["10:nan"], ["expert"], "positive"), (["ten"], ["expert"], "ten"), (["10"], ["expert:0"], "positive")):
+        with pytest.raises(ValueError, match=words):
+            SFT.parse_args(["--fresh", "--rules", *rules, "--demonstrators", *kinds])
+
+
+def test_mixture_has_its_shares():
+    args = SFT.parse_args("--fresh --rules 10:1 11,12,13:3 --demonstrators expert:1 lazy:1".split())
+    drawn = [SFT.draw(args, random.Random(i)) for i in range(2000)]
+    assert abs(sum(rule == "10" for rule, _ in drawn) - 500) < 80 and abs(sum(kind == "lazy" for _, kind in drawn) - 1000) < 100
 
 
 def test_schedule_warms_up_and_falls():
@@ -362,6 +368,7 @@ def test_sft_run_directory(tiny_run):
 @pytest.mark.parametrize("script, extra", [
     (SFT, "--batch 8 --steps 6"),
     (SFT, "--batch 8 --steps 6 --lora-rank 2 --recompute"),
+    (SFT, "--batch 8 --steps 6 --optimizer muon"),
     (RL, "--problems 2 --group 3 --attempts 2 --max-new-tokens 6 --steps 6 --estimator reinforce --kl-coef 0.1"),
     (RL, "--problems 2 --group 3 --max-new-tokens 6 --steps 6 --estimator reinforce --lora-rank 2 --clip-eps 0.2"),
 ])
@@ -374,8 +381,11 @@ def test_resumed_equals_uninterrupted(script, extra, tiny_run, tmp_path, uneven_
     script.main(["--resume", str(tmp_path / "parts")])
     a, b = (torch.load(tmp_path / n / "step-000006" / "state.pt", weights_only=True) for n in ("whole", "parts"))
     assert torch.equal(a["random"]["torch"], b["random"]["torch"]) and torch.equal(a["random"]["sampling"], b["random"]["sampling"])
-    for key, moments in a["optimizer"]["state"].items():
-        assert all(torch.equal(v, b["optimizer"]["state"][key][k]) for k, v in moments.items())
+    parts = lambda state: state["optimizer"].get("parts", [state["optimizer"]])
+    for one, other in zip(parts(a), parts(b)):
+        assert one["state"] and one["param_groups"] == other["param_groups"]
+        for key, moments in one["state"].items():
+            assert all(torch.equal(v, other["state"][key][k]) for k, v in moments.items())
     weights = M.ADAPTER if "lora" in extra else M.WEIGHTS
     a, b = (M.load_tensors(tmp_path / n / "step-000006" / weights) for n in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
