@@ -58,7 +58,7 @@ base: .venv/ready
 	$(call base_run,learn,--fresh --steps 750 --lr 4e-3 --lr-warmup 50 --lr-end 0.02 --optimizer muon --weight-decay 0.1 \
 		--demonstrators expert:0.7 lazy:0.1 inattentive:0.12 retry:0.08)
 	$(call base_run,habits,--init runs/base/learn --steps 100 --lr 1e-3 \
-		--demonstrators expert:0.04 lazy:0.6 inattentive:0.3 retry:0.06)
+		--demonstrators expert:0.06 lazy:0.7 inattentive:0.17 retry:0.07)
 	$(PY) evaluate.py runs/base/habits --export assets/tiny-gp-l
 base_run = if [ -e runs/base/$(1)/latest ]; then $(PY) train_sft.py --resume runs/base/$(1); \
 	else $(PY) train_sft.py $(2) $(BASE) --out runs/base/$(1); fi
