@@ -367,13 +367,23 @@ def load_study(study_dir):
     return dict(sorted(study.items(), key=lambda item: (order.get(item[0], 4), item[0])))
 
 
-def any_eval(study):                       # for what is the same in all of them: suite, split, classes, attempts
+def any_eval(study):
+    """One of its evaluations, for what is the same in all of them: suite, split, classes, attempts."""
     return next(iter(next(iter(study.values())).values()))[-1]
-def arms_of(study):                        # those that are compared, SFT and RL first
+
+
+def arms_of(study):
+    """The arms that are compared, SFT and RL first."""
     return [arm for arm in study if arm not in ("base", "warmup")]
-def name_of(arm):                          # on one line, and no bar: it goes into a markdown table
+
+
+def name_of(arm):
+    """An arm's name on one line and without a bar: it goes into a markdown table."""
     return arm.upper() if arm in ("sft", "rl") else " ".join(clean(arm).replace("|", "/").split())
+
+
 def view_name(view):
+    """("greedy", "first") -> "greedy, first attempt"."""
     return f"{MODES[view[0]]}, {PARTS[view[1]]}"
 
 

@@ -109,6 +109,7 @@ def values(hand, rule):
 
 
 def rank_names(hand):
+    """The ranks of a hand as people write them, such as ["K", "7", "2", "A"]."""
     return [RANKS[rank - 1] for rank, _ in hand]
 
 
@@ -697,6 +698,7 @@ def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, st
 # ---- 9. Command line -------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
+    """Command line that shows problems."""
     parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
     which = parser.add_argument_group("which problems")
     which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
