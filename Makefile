@@ -35,12 +35,15 @@ run = @if [ -e $(STUDY)/$(1)/latest ]; then $(PY) $(firstword $(2)) --resume $(S
 # best ID score on validation problems. Then three seeds with the chosen rates, on the test problems.
 GRID_SFT = 1e-4 3e-4 1e-3
 GRID_RL = 1e-5 3e-5 1e-4
+# What --choose printed; change these if it prints others on your machine.
+CHOSEN_SFT = 1e-4
+CHOSEN_RL = 1e-5
 
 study: .venv/ready
 	for lr in $(GRID_SFT); do $(MAKE) grid ARM=sft LR=$$lr || exit 1; done
 	for lr in $(GRID_RL); do $(MAKE) grid ARM=rl LR=$$lr || exit 1; done
 	$(PY) evaluate.py --choose runs/grid
-	for s in 0 1 2; do $(MAKE) arms STUDY=runs/study SEED=$$s S=-s$$s || exit 1; done
+	for s in 0 1 2; do $(MAKE) arms STUDY=runs/study SEED=$$s S=-s$$s SFT_LR=$(CHOSEN_SFT) RL_LR=$(CHOSEN_RL) || exit 1; done
 	$(PY) evaluate.py --report runs/study
 
 grid: .venv/ready
