@@ -20,6 +20,7 @@ import functools
 import html
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -131,6 +132,11 @@ def _last_response(episode):
     return episode.ids[start:]
 
 
+def truncated(episodes, tokenizer):
+    """Share of episodes whose last answer was cut off before its stop token."""
+    return sum(e.ids[-1] not in tokenizer.stop_ids for e in episodes) / len(episodes)
+
+
 def to_batch(episodes, pad, device):
     """Episodes -> ids (B, T), chosen (B, T) bool, log_probs (B, T) float32, padded on the right."""
     ids, _ = pad_rows([e.ids for e in episodes], pad, device)
@@ -173,7 +179,7 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
     shown = [show_episode(name, e) for name, rule, judge in tasks.SUITES[suite] if judge is None
              for e in episodes[rule, "greedy"][:samples]]
     return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": [p.cls for p in problems],
-            "rows": result, "samples": shown, "eval_seconds": round(time.time() - began, 2)}
+            "truncated": max(truncated(played, tokenizer) for played in episodes.values()), "rows": result, "samples": shown, "eval_seconds": round(time.time() - began, 2)}
 
 
 def suite_problems(tokenizer, suite, rule, judge, n, attempts, split):
@@ -229,16 +235,20 @@ def find_model(name, task):
 
 def latest_checkpoint(run):
     """The checkpoint directory that the run's pointer file names."""
-    name = (Path(run) / "latest").read_text()[:100].strip()
-    if not re.fullmatch(r"step-\d{6}", name) or not (Path(run) / name).is_dir():
-        raise ValueError(f"{run}/latest does not name a checkpoint of this run; the run cannot be continued from it.")
+    name = (Path(run) / "latest").read_bytes()[:100].decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"step-\d{6,9}", name) or not (Path(run) / name).is_dir():
+        raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its step-NNNNNN directories.")
     return Path(run) / name
 
 
 def device_and_dtype(device):
     """("cuda", bfloat16) or ("cpu", float32); `auto` takes the GPU when there is one."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ValueError("--device must be auto, cpu or cuda (or cuda:1 and so on).")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there is no such GPU; torch sees {torch.cuda.device_count()}.")
     return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
@@ -255,12 +265,44 @@ def esc(text):
     return html.escape(clean(text), quote=True)
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows defaults in --help and whose errors are ValueErrors of one sentence."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the flags.")
+
+
+LIMITS = {"steps": (1, 1e8), "batch": (1, 1e5), "problems": (1, 1e5), "group": (1, 1e4), "micro_batch": (1, 1e6), "rows": (1, 1e6),
+          "attempts": (1, 100), "max_new_tokens": (1, 1e5), "n": (1, 1e5), "eval_n": (1, 1e5), "k": (0, 1000), "evals": (0, 1e4),
+          "save_every": (0, 1e8), "threads": (0, 1024), "seed": (0, 2**62), "lora_rank": (0, 4096), "lora_alpha": (1e-3, 1e5),
+          "lr": (1e-12, 10), "lr_warmup": (0, 1e8), "lr_end": (0, 1), "weight_decay": (0, 10), "max_grad_norm": (1e-9, 1e9),
+          "flops": (0, 1e30), "temperature": (0.05, 5), "discount": (0, 1), "clip_eps": (0, 10), "kl_coef": (0, 1e3),
+          "kl_every": (0, 1e8)}
+
+
+def check_limits(args):
+    """ValueError for a number outside its range; NaN is outside of any."""
+    for name, (low, high) in LIMITS.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value:g} must lie from {low:g} to {high:g}.")
+
+
 def run_main(main):
     """Run a script's main: an expected error is one sentence on stderr and exit status 2, not a traceback."""
     try:
         main()
-    except ValueError as error:
-        print(f"error: {clean(error)}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError):
+            error = f"{error.filename or 'a file'} could not be read or written: {error.strerror}. What was there is as it was."
+        print(f"error: {' '.join(clean(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -801,12 +843,10 @@ def result_table(result):
 
 def parse_args(argv=None):
     """Command line of evaluation."""
-    parser = argparse.ArgumentParser(description="Evaluate a model on held-out problems, or write the report of a study.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Evaluate a model on held-out problems, or write the report of a study.")
     parser.add_argument("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
     parser.add_argument("--report", metavar="STUDY", help="print the tables of a study directory and write its report.html")
     parser.add_argument("--choose", metavar="GRID", help="print a grid's ID validation scores and the learning rates to take")
-    parser.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}")
     parser.add_argument("--suite", default="gp-l", help=f"one of {', '.join(tasks.SUITES)}")
     parser.add_argument("--n", type=int, default=500, help="held-out problems per row")
     parser.add_argument("--attempts", type=int, default=1, help="answers an episode may have")
@@ -822,9 +862,7 @@ def parse_args(argv=None):
         raise ValueError("give one of: a model to evaluate, --report and a study directory, --choose and a grid of runs.")
     if args.suite not in tasks.SUITES:
         raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
-    for name in ("n", "attempts", "rows", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1.")
+    check_limits(args)
     return args
 
 
@@ -845,7 +883,7 @@ def main(argv=None):
         return write_study(args.report)
     if args.choose:
         return choose_rates(args.choose)
-    model, tokenizer = load_model(find_model(args.model, args.task), *device_and_dtype(args.device)[::-1])
+    model, tokenizer = load_model(find_model(args.model, args.suite.removesuffix("-probes")), *device_and_dtype(args.device)[::-1])
     if args.export:
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")

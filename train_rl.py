@@ -11,7 +11,6 @@ The four estimators differ in the few lines of `advantages` and in the weight th
 Shapes: P problems, G episodes of each (a group), B = P * G.
 """
 
-import argparse
 import json
 import math
 import time
@@ -19,9 +18,9 @@ import time
 import torch
 
 import tasks
-from evaluate import micro_batches, rollout, run_main, show_episode, to_batch
+from evaluate import Parser, micro_batches, rollout, run_main, show_episode, to_batch, truncated
 from model import adapters_off, load_model, text_flops, training_flops
-from train_sft import evaluate_run, finish_arguments, save_run, set_up, shared_arguments, update
+from train_sft import evaluate_run, finish, finish_arguments, save_run, set_up, shared_arguments, update, warn_truncated
 
 ESTIMATORS = ("reinforce", "rloo", "grpo", "dr_grpo")
 
@@ -113,7 +112,7 @@ def rl_backward(model, episodes, advantage, args, pad, reference=None):
         sums["clip_fraction"] += clipped.item() * share
         sums["ratio_error"] = max(sums["ratio_error"], (log_probs - old[chosen]).abs().max().item())
     if not math.isfinite(sums["loss"]):
-        raise ValueError("the loss is not finite; nothing was updated. Lower --lr, or continue with --resume.")
+        raise FloatingPointError("the loss is not finite")
     return sums
 
 
@@ -159,7 +158,7 @@ def rollout_metrics(groups, returns, tokenizer):
         "success": sum(e.solved() for e in episodes) / len(episodes),
         "signal": (returns != returns[:, :1]).any(1).float().mean().item(),  # share of groups with unequal returns
         "repeat": sum(later) / max(1, len(later)),  # share of second and later answers that were given before
-        "truncated": sum(e.ids[-1] not in tokenizer.stop_ids for e in episodes) / len(episodes),
+        "truncated": truncated(episodes, tokenizer),
         "tokens": sum(sum(e.response_mask) for e in episodes),
     }
 
@@ -175,7 +174,7 @@ def main(argv=None):
     scores = {}
     if progress.eval_due():
         scores = evaluate_run(run, model, tokenizer, progress, args)
-    while not progress.done() and not run.stopping:
+    while not (progress.done() or progress.stuck or run.stopping):
         began, lr = time.time(), progress.lr()
         problems = training_problems(args, tokenizer, progress.step)
         groups = rollout(model, tokenizer, problems, args.group, args.max_new_tokens, args.temperature, generator, args.rows)
@@ -187,10 +186,11 @@ def main(argv=None):
         record = rollout_metrics(groups, returns, tokenizer)
         if trained:
             measured = args.kl_coef or (args.kl_every and progress.step % args.kl_every == 0)
-            record |= rl_backward(model, *zip(*trained), args, tokenizer.pad, reference if measured else None)
+            with run.keeping(progress.step + 1, [e for e, _ in trained]):
+                record |= rl_backward(model, *zip(*trained), args, tokenizer.pad, reference if measured else None)
+                record["grad_norm"] = update(model, optimizer, lr, args.max_grad_norm, progress)
             if not measured:
                 del record["kl"]
-            record["grad_norm"] = update(model, optimizer, lr, args.max_grad_norm)
 
         seconds = time.time() - began
         progress.add(*step_flops(model, groups, [e for e, _ in trained], args), seconds)
@@ -201,9 +201,12 @@ def main(argv=None):
             scores = evaluate_run(run, model, tokenizer, progress, args)
             write_samples(run, progress.step, groups)
         run.log({"step": progress.step, "flops": progress.flops, **record, **(scores if due else {})})
-        if due or run.stopping or progress.done() or (args.save_every and progress.step % args.save_every == 0):
+        if due or (args.save_every and progress.step % args.save_every == 0):
             save_run(run, model, tokenizer, optimizer, generator, progress, args)
-    print(f"{'stopped; continue with --resume' if run.stopping else 'done'}: {run.path}", flush=True)
+        warn_truncated(run, progress, "sampled", record["truncated"], args)
+        progress.wasted("signal", not trained, f"no group had unequal returns (success {100 * record['success']:.0f} %), so nothing "
+                        "could be learned: raise --group or --temperature, or give a better (or a less perfect) --init.")
+    finish(run, model, tokenizer, optimizer, generator, progress, args)
     return scores
 
 
@@ -225,8 +228,7 @@ def write_samples(run, step, groups, count=4):
 
 def parse_args(argv=None):
     """Command line of reinforcement learning."""
-    parser = argparse.ArgumentParser(description="Reinforcement learning with verifier rewards.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Reinforcement learning with verifier rewards.")
     shared_arguments(parser, steps=300, lr=1e-4, schedule="constant", out="runs/rl")
     g = parser.add_argument_group("reinforcement learning")
     g.add_argument("--estimator", choices=ESTIMATORS, default="dr_grpo", help="how returns become advantages")
@@ -238,8 +240,6 @@ def parse_args(argv=None):
     g.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL to the start's policy in the loss")
     g.add_argument("--kl-every", type=int, default=10, help="measure that KL every so many steps (0 = never)")
     args = finish_arguments(parser, argv)
-    if not 0.05 <= args.temperature <= 5:
-        raise ValueError("--temperature must lie between 0.05 and 5 (0 would sample without exploring).")
     if args.group < 2 and args.estimator != "reinforce":
         raise ValueError("--group must be at least 2: one episode has no group to be compared with.")
     return args

@@ -11,7 +11,6 @@ Contents
   5. Training loop and command line
 """
 
-import argparse
 import json
 import math
 import os
@@ -20,17 +19,23 @@ import shutil
 import signal
 import sys
 import time
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import tasks
-from evaluate import (Episode, clean, device_and_dtype, evaluate, find_model, latest_checkpoint, micro_batches, run_main,
+from evaluate import (Episode, Parser, check_limits, clean, device_and_dtype, evaluate, find_model, micro_batches, run_main,
                       summary, to_batch)
-from model import (SIZES, LlamaVision, add_lora, count_parameters, init_weights, load_model, save_adapter, save_model,
+from model import (SIZES, LlamaVision, add_lora, count_parameters, init_weights, load_model, read_json, save_adapter, save_model,
                    text_flops, train_tokenizer, training_flops, write_atomically, write_json)
 
 # ---------------------------------------------------------------- 1. Run directory
+
+
+CHECKSUMS = "checksums.json"
 
 
 class Run:
@@ -38,21 +43,31 @@ class Run:
 
     args.json          its arguments                      metrics.jsonl   one JSON object a step
     evals/NNNNNN.json  an evaluation, hand by hand        samples/        episodes in plain text (RL)
-    step-NNNNNN/       a checkpoint: a model directory as the hub has it (or an adapter as PEFT has it) and, in the two
-                       newest, state.pt: optimizer, step, random states; tensors and plain values only
+    step-NNNNNN/       a checkpoint: a model directory as the hub has it (or an adapter as PEFT has it), the checksums of
+                       its files and, in the two newest, state.pt: optimizer, step, random states; plain values only
     latest             the name of the newest complete checkpoint, written last
     source/            a copy of the five files, since people edit them
+    Whatever is written under another name first (.NAME.tmp) and renamed is either whole or absent.
     """
 
     def __init__(self, args):
-        self.path, self.stopping = Path(args.out), False
+        self.path, self.stopping, self.saved, self.warned = Path(args.out), False, -1, {}
         if not args.resume:
-            if self.path.exists() and any(self.path.iterdir()):
-                raise ValueError(f"{self.path} is not empty; choose another --out, or continue it with --resume.")
-            (self.path / "source").mkdir(parents=True, exist_ok=True)
-            for name in ("train_sft", "train_rl", "evaluate", "model", "tasks"):
-                shutil.copy(Path(__file__).parent / f"{name}.py", self.path / "source")
-            write_json(self.path / "args.json", vars(args))
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise ValueError(f"{self.path} is there already and not empty; choose another --out, or go on with "
+                                 f"--resume {self.path}.")
+
+    def open(self, args):
+        """Write what a run begins with (all at once, once the model is there), or clear what a killed one left."""
+        if not args.resume:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replaced(self.path) as fresh:
+                (fresh / "source").mkdir()
+                for name in ("train_sft", "train_rl", "evaluate", "model", "tasks"):
+                    shutil.copy(Path(__file__).parent / f"{name}.py", fresh / "source")
+                write_json(fresh / "args.json", vars(args))
+        for stale in self.path.glob(".*.tmp"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         for folder in ("evals", "samples"):
             (self.path / folder).mkdir(exist_ok=True)
 
@@ -62,7 +77,7 @@ class Run:
             if self.stopping:
                 os._exit(130)
             self.stopping = True
-            print("stopping after this step; once more to exit at once", file=sys.stderr)
+            print("stopping after this step; once more to exit at once", file=sys.stderr, flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handler)
 
@@ -71,29 +86,107 @@ class Run:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def warn(self, key, step, sentence, every=50):
+        """Print a warning, each kind at most once in `every` steps."""
+        if step >= self.warned.get(key, step):
+            self.warned[key] = step + every
+            print(f"warning: step {step}: {sentence}", file=sys.stderr, flush=True)
+
     def save(self, model, tokenizer, state, base=None):
         """A checkpoint of step state["step"]: an adapter when `base` names what it belongs to, else all weights."""
         name = f"step-{state['step']:06d}"
-        temporary = self.path / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        if base:
-            save_adapter(model, temporary, base)
-        else:
-            save_model(model, tokenizer, temporary)
-        torch.save(state, temporary / "state.pt")
-        shutil.rmtree(self.path / name, ignore_errors=True)
-        os.replace(temporary, self.path / name)
-        write_atomically(self.path / "latest", lambda p: p.write_text(name + "\n"))
+        try:
+            with replaced(self.path / name) as fresh:
+                save_adapter(model, fresh, base) if base else save_model(model, tokenizer, fresh)
+                torch.save(state, fresh / "state.pt")
+                write_json(fresh / CHECKSUMS, checksums(fresh))
+            self.point_to(name)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+            raise ValueError(f"the checkpoint of step {state['step']} could not be written to {self.path} ({str(error)[:120]}); "
+                             f"those before it are as they were. Make room, then --resume {self.path}.") from None
+        self.saved = state["step"]
         for old in sorted(self.path.glob("step-*/state.pt"))[:-2]:  # two to continue from; of the others the weights
             old.unlink()
 
-    def load_state(self):
-        """The state of the latest checkpoint; metrics that were written after it are dropped."""
-        state = torch.load(latest_checkpoint(self.path) / "state.pt", weights_only=True)
-        lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
-        write_atomically(self.path / "metrics.jsonl", lambda p: p.write_text("".join(kept)))
-        return state
+    def point_to(self, name):
+        """Make a checkpoint the one that others find."""
+        write_atomically(self.path / "latest", lambda p: p.write_text(name + "\n"))
+
+    def resume_point(self):
+        """(directory, state) of the newest checkpoint that is whole; (None, None) if none has been written yet.
+
+        What the run wrote after it is taken back: later lines of the metrics and later evaluations come again.
+        """
+        directory, state = None, None
+        for path in sorted(self.path.glob("step-*/state.pt"), reverse=True):
+            try:
+                if read_json(path.parent / CHECKSUMS) != checksums(path.parent):
+                    raise ValueError("a file is not as it was written")
+                directory, state = path.parent, torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except Exception as error:  # torch.load alone has half a dozen kinds for a damaged file
+                print(f"{path.parent} is damaged ({clean(error)[:120]}); going back to the checkpoint before it.", file=sys.stderr)
+        if state is None and any(self.path.glob("step-*")):
+            raise ValueError(f"no checkpoint of {self.path} can be continued; start a new run with --init and one of its "
+                             f"step-NNNNNN directories, or --model.")
+        if directory:
+            self.point_to(directory.name)
+        self.saved = step = state["step"] if state else 0
+        lines = (self.path / "metrics.jsonl").read_text().splitlines() if (self.path / "metrics.jsonl").is_file() else []
+        kept = [line for line in lines if step_of(line) <= step]
+        write_atomically(self.path / "metrics.jsonl", lambda p: p.write_text("".join(line + "\n" for line in kept)))
+        for path in [*self.path.glob("evals/*.json"), *self.path.glob("samples/*.json")]:
+            if path.stem.isdigit() and int(path.stem) > step:
+                path.unlink()
+        return directory, state
+
+    @contextmanager
+    def keeping(self, step, episodes):
+        """A loss or gradient that is not finite ends the run here, and its batch is kept for a look."""
+        try:
+            yield
+        except FloatingPointError as error:
+            path = self.path / f"not-finite-{step:06d}.json"
+            write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids, "response_mask": e.response_mask,
+                               "log_probs": e.log_probs} for e in episodes])
+            raise ValueError(f"step {step}: {error}, so nothing was updated; its batch is in {path}. Start a new run with "
+                             f"--init {self.path} and a lower --lr.") from None
+
+
+@contextmanager
+def replaced(path):
+    """A new directory that takes the place of `path` when the block ends, and is removed when the block fails."""
+    fresh = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        yield fresh
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(fresh, path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def checksums(directory):
+    """{file name: [bytes, CRC-32]} of a checkpoint's files."""
+    found = {}
+    for path in directory.iterdir():
+        if path.name != CHECKSUMS:
+            crc = 0
+            with open(path, "rb") as file:
+                while block := file.read(1 << 24):
+                    crc = zlib.crc32(block, crc)
+            found[path.name] = [path.stat().st_size, crc]
+    return found
+
+
+def step_of(line):
+    """The step of a line of the metrics; infinity for one that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, TypeError, KeyError):
+        return math.inf
 
 
 # ---------------------------------------------------------------- 2. Progress
@@ -104,7 +197,7 @@ class Progress:
 
     def __init__(self, args):
         self.args, self.step, self.flops, self.flops_paper, self.seconds = args, 0, 0, 0, 0.0
-        self.evals_done, self.began = 0, time.time()
+        self.evals_done, self.idle, self.stuck = 0, {}, ""
 
     def share(self):
         """0 at the start, 1 at the end."""
@@ -132,6 +225,12 @@ class Progress:
         """Count one finished step."""
         self.step, self.flops, self.flops_paper = self.step + 1, self.flops + flops, self.flops_paper + flops_paper
         self.seconds += seconds
+
+    def wasted(self, what, wasted, sentence, limit=50):
+        """Note whether a step was wasted in some way; `limit` of them in a row end the run, after a save."""
+        self.idle[what] = self.idle.get(what, 0) + 1 if wasted else 0
+        if self.idle[what] == limit:
+            self.stuck = f"stopped after {limit} steps in a row in which {sentence}"
 
     def line(self, record):
         """What the terminal shows of a step."""
@@ -174,8 +273,16 @@ def evaluate_run(run, model, tokenizer, progress, args):
     print(f"  eval at step {progress.step}, {args.eval_n} held-out hands: " + ", ".join(
         f"{row} {100 * scores[f'{row}/greedy/episode']:.1f} greedy {100 * scores[f'{row}/sampled/episode']:.1f} sampled"
         for row in result["rows"]), flush=True)
+    warn_truncated(run, progress, "held-out", result["truncated"], args)
     progress.evals_done += 1
     return scores
+
+
+def warn_truncated(run, progress, which, share, args):
+    """Warn when many answers were cut off, for a cut answer is a wrong one."""
+    if share > 0.3:
+        run.warn(which, progress.step, f"{100 * share:.0f} % of the {which} answers were cut off at --max-new-tokens "
+                 f"{args.max_new_tokens}; raise it, or begin with a longer SFT warm-up.")
 
 
 def set_up(args):
@@ -186,7 +293,7 @@ def set_up(args):
     device, dtype = device_and_dtype(args.device)
     run, progress = Run(args), Progress(args)
     generator = torch.Generator(device).manual_seed(args.seed)
-    start = latest_checkpoint(run.path) if args.resume else None
+    start, state = run.resume_point() if args.resume else (None, None)
     if args.fresh and not start:
         model, tokenizer = fresh_model(args)
         model = model.to(device)
@@ -196,15 +303,15 @@ def set_up(args):
         add_lora(model, args.lora_rank, args.lora_alpha)
     model.recompute(args.recompute)
     optimizer = make_optimizer(model, args)
+    run.open(args)
     if start:
-        state = run.load_state()
         optimizer.load_state_dict(state["optimizer"])
         restore_random_states(state["random"], generator)
         progress.restore(state["progress"])
     sizes = count_parameters(model)
     print(f"{run.path}: {sizes['decoder']:,} decoder + {sizes['vision']:,} vision parameters, {sizes['trained']:,} "
           f"trained ({'LoRA rank %d' % args.lora_rank if args.lora_rank else 'full fine-tuning'}), {device}, "
-          f"{torch.get_num_threads()} threads" + (f", continued at step {progress.step}" if start else ""), flush=True)
+          f"{torch.get_num_threads()} threads" + (f", continued at step {progress.step}" if args.resume else ""), flush=True)
     run.catch_signals()
     return model, tokenizer, optimizer, generator, progress, run
 
@@ -226,6 +333,8 @@ def make_optimizer(model, args):
     if not args.lora_rank:
         freeze_unused(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("no parameter would be trained; give --lora-rank 1 or more, or 0 for full fine-tuning.")
     adamw = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
     if getattr(args, "optimizer", "adamw") == "adamw":
         return torch.optim.AdamW(trained.values(), **adamw)
@@ -273,15 +382,34 @@ def save_run(run, model, tokenizer, optimizer, generator, progress, args):
              args.init_path if args.lora_rank else None)
 
 
-def update(model, optimizer, lr, max_grad_norm):
-    """Clip the gradient, take one step. Returns the norm before clipping; a non-finite one stops the run."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_grad_norm).item()
+def finish(run, model, tokenizer, optimizer, generator, progress, args):
+    """Save what no checkpoint has yet, and say how the run ended. ValueError when it ended because it had become useless."""
+    if run.saved < progress.step:
+        save_run(run, model, tokenizer, optimizer, generator, progress, args)
+    if progress.stuck:
+        raise ValueError(progress.stuck)
+    print(f"stopped at step {progress.step}; go on with --resume {run.path}" if run.stopping and not progress.done() else
+          f"done: {run.path}", flush=True)
+
+
+def update(model, optimizer, lr, max_grad_norm, progress):
+    """Clip the gradient, take one step. Returns the norm before clipping.
+
+    FloatingPointError before anything moves when the norm is not finite. Updates that move nothing (a rate too small for the
+    weights' precision, or gradients of 0) are noted, and end the run when they go on.
+    """
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
     if not math.isfinite(norm):
-        raise ValueError("the gradient is not finite; nothing was updated. Lower --lr, or continue with --resume.")
+        raise FloatingPointError("the gradient is not finite")
     for group in optimizer.param_groups:
         group["lr"] = lr
+    fingerprint = lambda: torch.stack([p.detach().sum(dtype=torch.float64) for p in trained])
+    before = fingerprint()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    progress.wasted("update", torch.equal(before, fingerprint()), f"no trained parameter moved (--lr {lr:g}, gradient norm "
+                    f"{norm:g}): raise --lr, or see why the loss has no gradient.", limit=10)
     return norm
 
 
@@ -371,7 +499,7 @@ def sft_backward(model, episodes, pad, size):
         part_loss.backward()
         loss += part_loss.item()
     if not math.isfinite(loss):
-        raise ValueError("the loss is not finite; nothing was updated. Lower --lr, or continue with --resume.")
+        raise FloatingPointError("the loss is not finite")
     return loss, tokens
 
 
@@ -393,11 +521,12 @@ def main(argv=None):
     scores = {}
     if progress.eval_due():
         scores = evaluate_run(run, model, tokenizer, progress, args)
-    while not progress.done() and not run.stopping:
+    while not (progress.done() or progress.stuck or run.stopping):
         began, lr, first = time.time(), progress.lr(), progress.step * args.batch
         episodes = [demonstration(args, tokenizer, first + i) for i in range(args.batch)]
-        loss, tokens = sft_backward(model, episodes, tokenizer.pad, args.micro_batch)
-        norm = update(model, optimizer, lr, args.max_grad_norm)
+        with run.keeping(progress.step + 1, episodes):
+            loss, tokens = sft_backward(model, episodes, tokenizer.pad, args.micro_batch)
+            norm = update(model, optimizer, lr, args.max_grad_norm, progress)
         progress.add(*batch_flops(model, episodes, args), time.time() - began)
         record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "seconds": time.time() - began}
         print(progress.line(record), flush=True)
@@ -405,9 +534,9 @@ def main(argv=None):
         if due:
             scores = evaluate_run(run, model, tokenizer, progress, args)
         run.log({"step": progress.step, "flops": progress.flops, **record, **(scores if due else {})})
-        if due or run.stopping or progress.done() or (args.save_every and progress.step % args.save_every == 0):
+        if due or (args.save_every and progress.step % args.save_every == 0):
             save_run(run, model, tokenizer, optimizer, generator, progress, args)
-    print(f"{'stopped; continue with --resume' if run.stopping else 'done'}: {run.path}", flush=True)
+    finish(run, model, tokenizer, optimizer, generator, progress, args)
     return scores
 
 
@@ -450,34 +579,45 @@ def shared_arguments(parser, **defaults):
 
 
 def finish_arguments(parser, argv):
-    """Parse, take the arguments of a resumed run, check what can be checked before anything is written."""
+    """Parse, take the arguments of a resumed run, and check what can be checked before anything is written."""
     args = parser.parse_args(argv)
     if args.resume:
         if args.init:
             raise ValueError("--init starts a run and --resume continues one: give only one of them.")
-        if not (Path(args.resume) / "args.json").is_file():
-            raise ValueError(f"{args.resume} holds no run (no args.json); --resume needs a run directory.")
-        stored = json.loads((Path(args.resume) / "args.json").read_text())
-        vars(args).update(stored, resume=args.resume, out=args.resume)
-        return args
+        stored, given = stored_arguments(args, parser), {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
+        if wrong := given.keys() - {"resume", "device", "threads"}:
+            raise ValueError(f"--resume takes the arguments of the run it continues: leave out --{min(wrong).replace('_', '-')}.")
+        vars(args).update(stored | given, out=args.resume)
+    check_limits(args)
     tasks.make(args.task, args.rule, split="train", index=0)
-    for name in ("steps", "batch", "problems", "group", "micro_batch", "attempts", "eval_n", "rows"):
-        if hasattr(args, name) and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1.")
-    if not 0 < args.lr < 10:
-        raise ValueError("--lr must be a positive number, such as 1e-4.")
-    if not getattr(args, "fresh", False):
-        args.fresh, args.init_path = False, str(find_model(args.init or args.model, args.task))
-    else:
-        args.init_path = None
+    if args.eval_suite not in (None, *tasks.SUITES):
+        raise ValueError(f"--eval-suite must be one of {', '.join(tasks.SUITES)}.")
+    args.fresh = getattr(args, "fresh", False)
+    if not args.resume:
+        args.init_path = None if args.fresh else str(find_model(args.init or args.model, args.task))
     args.max_new_tokens = args.max_new_tokens or (64 if "tiny" in args.model else 256)
     return args
 
 
+def stored_arguments(args, parser):
+    """The arguments in args.json of the run that --resume names."""
+    path = Path(args.resume) / "args.json"
+    if not path.is_file():
+        raise ValueError(f"{args.resume} holds no run (no args.json); --resume needs a run directory.")
+    stored, flags = read_json(path), vars(args).keys() - {"resume"} | {"init_path"}
+    if not isinstance(stored, dict) or flags - stored.keys():
+        raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the script that began it.")
+    for name in flags - {"init_path"}:
+        default, value = parser.get_default(name), stored[name]
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
+            raise ValueError(f"{path}: {name} cannot be {clean(json.dumps(value))[:60]}.")
+    return stored
+
+
 def parse_args(argv=None):
     """Command line of supervised fine-tuning."""
-    parser = argparse.ArgumentParser(description="Supervised fine-tuning on demonstrations.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Supervised fine-tuning on demonstrations.")
     shared_arguments(parser, steps=300, lr=3e-4, schedule="cosine", out="runs/sft")
     g = parser.add_argument_group("supervised fine-tuning")
     g.add_argument("--batch", type=int, default=256, help="demonstrations per step")

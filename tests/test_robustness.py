@@ -1,0 +1,374 @@
+"""Bad input, damaged files, full disks, kills, and training that goes wrong: one sentence, and nothing that was there is lost."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate as E
+import kill_saves
+import model as M
+import tasks
+import train_rl as RL
+import train_sft as SFT
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def contents(folder):
+    """{relative name: hash} of everything below a folder."""
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "" for p in sorted(folder.rglob("*"))}
+
+
+def step_of(run):
+    return E.latest_checkpoint(run).name
+
+
+# ---- bad input
+
+@pytest.fixture(scope="session")
+def place(tiny_run, tmp_path_factory):
+    """A folder with a good run, and with copies of it that are broken, each in another way."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny_run, place / "run")
+    (place / "empty").mkdir()
+    (place / "file").write_text("not a directory")
+
+    def copy(name):
+        shutil.copytree(tiny_run, place / name)
+        return place / name, E.latest_checkpoint(place / name)
+
+    def edit(path, change):
+        data = json.loads(path.read_text())
+        change(data)
+        path.write_text(json.dumps(data))
+    run, step = copy("half")
+    shutil.rmtree(step)
+    (copy("pointer")[0] / "latest").write_text("../../etc")
+    (copy("binary")[0] / "latest").write_bytes(b"\xff\x00\x1b[31m")
+    run, step = copy("cut")
+    (step / M.WEIGHTS).write_bytes((step / M.WEIGHTS).read_bytes()[:1000])
+    run, step = copy("junk")
+    (step / M.WEIGHTS).write_bytes(b"\xff" * 4096)
+    run, step = copy("size")
+    edit(step / "config.json", lambda c: c["text_config"].update(intermediate_size=96))
+    run, step = copy("tokenless")
+    (step / "tokenizer.json").unlink()
+    run, step = copy("words")
+    (step / "tokenizer.json").write_text("{}")
+    run, step = copy("stateless")
+    (step / "state.pt").unlink()
+    edit(copy("typed")[0] / "args.json", lambda a: a.update(steps="many"))
+    edit(copy("nan")[0] / "args.json", lambda a: a.update(lr=math.nan))
+    edit(copy("flagless")[0] / "args.json", lambda a: a.pop("batch"))
+    edit(copy("task")[0] / "args.json", lambda a: a.update(task="chess"))
+    (copy("text")[0] / "args.json").write_text("{")
+    (copy("list")[0] / "args.json").write_text("[]")
+    (copy("empty_args")[0] / "args.json").write_text("")
+    return place
+
+
+NEW = ["--model", "tiny", "--out", "new"]
+BAD = [  # script, flags, words of the sentence
+    *[(script, ["--task", "poker", *NEW], "poker") for script in (SFT, RL)],
+    *[(script, ["--rule", rule, *NEW], re.escape(words)) for script in (SFT, RL) for rule, words in (
+        ("ten", "ten"), ("10/cards=9", "3 to 6"), ("0", "0"), ("11,12", "three"), ("1e9", "1e9"), ("10/target=0", "target"))],
+    *[(SFT, [flag, value, *NEW], flag) for flag, value in (
+        ("--steps", "0"), ("--steps", "-5"), ("--steps", "ten"), ("--steps", "99999999999999999999"), ("--batch", "0"),
+        ("--batch", "1000000000000"), ("--lr", "nan"), ("--lr", "0"), ("--lr", "-1e-4"), ("--lr", "inf"), ("--flops", "-1"),
+        ("--flops", "nan"), ("--flops", "inf"), ("--eval-n", "0"), ("--micro-batch", "0"), ("--lora-rank", "-1"), ("--rows", "0"),
+        ("--lr-end", "2"), ("--lr-warmup", "-1"), ("--weight-decay", "nan"), ("--max-grad-norm", "0"), ("--max-new-tokens", "-3"),
+        ("--attempts", "0"), ("--seed", "-1"), ("--evals", "-1"), ("--threads", "-1"), ("--schedule", "linear"),
+        ("--optimizer", "sgd"), ("--split", "test"), ("--device", "tpu"), ("--device", "cuda:77"), ("--eval-suite", "poker"),
+        ("--demonstrators", "clever"), ("--rules", "10:0"), ("--rules", "10:x"), ("--learning-rate", "1"))],
+    *[(RL, [flag, value, *NEW], flag) for flag, value in (
+        ("--estimator", "ppo2"), ("--group", "1"), ("--group", "0"), ("--problems", "0"), ("--temperature", "0"),
+        ("--temperature", "nan"), ("--discount", "1.5"), ("--clip-eps", "-1"), ("--kl-coef", "nan"), ("--kl-every", "-1"))],
+    (SFT, ["--fresh", "--model", "11b", "--out", "new"], "--fresh"),
+    (SFT, ["--model", "huge", "--out", "new"], "huge"),
+    *[(script, ["--init", name, "--out", "new"], words) for script in (SFT, RL) for name, words in (
+        ("absent", "absent is not a directory"), ("file", "file is not a directory"), ("empty", "empty holds neither"),
+        ("half", "half/latest"), ("pointer", "pointer/latest"), ("binary", "binary/latest"), ("cut", "cut.*safetensors"),
+        ("junk", "junk.*safetensors"), ("size", "size.*shape"), ("tokenless", "tokenizer.json"), ("words", "tokenizer.json"))],
+    *[(SFT, ["--resume", name], words) for name, words in (
+        ("absent", "absent holds no run"), ("file", "file holds no run"), ("empty", "empty holds no run"),
+        ("typed", "steps cannot be"), ("nan", "--lr"), ("flagless", "flagless/args.json was not written by"), ("task", "chess"), ("text", "not JSON"),
+        ("list", "args.json"), ("empty_args", "not JSON"), ("cut", "no checkpoint of cut"), ("stateless", "no checkpoint of stateless"))],
+    (RL, ["--resume", "run"], "continue the run with the script that began it"),
+    (SFT, ["--resume", "run", "--init", "run"], "only one"),
+    (SFT, ["--resume", "run", "--lr", "1e-3"], "leave out --lr"),
+    (SFT, ["--model", "tiny", "--out", "run"], "run is there already"),
+    (SFT, ["--model", "tiny", "--out", "file"], "file is there already"),
+    (SFT, ["--model", "tiny", "--out", "file/inside"], "file"),
+    (E, ["absent"], "absent is not a directory"),
+    (E, ["empty"], "empty holds neither"),
+    (E, ["cut"], "safetensors"),
+    (E, [], "give one of"),
+    (E, ["run", "--suite", "poker"], "--suite"),
+    *[(E, ["run", flag, value], flag) for flag, value in (("--n", "0"), ("--k", "-1"), ("--attempts", "0"), ("--max-new-tokens", "0"))],
+    (E, ["--report", "empty"], "no evaluation in empty"),
+    (E, ["--report", "absent"], "absent"),
+    (E, ["--choose", "empty"], "empty"),
+]
+
+
+@pytest.mark.parametrize("script, argv, words", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else getattr(x, "__name__", ""))
+def test_bad_input_is_one_sentence_and_changes_nothing(script, argv, words, place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    before = contents(place)
+    with pytest.raises(SystemExit) as ended:
+        E.run_main(lambda: script.main(argv))
+    errors = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2 and errors[-1].startswith("error: ") and "Traceback" not in "".join(errors)
+    assert len(errors) == 1 or all("is damaged" in line for line in errors[:-1])
+    assert re.search(words, errors[-1]), errors[-1]
+    assert not re.search(r"[\x00-\x1f\x7f]", errors[-1])
+    assert contents(place) == before
+
+
+def test_there_are_enough_of_them():
+    assert len(BAD) > 90
+
+
+def test_from_the_shell_it_is_exit_status_2_without_a_traceback(place):
+    for script, argv in (("train_sft.py", "--lr nan"), ("train_rl.py", "--init empty"), ("evaluate.py", "absent"), ("tasks.py", "--rule x")):
+        done = subprocess.run([sys.executable, ROOT / script, *argv.split()], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stdout == "", (script, done.stderr)
+
+
+# ---- checkpoints
+
+def train(out, start, *flags):
+    SFT.main(["--init", str(start), "--out", str(out), *"--batch 4 --evals 0 --steps 6 --save-every 2 --device cpu".split(), *flags])
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_run, tmp_path_factory):
+    """Six steps with a checkpoint after every second one."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(out, tiny_run)
+    return out
+
+
+def damage(kind, step):
+    """Break one file of a checkpoint."""
+    target = step / ("state.pt" if "state" in kind else M.WEIGHTS)
+    data = bytearray(target.read_bytes())
+    if "cut" in kind:
+        data = data[: len(data) // 2]
+    elif "empty" in kind:
+        data = b""
+    elif "flipped" in kind:
+        data[len(data) // 2] ^= 1
+    target.write_bytes(data) if "gone" not in kind else target.unlink()
+
+
+@pytest.mark.parametrize("kind", ["weights cut", "weights empty", "weights flipped", "weights gone", "state cut", "state empty",
+                                  "state flipped"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(kind, whole_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    wanted = contents(run)
+    damage(kind, run / "step-000006")
+    SFT.main(["--resume", str(run)])
+    said = capsys.readouterr()
+    assert "step-000006 is damaged" in said.err and "continued at step 4" in said.out
+    again = contents(run)
+    assert all(again[name] == wanted[name] for name in wanted if name.startswith("step-") and name.endswith(("safetensors", "config.json")))
+    assert [SFT.step_of(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_never_saved_starts_again(whole_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    for step in run.glob("step-*"):
+        shutil.rmtree(step)
+    (run / "latest").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    SFT.main(["--resume", str(run)])
+    assert "continued at step 0" in capsys.readouterr().out
+    assert (run / "step-000006" / M.WEIGHTS).read_bytes() == (whole_run / "step-000006" / M.WEIGHTS).read_bytes()
+    assert [SFT.step_of(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_came_after_the_checkpoint_is_taken_back(whole_run, tmp_path):
+    """Metrics that are torn, later or doubled, evaluations that are later, temporary files: gone after a resume."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "step-000006")
+    (run / "latest").write_text("step-000004\n")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7}\n{"step": 7')
+    (run / "evals" / "000005.json").write_text("{}")
+    (run / ".step-000006.tmp").mkdir()
+    (run / ".latest.tmp").write_text("step-0")
+    SFT.main(["--resume", str(run)])
+    assert [SFT.step_of(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    assert not list(run.glob(".*")) and not list((run / "evals").iterdir()) and step_of(run) == "step-000006"
+    assert (run / "step-000006" / M.WEIGHTS).read_bytes() == (whole_run / "step-000006" / M.WEIGHTS).read_bytes()
+
+
+def test_killed_at_random_moments_nothing_is_lost(capfd):
+    kills, inside, lost, final = kill_saves.main(["--kills", "8"])
+    assert (kills, lost) == (8, 0) and final >= 8
+
+
+@pytest.mark.parametrize("at", ["weights", "state", "rename", "pointer"])
+def test_a_full_disk_costs_only_the_checkpoint_being_written(at, whole_run, tmp_path, monkeypatch):
+    """For the weights a real limit on the size of files; for the others the error that a full disk gives, half way."""
+    run, full = tmp_path / "run", OSError(28, "No space left on device")
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "step-000006")
+    (run / "latest").write_text("step-000004\n")
+    before, limit = contents(run), resource.getrlimit(resource.RLIMIT_FSIZE)
+    replace = os.replace
+
+    def half(state, path):
+        Path(path).write_bytes(b"PK" * 1000)
+        raise full
+
+    def no_rename(a, b):
+        if Path(b).name == ("step-000006" if at == "rename" else "latest"):
+            raise full
+        replace(a, b)
+    if at == "weights":
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((run / "step-000004" / M.WEIGHTS).stat().st_size - 1000, limit[1]))
+    elif at == "state":
+        monkeypatch.setattr(torch, "save", half)
+    else:
+        monkeypatch.setattr(os, "replace", no_rename)
+    try:
+        with pytest.raises(ValueError, match="step 6 could not be written") as said:
+            SFT.main(["--resume", str(run)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        monkeypatch.undo()
+    assert "\n" not in str(said.value)
+    after = {k: v for k, v in contents(run).items() if at != "pointer" or "step-000006" not in k}
+    for written in (before, after):
+        written.pop("metrics.jsonl")
+    assert {k: v for k, v in after.items() if k != ".latest.tmp"} == before
+    SFT.main(["--resume", str(run)])
+    assert (run / "step-000006" / M.WEIGHTS).read_bytes() == (whole_run / "step-000006" / M.WEIGHTS).read_bytes()
+    assert step_of(run) == "step-000006" and not list(run.glob(".*"))
+
+
+def test_a_directory_that_vanishes_is_a_sentence(whole_run, tmp_path, monkeypatch, capsys):
+    run, real = tmp_path / "run", SFT.update
+    shutil.copytree(whole_run, run)
+    shutil.rmtree(run / "step-000006")
+    def update(*args):
+        shutil.rmtree(run, ignore_errors=True)
+        return real(*args)
+    monkeypatch.setattr(SFT, "update", update)
+    with pytest.raises(SystemExit) as ended:
+        E.run_main(lambda: SFT.main(["--resume", str(run)]))
+    assert ended.value.code == 2 and not run.exists()
+    assert re.fullmatch(r"error: .*run/metrics.jsonl could not be .*", capsys.readouterr().err.strip())
+
+
+def test_signals(tiny_run, tmp_path):
+    """SIGTERM finishes the step, saves, says where and exits 0; a second signal exits at once."""
+    flags = "--batch 64 --evals 0 --steps 100000 --save-every 0 --device cpu --threads 1".split()
+    for out, twice in ((tmp_path / "one", False), (tmp_path / "two", True)):
+        run = subprocess.Popen([sys.executable, ROOT / "train_sft.py", "--init", tiny_run, "--out", out, *flags],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while "step" not in run.stdout.readline():
+            assert run.poll() is None
+        run.send_signal(signal.SIGTERM)
+        assert "stopping after this step" in run.stderr.readline()
+        if twice:
+            run.send_signal(signal.SIGINT)
+        said, _ = run.communicate(timeout=60)
+        if not twice:
+            assert run.returncode == 0 and f"--resume {out}" in said.splitlines()[-1]
+            assert SFT.step_of((out / "metrics.jsonl").read_text().splitlines()[-1]) == int(step_of(out)[5:]) > 0
+        else:
+            assert run.returncode in (0, 130)
+
+
+# ---- training that goes wrong
+
+@pytest.fixture
+def start(tiny_run, tmp_path):
+    return ["--init", str(tiny_run), "--out", str(tmp_path / "run"), *"--eval-n 2 --evals 0 --device cpu".split()]
+
+
+RL_FLAGS = "--problems 2 --group 2 --max-new-tokens 4 --steps 200".split()
+
+
+@pytest.mark.parametrize("script, flags", [(SFT, ["--batch", "4"]), (RL, [*RL_FLAGS, "--estimator", "reinforce"])])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_with_the_batch_saved(script, flags, what, start, tmp_path, monkeypatch):
+    real = tasks.GeneralPoints.step
+    monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: real(self, text)._replace(reward=float(len(text) % 5)))
+    log_probs = M.LlamaVision.log_probs
+
+    def broken(self, *args):
+        values, entropy = log_probs(self, *args)
+        if what == "loss":
+            return values * math.nan, entropy
+        if values.requires_grad:
+            values.register_hook(lambda grad: grad * math.inf)
+        return values, entropy
+    monkeypatch.setattr(M.LlamaVision, "log_probs", broken)
+    with pytest.raises(ValueError, match=f"step 1: the {what} is not finite.*not-finite-000001.json.*--lr"):
+        script.main([*start, *flags])
+    kept = json.loads((tmp_path / "run" / "not-finite-000001.json").read_text())
+    assert kept and set(kept[0]) == {"prompt", "turns", "ids", "response_mask", "log_probs"} and sum(kept[0]["response_mask"])
+    assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_no_group_with_signal_ends_the_run_with_a_save(start, tmp_path):
+    """An untrained model that never solves anything: after 50 such steps the run says which knobs there are."""
+    with pytest.raises(ValueError, match="no group had unequal returns.*--group.*--temperature.*--init"):
+        RL.main([*start, *RL_FLAGS])
+    assert step_of(tmp_path / "run") == "step-000050"
+
+
+def test_parameters_that_do_not_move_end_the_run(start, tmp_path, monkeypatch):
+    log_probs = M.LlamaVision.log_probs
+    monkeypatch.setattr(M.LlamaVision, "log_probs", lambda self, *args: [0 * x for x in log_probs(self, *args)])
+    with pytest.raises(ValueError, match="no trained parameter moved.*--lr"):
+        SFT.main([*start, *"--batch 2".split()])
+    assert step_of(tmp_path / "run") == "step-000010"
+
+
+def test_answers_that_are_cut_off_are_warned_about_once(start, capsys):
+    with pytest.raises(ValueError):
+        RL.main([*start, *RL_FLAGS])
+    assert capsys.readouterr().err.count("of the sampled answers were cut off at --max-new-tokens 4; raise it") == 1
+
+
+# ---- reports and terminals
+
+HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(1)>&lt;\x1b[31mred\x07\u202e'
+
+
+def test_a_hostile_evaluation_stays_text_in_the_report_and_on_the_terminal(tiny_run, tmp_path, capsys):
+    study = tmp_path / "study"
+    for arm in ("sft", "rl"):
+        shutil.copytree(tiny_run, study / arm)
+        for path in (study / arm / "evals").iterdir():
+            data = json.loads(path.read_text())
+            for sample in data["samples"]:
+                sample["prompt"] = HOSTILE
+                sample["turns"] = [{"response": HOSTILE, "outcome": HOSTILE, "reward": HOSTILE, "feedback": HOSTILE}]
+            data["samples"] = data["samples"] or [{"row": "id", "prompt": HOSTILE, "turns": [{"response": HOSTILE}], "reward": 0}]
+            path.write_text(json.dumps(data))
+        args = json.loads((study / arm / "args.json").read_text()) | {"rule": HOSTILE, HOSTILE: arm}
+        (study / arm / "args.json").write_text(json.dumps(args))
+    E.main(["--report", str(study)])
+    page, said = (study / "report.html").read_text(), capsys.readouterr().out
+    assert "&lt;script&gt;alert(1)" in page and "Content-Security-Policy" in page
+    assert not re.search(r"<script|<img|\x1b|\x07|\u202e", page) and not re.search(r"\x1b|\x07|\u202e", said)
