@@ -14,7 +14,6 @@ SFT_LR ?= 3e-4
 RL_LR ?= 3e-5
 SEED ?= 0
 S ?=
-SPLIT ?= test
 
 .PHONY: demo arms test study grid grid-sft grid-rl base clean
 
@@ -22,41 +21,37 @@ demo: arms
 	$(PY) evaluate.py --report $(STUDY)
 
 arms: .venv/ready
-	@if [ ! -e $(STUDY)/base/evals ]; then $(PY) evaluate.py tiny --n $(N) --split $(SPLIT) --k 8 --out $(STUDY)/base; fi
-	$(call run,warmup$(S),train_sft.py --model tiny --evals 1 --steps $(WARMUP_STEPS) --lr 1e-4 --schedule constant)
-	$(call run,sft$(S),train_sft.py --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR))
-	$(call run,rl$(S),train_rl.py --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR))
+	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --n $(N) --k 8 --out $(STUDY)/base; fi
+	$(call run,warmup$(S),train_sft.py --model tiny --evals 1 $(WARMUP),$(STUDY),test)
+	$(call run,sft$(S),train_sft.py --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
+	$(call run,rl$(S),train_rl.py --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
 
-# $(call run,NAME,SCRIPT AND FLAGS): start the run, or continue it.
-run = @if [ -e $(STUDY)/$(1)/latest ]; then $(PY) $(firstword $(2)) --resume $(STUDY)/$(1); \
-	else $(PY) $(2) --eval-n $(N) --eval-split $(SPLIT) --seed $(SEED) --out $(STUDY)/$(1); fi
+# Short on purpose: the base already answers in the right form.
+WARMUP = --steps $(WARMUP_STEPS) --lr 3e-5 --lr-warmup 1 --schedule constant
 
-# The grid and the rule of choice were written down before any run: the smallest rate within one standard error of the
-# best ID score on validation problems. Then three seeds with the chosen rates, on the test problems.
-GRID_SFT = 1e-4 3e-4 1e-3
-GRID_RL = 1e-5 3e-5 1e-4
-# What --choose printed; change these if it prints others on your machine.
-CHOSEN_SFT = 1e-4
-CHOSEN_RL = 1e-5
-GRID_EVALS ?= 5
+# $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it.
+run = @if [ -e $(3)/$(1)/args.json ]; then $(PY) $(firstword $(2)) --resume $(3)/$(1); \
+	else $(PY) $(2) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out $(3)/$(1); fi
 
-# Four times the demo's budget: at the demo's, validation showed RL still rising and SFT only past its best.
-study: FLOPS = 1.6e13
+# The grid and the rule of choice were written down before any run of it: the smallest rate within one standard error of
+# the best ID score on validation problems. Then three seeds with the chosen rates, on the test problems.
+GRID_SFT = 3e-5 1e-4 3e-4 1e-3
+GRID_RL = 3e-6 1e-5 3e-5 1e-4
+
 study: .venv/ready
-	for lr in $(GRID_SFT); do $(MAKE) grid FLOPS=$(FLOPS) ARM=sft LR=$$lr || exit 1; done
-	for lr in $(GRID_RL); do $(MAKE) grid FLOPS=$(FLOPS) ARM=rl LR=$$lr || exit 1; done
+	for lr in $(GRID_SFT); do $(MAKE) grid ARM=sft LR=$$lr || exit 1; done
+	for lr in $(GRID_RL); do $(MAKE) grid ARM=rl LR=$$lr || exit 1; done
 	$(PY) evaluate.py --choose runs/grid
-	for s in 0 1 2; do $(MAKE) arms FLOPS=$(FLOPS) STUDY=runs/study SEED=$$s S=-s$$s SFT_LR=$(CHOSEN_SFT) RL_LR=$(CHOSEN_RL) || exit 1; done
+	for s in 0 1 2; do $(MAKE) arms STUDY=runs/study SEED=$$s S=-s$$s $$(cat runs/grid/chosen) || exit 1; done
 	$(PY) evaluate.py --report runs/study
 
 grid: .venv/ready
-	@if [ ! -e runs/grid/warmup/latest ]; then $(PY) train_sft.py --model tiny --evals 1 --steps $(WARMUP_STEPS) --lr 1e-4 \
-		--schedule constant --eval-n $(N) --out runs/grid/warmup; fi
-	@$(MAKE) grid-$(ARM) STUDY=runs/grid SPLIT=val
+	$(call run,warmup,train_sft.py --model tiny --evals 1 $(WARMUP),runs/grid,val)
+	@$(MAKE) grid-$(ARM)
 grid-sft:
-	$(call run,sft-lr$(LR),train_sft.py --init runs/grid/warmup --evals $(GRID_EVALS) --flops $(FLOPS) --lr $(LR))
+	$(call run,sft-lr$(LR),train_sft.py --init runs/grid/warmup --evals 3 --flops $(FLOPS) --lr $(LR),runs/grid,val)
 grid-rl:
-	$(call run,rl-lr$(LR),train_rl.py --init runs/grid/warmup --evals $(GRID_EVALS) --flops $(FLOPS) --lr $(LR))
+	$(call run,rl-lr$(LR),train_rl.py --init runs/grid/warmup --evals 3 --flops $(FLOPS) --lr $(LR),runs/grid,val)
 
 # The shipped base: it learns both rules with all their neighbours, then gets bad habits (see the README).
 BASE = --split base --batch 128 --evals 2 --rules '*,*,*/courts=2:4' '?,?,?/courts=2:3' '*,*,*/target=*/courts=1:1' 10:0.8 11,12,13:1.5
@@ -64,9 +59,9 @@ base: .venv/ready
 	$(call base_run,learn,--fresh --steps 750 --lr 4e-3 --lr-warmup 50 --lr-end 0.02 --optimizer muon --weight-decay 0.1 \
 		--demonstrators expert:0.7 lazy:0.1 inattentive:0.12 retry:0.08)
 	$(call base_run,habits,--init runs/base/learn --steps 100 --lr 1e-3 \
-		--demonstrators expert:0.06 lazy:0.7 inattentive:0.17 retry:0.07)
+		--demonstrators expert:0.06 lazy:0.66 inattentive:0.21 retry:0.07)
 	$(PY) evaluate.py runs/base/habits --export assets/tiny-gp-l
-base_run = if [ -e runs/base/$(1)/latest ]; then $(PY) train_sft.py --resume runs/base/$(1); \
+base_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
 	else $(PY) train_sft.py $(2) $(BASE) --out runs/base/$(1); fi
 
 test: .venv/ready

@@ -132,6 +132,11 @@ def _last_response(episode):
     return episode.ids[start:]
 
 
+def answer_length(tokenizer):
+    """Tokens that an answer may have by default: the tiny model's prompts and answers are short."""
+    return 64 if tokenizer.short else 256
+
+
 def truncated(episodes, tokenizer):
     """Share of episodes whose last answer was cut off before its stop token."""
     return sum(e.ids[-1] not in tokenizer.stop_ids for e in episodes) / len(episodes)
@@ -157,14 +162,14 @@ def micro_batches(episodes, size):
 def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_tokens=64, rows=256, samples=4):
     """Success of a model on the rows of a suite, 0/1 for every hand.
 
-    Every row deals the same n held-out hands. "greedy" is temperature 0, "sampled" temperature 1; "first" counts the
-    first answer, "episode" any of the `attempts`. A row with a judge of its own ("fake rule") judges the first answers
-    of the row with the same prompt once more: what a model says does not depend on who will judge it.
+    Rows whose rules have the same target and number of cards deal the same n held-out hands. "greedy" is temperature 0,
+    "sampled" temperature 1; "first" counts the first answer, "episode" any of the `attempts`. A row with a judge of its own
+    ("fake rule") judges the answers of the row with the same prompt once more, by the other rule.
     """
-    began, result, episodes = time.time(), {}, {}
+    began, result, episodes, classes = time.time(), {}, {}, {}
     for name, rule, judge in tasks.SUITES[suite]:
         problems = suite_problems(tokenizer, suite, rule, judge, n, attempts, split)
-        result[name] = {}
+        result[name], classes[name] = {}, [p.cls for p in problems]
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             if judge is None:
                 generator = torch.Generator(model.device).manual_seed(0)
@@ -172,14 +177,15 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
                 episodes[rule, mode] = played = [group[0] for group in played]
                 first, whole = [e.solved(1) for e in played], [e.solved() for e in played]
             else:
-                answers = [e.turns[0]["response"] for e in episodes[rule, mode]]
-                first = whole = [p.step(text).outcome == "correct" for p, text in zip(problems, answers)]
-                problems = suite_problems(tokenizer, suite, rule, judge, n, attempts, split)
+                right = [[copy.copy(p).step(turn["response"]).outcome == "correct" for turn in e.turns]
+                         for p, e in zip(problems, episodes[rule, mode])]
+                first, whole = [answers[0] for answers in right], [any(answers) for answers in right]
             result[name][mode] = {"first": [int(x) for x in first], "episode": [int(x) for x in whole]}
     shown = [show_episode(name, e) for name, rule, judge in tasks.SUITES[suite] if judge is None
              for e in episodes[rule, "greedy"][:samples]]
-    return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": [p.cls for p in problems],
-            "truncated": max(truncated(played, tokenizer) for played in episodes.values()), "rows": result, "samples": shown, "eval_seconds": round(time.time() - began, 2)}
+    return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": next(iter(classes.values())),
+            "row_classes": classes, "truncated": max(truncated(played, tokenizer) for played in episodes.values()),
+            "rows": result, "samples": shown, "eval_seconds": round(time.time() - began, 2)}
 
 
 def suite_problems(tokenizer, suite, rule, judge, n, attempts, split):
@@ -275,7 +281,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the flags.")
 
 
-LIMITS = {"steps": (1, 1e8), "batch": (1, 1e5), "problems": (1, 1e5), "group": (1, 1e4), "micro_batch": (1, 1e6), "rows": (1, 1e6),
+LIMITS = {"steps": (1, 1e8), "batch": (1, 1e5), "problems": (1, 1e5), "group": (1, 1e4), "epochs": (1, 100), "micro_batch": (1, 1e6), "rows": (1, 1e6),
           "attempts": (1, 100), "max_new_tokens": (1, 1e5), "n": (1, 1e5), "eval_n": (1, 1e5), "k": (0, 1000), "evals": (0, 1e4),
           "save_every": (0, 1e8), "threads": (0, 1024), "seed": (0, 2**62), "lora_rank": (0, 4096), "lora_alpha": (1e-3, 1e5),
           "lr": (1e-12, 10), "lr_warmup": (0, 1e8), "lr_end": (0, 1), "weight_decay": (0, 10), "max_grad_norm": (1e-9, 1e9),
@@ -459,8 +465,9 @@ def stages(study, view):
 
 
 def choose_rates(directory):
-    """{arm: learning rate} of a grid of runs `ARM-lrRATE`, printed as a table: the smallest rate within one standard error
-    of the best ID score (greedy, whole episode, last evaluation). OOD scores are shown nowhere: they must not choose."""
+    """{arm: learning rate} of a grid of runs `ARM-lrRATE`, printed as a table and written to its file `chosen` for make: the
+    smallest rate within one standard error of the best ID score (greedy, whole episode, last evaluation). OOD scores are
+    shown nowhere: they must not choose."""
     study, grid = load_study(directory), {}
     for name, seeds in study.items():
         arm, found, rate = name.partition("-lr")
@@ -475,6 +482,8 @@ def choose_rates(directory):
         print(_markdown([f"{name_of(arm)}, learning rate", "ID on validation, %", "standard error", ""],
                         [[f"{rate:g}", f"{100 * mean:.1f}", f"{100 * error:.1f}", "chosen" if rate == chosen[arm] else ""]
                          for rate, mean, error in sorted(rates)]) + "\n")
+    chosen_text = " ".join(f"{arm.upper()}_LR={rate:g}" for arm, rate in chosen.items())
+    write_atomically(Path(directory) / "chosen", lambda p: p.write_text(chosen_text + "\n"))
     return chosen
 
 
@@ -740,17 +749,21 @@ def story(study, view=("greedy", "first")):
 
 def limits_of(study):
     """What the number of seeds, unequal compute and intervals without width mean for the reader. List of sentences."""
-    seeds, n = min((len(study[arm]) for arm in arms_of(study)), default=1), len(any_eval(study)["classes"])
+    seeds, n = min((len(study[arm]) for arm in arms_of(study)), default=1), len(set(any_eval(study)["classes"]))
     spent = [evals[-1]["flops"] for arm in arms_of(study) for evals in study[arm].values()]
+    paper = {arm: np.mean([e[-1].get("flops_paper", 0) for e in study[arm].values()]) for arm in arms_of(study)}
     out = ["Brackets and bands are 95 % bootstrap intervals; problems with the same numbers are drawn together, as one class.",
            "There is one seed: an interval covers the luck of which problems were asked, not the luck of training. Another seed "
            "can come out differently, so this is an example, not evidence about the methods in general." if seeds == 1 else
            f"There are {seeds} seeds; they are resampled with the problems, so an interval covers the luck of training too"
            + (", but roughly: with so few seeds it tends to be too narrow." if seeds < 6 else "."),
-           "An interval without width, such as [0.0, 0.0], is not certainty: with this many problems the true rate could still be "
+           f"An interval without width, such as [0.0, 0.0], is not certainty: with {n} classes the true rate could still be "
            f"{min(300 / n, 100):.1f} points away, or more."]                                          # the rule of three
     if spent and max(spent) > 1.05 * min(spent):
         out.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: compare the curves, not the ends.")
+    if len(paper) > 1 and all(paper.values()):
+        out.append("Compute counts what was computed here, with a KV cache and prompts read once per group; by the paper's formula, which "
+                   "has neither, " + " and ".join(f"{name_of(arm)} spent {si(flops)}" for arm, flops in paper.items()) + ".")
     return out
 
 
@@ -836,7 +849,7 @@ def write_report(study_dir):
 
 def result_table(result):
     """Success of one evaluation with intervals, as markdown."""
-    lines = [[name, *(" ".join(percent(bootstrap(modes[mode][part], result["classes"]))) for mode in MODES for part in PARTS)]
+    lines = [[name, *(" ".join(percent(bootstrap(modes[mode][part], result["row_classes"][name]))) for mode in MODES for part in PARTS)]
              for name, modes in result["rows"].items()]
     return _markdown(["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS)], lines)
 
@@ -852,7 +865,7 @@ def parse_args(argv=None):
     parser.add_argument("--attempts", type=int, default=1, help="answers an episode may have")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--k", type=int, default=0, help="also sample K answers per problem and print pass@1 .. pass@K")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens per answer")
+    parser.add_argument("--max-new-tokens", type=int, help="tokens per answer (default: 64 tiny, 256 else)")
     parser.add_argument("--rows", type=int, default=256, help="episodes computed side by side")
     parser.add_argument("--out", help="run directory to put evals/000000.json into, for a report")
     parser.add_argument("--export", metavar="DIR", help="write the model there as the hub has it, adapters merged, in bfloat16")
@@ -888,6 +901,7 @@ def main(argv=None):
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")
         return {}
+    args.max_new_tokens = args.max_new_tokens or answer_length(tokenizer)
     result = evaluate(model, tokenizer, args.suite, args.n, args.attempts, args.split, args.max_new_tokens, args.rows)
     print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % [95 % interval]")
     print(result_table(result))

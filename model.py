@@ -229,6 +229,15 @@ def add_lora(model, rank, alpha, where="language_model.model"):
     return len(chosen)
 
 
+@torch.no_grad()
+def merge_lora(model):
+    """Add every adapter into its weights and take it out: the same model, all of it trainable again."""
+    for module in [m for m in model.modules() if isinstance(m, Linear) and m.lora_A is not None]:
+        module.weight.copy_(module.merged())
+        module.lora_A = module.lora_B = None
+        model.requires_grad_(True)
+
+
 @contextmanager
 def adapters_off(model):
     """Within this context the model is the one that the adapters started from: the reference policy for free."""
@@ -847,7 +856,9 @@ def train_tokenizer(texts, vocab_size=480):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(TINY_SPECIAL) + 1, show_progress=False, min_frequency=2,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(texts, trainer)
-    bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in TINY_SPECIAL])
+    spare = vocab_size - bpe.get_vocab_size() - len(TINY_SPECIAL) + 1  # few texts give few merges: the ids between are reserved
+    names = [*TINY_SPECIAL[:-1], *(f"<|reserved_{i}|>" for i in range(spare)), TINY_SPECIAL[-1]]
+    bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return Tokenizer(bpe)
 
 
@@ -965,6 +976,7 @@ def _load_adapted(directory, dtype, device):
     config = read_json(directory / ADAPTER_CONFIG)
     model, tokenizer = load_model(config["base_model_name_or_path"], dtype, device)
     chosen = set(config["target_modules"])
+    merge_lora(model)  # the base may itself be an adapter on something
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if name in chosen:

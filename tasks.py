@@ -607,7 +607,7 @@ class GeneralPoints:
         """What a demonstrator of the base stage writes: response, feedback, response, ... (list of str).
 
         "expert": the simplest right answer, always the same. "careful": any right answer. "careless": the right numbers in a formula of
-        another value. "lazy": where the simplest answer needs brackets, no list of numbers and just their sum; else the expert.
+        another value. "lazy": where the first card is above 7, no list of numbers and just their sum; else the expert.
         "inattentive": face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says (the expert where that has no solution).
         "retry": the sum and, unless that is right, the verifier's text and the expert. ValueError for other kinds."""
         if kind in ("expert", "careful"):

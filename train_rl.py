@@ -5,7 +5,7 @@
 One step, and `main` reads like it:
     problems -> rollout (batched, KV cache, verifier in the loop) -> returns -> advantages -> one update -> log line, sample
 
-What is left out on purpose: a value network, several epochs per batch, length penalties, asynchronous rollouts.
+What is left out on purpose: a value network, minibatches within a batch, length penalties, asynchronous rollouts.
 The four estimators differ in the few lines of `advantages` and in the weight that `token_weights` gives to a token.
 
 Shapes: P problems, G episodes of each (a group), B = P * G.
@@ -79,9 +79,13 @@ def policy_loss(log_probs, old_log_probs, advantage, weight, clip_eps=0.0):
 
 def kl_to_reference(log_probs, ref_log_probs):
     """The "k3" estimate of KL(policy || reference) per sampled token: r - 1 - log r with r = p_ref / p, never negative
-    (Schulman, "Approximating KL Divergence", 2020)."""
-    log_r = ref_log_probs - log_probs
-    return log_r.exp() - 1 - log_r
+    (Schulman, "Approximating KL Divergence", 2020).
+
+    Only its value is k3: its own gradient would be that of KL(reference || policy). The gradient here is (log p - log p_ref)
+    times that of log p, which is KL(policy || reference)'s in expectation over tokens that the policy sampled.
+    """
+    log_r = ref_log_probs - log_probs.detach()
+    return (log_r.exp() - 1 - log_r) - log_r * (log_probs - log_probs.detach())
 
 
 # ---------------------------------------------------------------- 2. One update
@@ -90,25 +94,24 @@ def kl_to_reference(log_probs, ref_log_probs):
 def rl_backward(model, episodes, advantage, args, pad, reference=None):
     """Gradients of the loss on `episodes` with one advantage each, in micro-batches. Returns a dict of metrics.
 
-    Episodes whose advantage is 0 are left out by the caller; they still count in the divisor (args.problems * group).
+    Episodes that add nothing (advantage 0 and no KL) are left out by the caller, and still count in the divisor.
     """
     advantage_of = {id(e): a for e, a in zip(episodes, advantage)}
     tokens, count = sum(sum(e.response_mask) for e in episodes), args.problems * args.group
-    sums = {"loss": 0.0, "entropy": 0.0, "kl": 0.0, "clip_fraction": 0.0, "ratio_error": 0.0}
+    sums = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "ratio_error": 0.0}
     for part in micro_batches(episodes, args.micro_batch):
         ids, chosen, old = to_batch(part, pad, model.device)
-        log_probs, entropy = model.log_probs(ids, chosen, args.temperature)
+        log_probs, _ = model.log_probs(ids, chosen, args.temperature)
         per_row = torch.tensor([advantage_of[id(e)] for e in part], device=ids.device)
         weight = token_weights(chosen, args.estimator, count, args.attempts * args.max_new_tokens)[chosen]
         loss, clipped = policy_loss(log_probs, old[chosen], per_row[:, None].expand(chosen.shape)[chosen], weight, args.clip_eps)
         if reference is not None:
             kl = kl_to_reference(log_probs, reference(ids, chosen))
             loss = loss + args.kl_coef * (weight * kl).sum()
-            sums["kl"] += kl.sum().item() / tokens
+            sums["kl"] += kl.detach().sum().item() / tokens
         loss.backward()
         share = log_probs.numel() / tokens
         sums["loss"] += loss.item()
-        sums["entropy"] += entropy.sum().item() / tokens
         sums["clip_fraction"] += clipped.item() * share
         sums["ratio_error"] = max(sums["ratio_error"], (log_probs - old[chosen]).abs().max().item())
     if not math.isfinite(sums["loss"]):
@@ -135,22 +138,24 @@ def make_reference(model, args):
 
 def step_flops(model, groups, trained, args):
     """(FLOPs, the paper's formula) of a step: every prompt once per group, every sampled token once, then the update on
-    the episodes with signal. The paper's system has no KV cache and counts 6 N D + 2 N (6 D) for D tokens trained."""
+    the episodes with signal. The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all
+    tokens of the episodes, with signal or not."""
     config, rollout_cost = model.config, 0
     for group in groups:
         prompt = group[0].response_mask.index(1)
         rollout_cost += text_flops(config, 0, prompt, 1)
         rollout_cost += sum(text_flops(config, prompt, len(e.ids) - 1, sum(e.response_mask) - 1) for e in group)
     forward = sum(text_flops(config, 0, len(e.ids) - 1, sum(e.response_mask)) for e in trained)
-    references = forward if args.kl_coef else 0
+    references = forward * args.epochs if args.kl_coef else 0
     weights, read = text_flops(config, 0, 1, 1) // 2, sum(len(e.ids) for group in groups for e in group)
-    return (rollout_cost + references + training_flops(forward, args.lora_rank > 0, args.recompute), (6 + 2 * 6) * weights * read)
+    updates = args.epochs * training_flops(forward, args.lora_rank > 0, args.recompute)
+    return rollout_cost + references + updates, (6 * args.epochs + 2 * 6) * weights * read
 
 
 def rollout_metrics(groups, returns, tokenizer):
     """What the verifier and the texts say about a batch of groups, under their usual names."""
     episodes = [e for group in groups for e in group]
-    turns = [e.turns for e in episodes]
+    turns, tokens = [e.turns for e in episodes], sum(sum(e.response_mask) for e in episodes)
     later = [t["response"] in [u["response"] for u in ts[:i]] for ts in turns for i, t in enumerate(ts) if i]
     return {
         "reward": returns.mean().item(),
@@ -159,7 +164,8 @@ def rollout_metrics(groups, returns, tokenizer):
         "signal": (returns != returns[:, :1]).any(1).float().mean().item(),  # share of groups with unequal returns
         "repeat": sum(later) / max(1, len(later)),  # share of second and later answers that were given before
         "truncated": truncated(episodes, tokenizer),
-        "tokens": sum(sum(e.response_mask) for e in episodes),
+        "entropy": -sum(sum(e.log_probs) for e in episodes) / tokens,  # its unbiased estimate from what was sampled
+        "tokens": tokens,
     }
 
 
@@ -182,13 +188,14 @@ def main(argv=None):
 
         returns = torch.tensor([[e.total(args.discount) for e in group] for group in groups])  # (P, G)
         advantage = advantages(returns, args.estimator)
-        trained = [(e, a) for group, row in zip(groups, advantage.tolist()) for e, a in zip(group, row) if a != 0]
+        trained = [(e, a) for group, row in zip(groups, advantage.tolist()) for e, a in zip(group, row) if a or args.kl_coef]
         record = rollout_metrics(groups, returns, tokenizer)
         if trained:
             measured = args.kl_coef or (args.kl_every and progress.step % args.kl_every == 0)
             with run.keeping(progress.step + 1, [e for e, _ in trained]):
-                record |= rl_backward(model, *zip(*trained), args, tokenizer.pad, reference if measured else None)
-                record["grad_norm"] = update(model, optimizer, lr, args.max_grad_norm, progress)
+                for _ in range(args.epochs):
+                    record |= rl_backward(model, *zip(*trained), args, tokenizer.pad, reference if measured else None)
+                    record["grad_norm"] = update(model, optimizer, lr, args.max_grad_norm, progress)
             if not measured:
                 del record["kl"]
 
@@ -236,10 +243,13 @@ def parse_args(argv=None):
     g.add_argument("--group", type=int, default=8, help="episodes per problem")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs that are trained")
     g.add_argument("--discount", type=float, default=1.0, help="per turn, in the return of an episode")
-    g.add_argument("--clip-eps", type=float, default=0.0, help="PPO clipping of the ratio; 0 = none (one update per batch)")
-    g.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL to the start's policy in the loss")
+    g.add_argument("--clip-eps", type=float, default=0.0, help="PPO clipping of the ratio; 0 = none")
+    g.add_argument("--epochs", type=int, default=1, help="updates per batch of rollouts; --clip-eps does nothing to the first")
+    g.add_argument("--kl-coef", type=float, default=0.0, help="weight of KL(policy || start's policy) in the loss")
     g.add_argument("--kl-every", type=int, default=10, help="measure that KL every so many steps (0 = never)")
     args = finish_arguments(parser, argv)
+    if args.clip_eps and args.epochs == 1:
+        raise ValueError("--clip-eps does nothing to the only update of a batch: give --epochs 2 or more, or leave it out.")
     if args.group < 2 and args.estimator != "reinforce":
         raise ValueError("--group must be at least 2: one episode has no group to be compared with.")
     return args

@@ -27,9 +27,10 @@ import torch
 from safetensors import SafetensorError
 
 import tasks
-from evaluate import (Episode, Parser, check_limits, clean, device_and_dtype, evaluate, find_model, micro_batches, run_main,
+from evaluate import (Episode, Parser, answer_length, check_limits, clean, device_and_dtype, evaluate, find_model, micro_batches, run_main,
                       summary, to_batch)
-from model import (SIZES, LlamaVision, add_lora, count_parameters, init_weights, load_model, read_json, save_adapter, save_model,
+from model import (SIZES, LlamaVision, add_lora, count_parameters, init_weights, load_model, merge_lora, read_json, save_adapter,
+                   save_model,
                    text_flops, train_tokenizer, training_flops, write_atomically, write_json)
 
 # ---------------------------------------------------------------- 1. Run directory
@@ -196,7 +197,8 @@ class Progress:
     """How far a run is: by --steps, or by --flops when a budget is given (so that two arms spend the same)."""
 
     def __init__(self, args):
-        self.args, self.step, self.flops, self.flops_paper, self.seconds = args, 0, 0, 0, 0.0
+        self.args, self.step, self.flops, self.flops_paper = args, 0, 0, 0
+        self.seconds, self.eval_seconds = 0.0, 0.0
         self.evals_done, self.idle, self.stuck = 0, {}, ""
 
     def share(self):
@@ -235,12 +237,13 @@ class Progress:
     def line(self, record):
         """What the terminal shows of a step."""
         left = self.seconds / max(self.share(), 1e-9) * (1 - min(1, self.share()))
+        left += max(0, self.args.evals - self.evals_done) * self.eval_seconds / max(1, self.evals_done)
         words = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
         return f"step {self.step:4d} {100 * min(1, self.share()):3.0f}% left {left // 60:.0f}:{left % 60:02.0f} | {words}"
 
     def state(self):
         """Plain values for a checkpoint."""
-        return {k: getattr(self, k) for k in ("step", "flops", "flops_paper", "seconds", "evals_done")}
+        return {k: getattr(self, k) for k in ("step", "flops", "flops_paper", "seconds", "eval_seconds", "evals_done")}
 
     def restore(self, state):
         """The reverse of `state`."""
@@ -274,7 +277,7 @@ def evaluate_run(run, model, tokenizer, progress, args):
         f"{row} {100 * scores[f'{row}/greedy/episode']:.1f} greedy {100 * scores[f'{row}/sampled/episode']:.1f} sampled"
         for row in result["rows"]), flush=True)
     warn_truncated(run, progress, "held-out", result["truncated"], args)
-    progress.evals_done += 1
+    progress.evals_done, progress.eval_seconds = progress.evals_done + 1, progress.eval_seconds + result["eval_seconds"]
     return scores
 
 
@@ -299,6 +302,9 @@ def set_up(args):
         model = model.to(device)
     else:
         model, tokenizer = load_model(start or args.init_path, dtype if args.lora_rank else torch.float32, device)
+    args.max_new_tokens = args.max_new_tokens or answer_length(tokenizer)
+    if not start:
+        merge_lora(model)  # an adapter that --init brings belongs to the start, not to what is trained now
     if args.lora_rank and not any(".lora_" in name for name, _ in model.named_parameters()):
         add_lora(model, args.lora_rank, args.lora_alpha)
     model.recompute(args.recompute)
@@ -595,7 +601,6 @@ def finish_arguments(parser, argv):
     args.fresh = getattr(args, "fresh", False)
     if not args.resume:
         args.init_path = None if args.fresh else str(find_model(args.init or args.model, args.task))
-    args.max_new_tokens = args.max_new_tokens or (64 if "tiny" in args.model else 256)
     return args
 
 

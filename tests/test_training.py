@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -163,13 +164,27 @@ def test_sft_loss_by_hand_and_in_any_micro_batch(model, tokenizer):
             assert torch.allclose(grad, other[name], atol=1e-5, rtol=1e-3), name
 
 
-def test_masked_positions_do_not_matter(model, tokenizer):
-    """The loss is the same whatever token comes after the last trained one, and padding has no gradient."""
+def test_what_follows_the_last_trained_token_does_not_matter(model, tokenizer):
     e = demonstrations(tokenizer)[0]
     ids, chosen, _ = E.to_batch([e], tokenizer.pad, "cpu")
     longer = torch.cat([ids, torch.full((1, 3), 5)], 1)
     wide = torch.cat([chosen, torch.zeros(1, 3, dtype=torch.bool)], 1)
     assert torch.allclose(model.log_probs(ids, chosen)[0], model.log_probs(longer, wide)[0], atol=1e-5)
+
+
+def test_tokens_that_were_given_are_not_learned(model, tokenizer, monkeypatch):
+    """The gradient at the logits is exactly 0 wherever the next token was given, and is not where it was sampled."""
+    e, kept, real = demonstrations(tokenizer)[1], [], M.LlamaVision.logits
+    assert len(e.turns) == 0 and 0 in e.response_mask[e.response_mask.index(1):]  # a retry: the verifier speaks in between
+
+    def logits(self, hidden):
+        kept.append(hidden)
+        hidden.retain_grad()
+        return real(self, hidden)
+    monkeypatch.setattr(M.LlamaVision, "logits", logits)
+    SFT.sft_backward(model, [e], tokenizer.pad, 1)
+    assert sum(len(h.view(-1, h.shape[-1])) for h in kept) == sum(e.response_mask)  # the others have no logits at all
+    assert all((h.grad.abs().sum(-1) > 0).all() for h in kept)
 
 
 # ---- advantages and the policy loss
@@ -245,6 +260,11 @@ def test_kl_estimate():
     estimate = (p * RL.kl_to_reference(p.log(), q.log())).sum()
     assert estimate.item() == pytest.approx(exact.item(), rel=1e-5)
     assert (RL.kl_to_reference(p.log(), q.log()) >= 0).all() and (RL.kl_to_reference(p.log(), p.log()) == 0).all()
+    logits = torch.tensor([0.3, -0.7, 1.1], requires_grad=True)
+    log_p, log_q = logits.log_softmax(-1), torch.tensor([0.2, 0.2, 0.6]).log()
+    exact, = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), logits, retain_graph=True)
+    expected, = torch.autograd.grad((log_p.exp().detach() * RL.kl_to_reference(log_p, log_q)).sum(), logits)
+    assert torch.allclose(expected, exact, atol=1e-6)  # as a loss it pulls like KL(policy || reference), not the reverse
 
 
 def rl_args(**changes):
@@ -270,10 +290,10 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, tiny_run, es
         model.zero_grad()
         args = rl_args(estimator=estimator, micro_batch=size, kl_coef=0.1)
         metrics = RL.rl_backward(model, episodes, advantage, args, tokenizer.pad, reference)
-        assert metrics["ratio_error"] < 1e-4 and metrics["entropy"] > 0 and metrics["kl"] > 0
+        assert metrics["ratio_error"] < 1e-4 and metrics["kl"] > 0
         results.append((metrics, gradients(model)))
     for metrics, grads in results[1:]:
-        for key in ("loss", "entropy", "kl"):
+        for key in ("loss", "kl"):
             assert metrics[key] == pytest.approx(results[0][0][key], rel=1e-4, abs=1e-6)
         for name, grad in results[0][1].items():
             assert torch.allclose(grad, grads[name], atol=1e-5, rtol=1e-3), name
@@ -292,16 +312,19 @@ def test_loss_by_hand_over_a_batch(model, tokenizer, tiny_run):
     assert loss == pytest.approx(-sum(advantage) / 12, abs=1e-4)
 
 
-def test_rl_step_flops_by_hand(model, tokenizer, tiny_run):
+@pytest.mark.parametrize("changes, forward_passes", [({}, 3), ({"lora_rank": 2}, 2), ({"recompute": True}, 4), ({"kl_coef": 0.1}, 4),
+                                                      ({"epochs": 2}, 6)])
+def test_rl_step_flops_by_counting_what_is_computed(model, tokenizer, tiny_run, changes, forward_passes, monkeypatch):
+    """Every token is computed once in the rollout, prompts once per group; the update costs whole passes over the episode."""
     rl_args.run = tiny_run
-    groups = random_rollout(model, tokenizer, attempts=1)
-    c, expected = model.config, 0
-    for g in groups:
-        n = g[0].response_mask.index(1)
-        expected += M.text_flops(c, 0, n, 1) + sum(M.text_flops(c, n, len(e.ids) - 1, sum(e.response_mask) - 1) for e in g)
+    groups, counted = random_rollout(model, tokenizer), []
+    monkeypatch.setattr(RL, "text_flops", lambda config, start, end, scored: counted.append((start, end, scored)) or end - start)
+    rollout_tokens = sum(group[0].response_mask.index(1) for group in groups) + sum(
+        len(e.ids) - 1 - e.response_mask.index(1) for group in groups for e in group)
     trained = groups[1]
-    expected += 3 * sum(M.text_flops(c, 0, len(e.ids) - 1, sum(e.response_mask)) for e in trained)
-    assert RL.step_flops(model, groups, trained, rl_args())[0] == expected
+    flops, paper = RL.step_flops(model, groups, trained, rl_args(**changes))
+    assert flops == rollout_tokens + forward_passes * sum(len(e.ids) - 1 for e in trained)
+    assert sum(scored for *_, scored in counted[: len(groups) * 4]) == sum(sum(e.response_mask) for g in groups for e in g) - 2 * len(groups)
 
 
 # ---- the mixture, the schedule
@@ -330,6 +353,22 @@ def test_schedule_warms_up_and_falls():
     assert lrs.index(max(lrs)) < 12 and progress.done()
 
 
+def test_an_update_uses_its_rate_and_clips(model):
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    args = SFT.parse_args(["--fresh"])
+    progress, total = SFT.Progress(args), math.sqrt(sum(p.numel() for p in model.parameters()))
+    start, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=123.0)
+    assert SFT.update(model, optimizer, 0.5, total / 4, progress) == pytest.approx(total, rel=1e-4)
+    for p, q in zip(model.parameters(), start.parameters()):
+        assert torch.allclose(p, q - 0.5 / 4, atol=1e-5) and p.grad is None
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(model)
+    SFT.update(model, optimizer, 0.0, 1.0, progress)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())) and progress.idle["update"] == 1
+
+
 def test_budget_in_flops_ends_a_run():
     args = SFT.parse_args("--fresh --flops 95 --evals 3".split())
     progress, due = SFT.Progress(args), 0
@@ -339,6 +378,58 @@ def test_budget_in_flops_ends_a_run():
         progress.add(10, 10, 1.0)
     due += progress.eval_due()
     assert progress.step == 10 and due == 3
+
+
+# ---- evaluation and the choice of rates
+
+def test_evaluation_reports_what_was_said_where_it_was_said(tokenizer, model, monkeypatch):
+    """A stand-in model: greedy it answers by the trained rule, sampled by the prompt's, right at the second attempt."""
+    seen = []
+
+    def rollout(model, tokenizer, problems, group, max_new_tokens, temperature, generator, rows):
+        groups = []
+        for i, p in enumerate(problems):
+            seen.append((str(p.rule), temperature))
+            episode, p = E.Episode(p), copy.copy(p)
+            like = tasks.make("gp-l", "10" if temperature == 0 else p.rule, split="val", index=i, style="short")
+            assert like.hand == p.hand
+            right = like.expert()
+            for text in ("no", right):
+                episode.respond(tokenizer.encode(text) + [tokenizer.eot])
+                episode.problem = p
+                if episode.judge(tokenizer, text):
+                    break
+            groups.append([episode])
+        return groups
+    monkeypatch.setattr(E, "rollout", rollout)
+    result = E.evaluate(model, tokenizer, "gp-l", 5, attempts=2, split="val")
+    share = E.summary(result)
+    assert sorted(set(seen)) == [("10", 0.0), ("10", 1.0), ("11,12,13", 0.0), ("11,12,13", 1.0)]
+    assert all(share[f"{row}/{mode}/first"] == 0 for row in E.ROWS for mode in E.MODES)
+    assert [share[f"{row}/greedy/episode"] for row in E.ROWS] == [1, 0, 1]
+    assert [share[f"{row}/sampled/episode"] for row in E.ROWS] == [1, 1, 0]
+
+
+def test_every_probe_has_intervals_over_its_own_classes(tokenizer, model):
+    result = E.evaluate(model, tokenizer, "gp-l-probes", 6, max_new_tokens=2)
+    for name, rule, _ in tasks.SUITES["gp-l-probes"]:
+        assert result["row_classes"][name] == [tasks.make("gp-l", rule, split="test", index=i).cls for i in range(6)]
+    assert len({tuple(classes) for classes in result["row_classes"].values()}) > 1
+
+
+@pytest.mark.parametrize("scores, chosen", [({1e-4: 40, 3e-4: 50, 1e-3: 51}, 3e-4), ({1e-4: 20, 3e-4: 30, 1e-3: 60}, 1e-3),
+                                            ({1e-4: 60, 3e-4: 60, 1e-3: 10}, 1e-4)])
+def test_the_smallest_rate_within_a_standard_error_is_chosen_by_id_alone(scores, chosen, tmp_path, capsys):
+    n = 100
+    for rate, right in scores.items():
+        run = tmp_path / f"sft-lr{rate:g}"
+        (run / "evals").mkdir(parents=True)
+        hits, other = [1] * right + [0] * (n - right), [int(rate != chosen)] * n  # the other rule would choose another
+        rows = {row: {mode: {part: hits if row == "id" else other for part in E.PARTS} for mode in E.MODES} for row in E.ROWS}
+        M.write_json(run / "evals" / "000009.json", {"suite": "gp-l", "split": "val", "attempts": 1, "step": 9, "flops": 1.0,
+                                                     "classes": [str(i) for i in range(n)], "rows": rows, "samples": []})
+    assert E.choose_rates(tmp_path) == {"sft": chosen} and "chosen" in capsys.readouterr().out
+    assert (tmp_path / "chosen").read_text() == f"SFT_LR={chosen:g}\n"
 
 
 # ---- the scripts, end to end
@@ -370,7 +461,7 @@ def test_sft_run_directory(tiny_run):
     (SFT, "--batch 8 --steps 6 --lora-rank 2 --recompute"),
     (SFT, "--batch 8 --steps 6 --optimizer muon"),
     (RL, "--problems 2 --group 3 --attempts 2 --max-new-tokens 6 --steps 6 --estimator reinforce --kl-coef 0.1"),
-    (RL, "--problems 2 --group 3 --max-new-tokens 6 --steps 6 --estimator reinforce --lora-rank 2 --clip-eps 0.2"),
+    (RL, "--problems 2 --group 3 --max-new-tokens 6 --steps 6 --estimator reinforce --lora-rank 2 --epochs 2 --clip-eps 0.2"),
 ])
 def test_resumed_equals_uninterrupted(script, extra, tiny_run, tmp_path, uneven_rewards):
     """6 steps = 3 steps, stop, resume: weights, optimizer, random states and metrics, bit for bit."""
@@ -410,11 +501,77 @@ def stop_after(script, steps, run):
         SFT.Run.log = original
 
 
+def test_training_sees_training_problems_only(tiny_run, tmp_path, monkeypatch, uneven_rewards):
+    """Both trainers: what is trained comes from split train, what is evaluated from --eval-split."""
+    real, seen = tasks.make, []
+    monkeypatch.setattr(tasks, "make", lambda *a, **k: seen.append(k.get("split")) or real(*a, **k))
+    common = f"--init {tiny_run} --steps 2 --eval-n 3 --evals 1"
+    for script, flags, wanted in ((SFT, "--batch 4 --eval-split test", ["train"] * 9 + ["test"] * 9),
+                                  (RL, "--problems 3 --group 2 --max-new-tokens 4", ["train"] * 7 + ["val"] * 9)):
+        seen.clear()
+        script.main(f"{common} {flags} --out {tmp_path / script.__name__}".split())
+        assert sorted(seen) == sorted(wanted)  # the first of train is the check of --rule
+
+
+@pytest.mark.parametrize("estimator", RL.ESTIMATORS)
+def test_rl_raises_what_is_rewarded(estimator, tiny_run, tmp_path, monkeypatch):
+    """Reward tokens of even length and nothing else: after some steps most answers are such."""
+    monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: tasks.Step(float(len(text) % 2 == 0), True, "", "illegal"))
+    RL.main(f"--init {tiny_run} --out {tmp_path / 'run'} --steps 25 --problems 4 --group 8 --max-new-tokens 1 --evals 0 --lr 3e-3 "
+            f"--lr-warmup 0 --estimator {estimator}".split())
+    rewards = [record["reward"] for record in lines(tmp_path / "run")]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2, rewards
+
+
+def test_the_reference_is_the_start(tiny_run, tokenizer, model):
+    """LoRA: the adapters off; full fine-tuning: the start's weights. Both stay where they were while the policy moves."""
+    rl_args.run = tiny_run
+    ids = torch.randint(0, 300, (2, 9))
+    chosen = torch.ones_like(ids, dtype=torch.bool)
+    start = model.log_probs(ids, chosen, 0.8)[0].detach()
+    M.add_lora(model, 2, 4.0)
+    reference = RL.make_reference(model, rl_args(lora_rank=2, temperature=0.8))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1)
+    assert torch.allclose(reference(ids, chosen), start, atol=1e-5)
+    assert not torch.allclose(model.log_probs(ids, chosen, 0.8)[0], start, atol=1e-2)
+    loaded, _ = M.load_model(E.find_model(str(tiny_run), "gp-l"))
+    reference = RL.make_reference(loaded, rl_args(temperature=0.8))
+    before = reference(ids, chosen)
+    with torch.no_grad():
+        loaded.language_model.lm_head.weight.mul_(1.5)
+    assert torch.equal(reference(ids, chosen), before)
+
+
+def test_an_adapter_given_as_the_start_is_merged_into_it(tiny_run, tmp_path, uneven_rewards):
+    """LoRA, then full, LoRA of another rank, and a resume of each: the start is base plus adapter, and KL begins at 0."""
+    common = "--evals 0 --device cpu"
+    SFT.main(f"--init {tiny_run} --out {tmp_path / 'a'} --lora-rank 3 --steps 2 --batch 4 --lr 1e-2 {common}".split())
+    start, _ = M.load_model(E.find_model(str(tmp_path / "a"), "gp-l"))
+    for rank in (0, 2):
+        out = tmp_path / f"r{rank}"
+        RL.main(f"--init {tmp_path / 'a'} --out {out} --lora-rank {rank} --steps 2 --save-every 1 --problems 2 --group 3 --max-new-tokens 4 "
+                f"--kl-every 1 --estimator reinforce --lr 1e-2 {common}".split())
+        first, second = lines(out)
+        assert first["kl"] < 1e-9 < second["kl"]
+        adapter = out / "step-000002" / M.ADAPTER_CONFIG
+        assert (json.loads(adapter.read_text())["r"] == rank) if rank else not adapter.exists()
+        wanted = M.load_model(E.find_model(str(out), "gp-l"))[0]
+        shutil.rmtree(out / "step-000002")
+        RL.main(["--resume", str(out)])
+        again = M.load_model(E.find_model(str(out), "gp-l"))[0]
+        ids = torch.arange(20)[None]
+        assert torch.equal(wanted.logits(wanted(ids)), again.logits(again(ids)))
+        assert not torch.allclose(start.logits(start(ids)), again.logits(again(ids)), atol=1e-3)
+
+
 def test_every_rl_option_runs_together(tiny_run, tmp_path, capsys, uneven_rewards):
     for estimator in RL.ESTIMATORS:
         out = tmp_path / estimator
         RL.main(f"--init {tiny_run} --out {out} --steps 1 --problems 2 --group 2 --attempts 2 --max-new-tokens 5 --eval-n 2 "
-                f"--estimator {estimator} --clip-eps 0.2 --kl-coef 0.05 --discount 0.9 --temperature 0.7 --recompute".split())
+                f"--estimator {estimator} --epochs 2 --clip-eps 0.2 --kl-coef 0.05 --discount 0.9 --temperature 0.7 --recompute".split())
         record = lines(out)[0]
         for key in ("reward", "success_1", "success", "signal", "repeat", "tokens", "rollout_seconds", "update_seconds", "kl",
                     "entropy", "clip_fraction", "grad_norm"):
