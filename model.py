@@ -291,11 +291,11 @@ def split_heads(x, heads):
 
 def grouped_attention(q, k, v, mask):
     """Attention of q (B, H, T, E) over k, v (B, K, S, E), H a multiple of K, without repeating k and v: the query
-    heads that share a key head become more queries of it. mask (B, 1, T, S), True where seen. -> (B, T, H * E)"""
+    heads that share a key head become more queries of it. mask (B, 1, T or 1, S), True where seen. -> (B, T, H * E)"""
     B, H, T, E = q.shape
     share = H // k.shape[1]
     q = q.reshape(B, k.shape[1], share * T, E)
-    if mask is not None and T > 1:
+    if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, share, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.reshape(B, H, T, E).transpose(1, 2).flatten(2)
@@ -438,22 +438,23 @@ class ImageContext:
     episodes of a group) share its keys and values: they are folded into the query axis.
 
     features (R, I * M * P, D): projected image tokens; tiles (R, I, M) bool: those that exist; rows (B,) long: the set
-    of each row of text (default: one set per row).
+    of each row of text, by default its own. prefix_looks: tokens before an image look at everything (transformers).
     """
 
-    def __init__(self, features, tiles, rows=None):
-        self.features, self.tiles = features, tiles
+    def __init__(self, features, tiles, rows=None, prefix_looks=False):
+        self.features, self.tiles, self.prefix_looks = features, tiles, prefix_looks
         self.rows = torch.arange(len(tiles), device=tiles.device) if rows is None else rows
         same = self.rows[:, None] == self.rows
         self.share = int(same.sum(1).max())  # rows of the set that has most
         self.place = self.rows * self.share + same.tril(-1).sum(1)  # (B,) of the R * share slots, each row's
+        self.whole = bool(tiles.all())
 
     def select(self, rows):
-        """The context of the given rows of text (a LongTensor), without sets that none of them uses -> (context, sets)."""
+        """The context of the given rows of text (a LongTensor), without the sets that none of them uses."""
         sets, rows = self.rows[rows].unique(return_inverse=True)
         if len(sets) == len(self.tiles):
-            return ImageContext(self.features, self.tiles, rows), None
-        return ImageContext(self.features[sets], self.tiles[sets], rows), sets
+            return ImageContext(self.features, self.tiles, rows, self.prefix_looks)
+        return ImageContext(self.features[sets], self.tiles[sets], rows, self.prefix_looks)
 
     def fold(self, x):
         """(B, heads, T, E) of rows -> (R, heads, share * T, E) of sets. Slots without a row hold ones."""
@@ -465,25 +466,29 @@ class ImageContext:
         return x.unflatten(1, (self.share, -1)).flatten(0, 1)[self.place]
 
     def look(self, shown, at=None):
-        """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for (default: all S).
+        """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for, by default all S.
 
         A token sees the latest image up to itself, and those directly before that one in the same run of <|image|>
-        tokens. Returns (mask (R, 1, share * T, N) bool, True where seen, for folded queries; sees (B, T, 1) bool). A
-        token that sees nothing has a mask of ones (of -inf it would be NaN, in the gradient too): `sees` discards it.
+        tokens. Returns (mask (R, 1, share * T or 1, N) bool, True where seen, or None; sees (B, T, 1) bool). A token
+        that sees nothing has a mask of ones (of -inf it would be NaN, in the gradient too), and `sees` discards it.
         """
         end = shown.cumsum(1)  # tokens see the images first .. end - 1 of their row
         begins = shown & ~F.pad(shown, (1, 0))[:, :-1]
         first = (begins * end).cummax(1).values - 1
         if at is not None:
             first, end = first.gather(1, at), end.gather(1, at)
-        exists = self.tiles.any(-1)[self.rows]  # (B, I)
-        if end.shape[1] > 1 and bool((end[:, -1] > exists.sum(1)).any()):
+        tiles, tokens = self.tiles[self.rows], self.features.shape[1] // self.tiles[0].numel()  # (B, I, M), P
+        number = tiles.any(-1).cumsum(1)  # (B, I): missing images are not counted
+        if end.shape[1] > 1 and bool((end[:, -1] > number[:, -1]).any()):
             raise ValueError("a row of text has more <|image|> tokens than it was given images.")
-        number = (exists.cumsum(1) - 1)[:, None]  # (B, 1, I)
+        number = (number - 1)[:, None]
         seen = (number >= first[..., None]) & (number < end[..., None])
-        seen = (seen[..., None] & self.tiles[self.rows][:, None]).flatten(2)  # (B, T, I * M)
+        seen = (seen[..., None] & tiles[:, None]).flatten(2)  # (B, T, I * M)
         sees = seen.any(-1, keepdim=True)
-        mask = (seen | ~sees).repeat_interleave(self.features.shape[1] // seen.shape[2], -1)
+        if self.tiles.shape[1] == 1 and not self.prefix_looks:  # one image a row: its tiles are mask enough
+            mask = (self.tiles | ~self.tiles.any(-1, keepdim=True))[:, None]  # (R, 1, 1, M)
+            return (None if self.whole else mask.repeat_interleave(tokens, -1)), sees
+        mask = (seen | ~sees).repeat_interleave(tokens, -1)  # (B, T, N)
         return self.fold(mask[:, None]), sees
 
 
@@ -591,8 +596,8 @@ class VisionTower(nn.Module):
     def embed(self, tiles, ratio_ids):
         """tiles (I, M, 3, R, R) -> tokens (I, M, P, C) before the first layer."""
         I, M = tiles.shape[:2]
-        x = self.patch_embedding(tiles.flatten(0, 1).to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)  # (I * M, P - 1, C)
-        x = self.pre_tile_positional_embedding(x.unflatten(0, (I, M)), ratio_ids)
+        x = self.patch_embedding(tiles.flatten(0, 1).to(self.class_embedding.dtype)).flatten(2)  # (I * M, C, P - 1)
+        x = self.pre_tile_positional_embedding(x.transpose(1, 2).unflatten(0, (I, M)), ratio_ids)
         x = torch.cat([self.class_embedding.expand(I, M, 1, -1), x], 2)
         return self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))
 
@@ -752,7 +757,7 @@ class LlamaVision(nn.Module):
         encoded = self.image_features(tiles[wanted], ratio_ids[wanted], (slot < count.clamp(min=1))[wanted])
         features = encoded.new_zeros(*exists.shape, *encoded.shape[1:])
         features[wanted] = encoded
-        return ImageContext(features.flatten(1, 2), slot < count, rows)
+        return ImageContext(features.flatten(1, 2), slot < count, rows, not self.config.mask_prefix_attention)
 
     def forward(self, ids, real=None, image=None):
         """Hidden states (B, T, D) of ids (B, T) after the final norm.
@@ -876,9 +881,22 @@ class Cache:
 
     def keys_values(self, i, attention):
         """k, v (R, K, N, E) of the images for cross layer i: once for all rows that share a set, and all their turns."""
-        if i not in self.cross:
-            self.cross[i] = attention.keys_values(self.image.features)
+        kept = self.cross.get(i)
+        done = kept[0].shape[2] if kept else 0
+        if done < self.image.features.shape[1]:
+            new = attention.keys_values(self.image.features[:, done:])
+            self.cross[i] = tuple(torch.cat(pair, 2) for pair in zip(kept, new)) if kept else new
         return self.cross[i]
+
+    def show(self, more):
+        """Further images for the turn that is fed next: `more` is an ImageContext of the cache's rows (with empty sets
+        for rows that get none). Nothing is encoded again; rows that shared a set have their own from here on."""
+        if self.image is not None:
+            rows, features = self.image.rows, more.features[more.rows]
+            self.cross = {i: (k[rows], v[rows]) for i, (k, v) in self.cross.items()}
+            more = ImageContext(torch.cat([self.image.features[rows], features], 1),
+                                torch.cat([self.image.tiles[rows], more.tiles[more.rows]], 1), None, more.prefix_looks)
+        self.image = more
 
     def select(self, rows):
         """Keep, drop or repeat rows (a LongTensor): one prompt becomes a group of episodes, solved ones leave."""
@@ -886,8 +904,9 @@ class Cache:
             self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
         self.length, self.shown = self.length[rows], self.shown[rows]
         if self.image is not None:
-            self.image, sets = self.image.select(rows)
-            if sets is not None:
+            before, sets = len(self.image.tiles), self.image.rows[rows].unique()
+            self.image = self.image.select(rows)
+            if len(sets) < before:
                 self.cross = {i: (k[sets], v[sets]) for i, (k, v) in self.cross.items()}
         return self
 
@@ -975,25 +994,32 @@ class Tokenizer:
         ids = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return self.bpe.decode(ids, skip_special_tokens=False)
 
-    def header(self, role):
-        """Ids that open a message of `role`."""
-        if self.short and role != "system":
-            return [self._id(f"<|{role}|>")]
+    def header(self, role, text=""):
+        """Ids that open a message of `role`, with its text: the line break before a text may merge with its start."""
+        if self.short:
+            return [self._id(f"<|{role}|>"), *self.encode(text)]
         start, end = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
-        return [start, *self.encode(role), end, *self.encode("\n\n")]
+        return [start, *self.encode(role), end, *self.encode("\n\n" + text)]
 
-    def prompt(self, text, image=False):
-        """Ids of a conversation that opens with the user's text and waits for the first response."""
+    def prompt(self, text, image=False, system=""):
+        """Ids of a conversation that opens with the user's text and waits for the first response.
+
+        image: whether (or how many) pictures precede the text. Raises ValueError for a system message beside an image,
+        which the published template refuses too, or for a tokenizer without system messages.
+        """
+        if system and (image or self.short):
+            raise ValueError("a system message cannot stand beside an image or in the tiny format: put it into the text.")
         ids = [self.bos]
         if not self.short and not image:  # the published template adds this block to text-only conversations
             dates = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
-            ids += self.header("system") + self.encode(dates) + [self.eot]
+            ids += self.header("system", dates + system.strip()) + [self.eot]
         return ids + self.turn(text, image)
 
     def turn(self, text, image=False):
-        """Ids of one more user message and the header of the response to it."""
-        shown = [self._id(IMAGE)] if image else []
-        return self.header("user") + shown + self.encode(text) + [self.eot] + self.header("assistant")
+        """Ids of one more user message and the header of the response to it; image as in `prompt`."""
+        shown = [self._id(IMAGE)] * int(image)
+        opened = self.header("user") + shown + self.encode(text) if shown else self.header("user", text)
+        return opened + [self.eot] + self.header("assistant")
 
 
 def train_tokenizer(texts, vocab_size=480):

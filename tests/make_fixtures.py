@@ -35,11 +35,11 @@ VISION = M.VisionConfig(24, 2, 40, 5, 2, 4, 12, 4, (1, 2, 4))
 CASES = {
     # grouped heads; cross layers adjacent and last; consecutive, several, missing images; a text-only row
     "grouped": (M.Config(TEXT, VISION), 1, ["btiittttittt", "bttttttt", "btitttttitt", "bitttttttttt"], [[2, 6, 5], [], [8, 4], [7]]),
-    # plain heads; a cross layer first and last; 17 tokens a tile; every row one image; the ratios that are left
+    # plain heads; cross layers first, adjacent and last; 17 tokens a tile; at most one image a row
     "plain": (M.Config(replace(TEXT, num_key_value_heads=4, cross_attention_layers=(0, 3, 4)),
                        replace(VISION, image_size=16, intermediate_layers_indices=(1, 3))), 2,
-              ["btitttttt", "bittttttttt", "bttttitt", "btit"], [[1], [3], [6], [2]]),
-    # every row text or several images in one run at the very start
+              ["btitttttt", "bittttttttt", "bttttitt", "bttt"], [[1], [3], [6], []]),
+    # runs of images at the very start, and text only; a single cross layer; plain RoPE
     "runs": (M.Config(replace(TEXT, cross_attention_layers=(3,), rope_factor=1.0), VISION), 3,
              ["iiiittttt", "iittit", "tttt"], [[1, 2, 3, 4], [5, 6, 7], []]),
 }

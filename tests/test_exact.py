@@ -90,7 +90,7 @@ def test_left_padding_and_other_batches_change_nothing():
         left, _ = M.pad_rows(rows, PAD, "cpu", "left")
         real = torch.arange(left.shape[1]) >= (left.shape[1] - lengths)[:, None]
         from_left = model.logits(model(left, real, image=context))
-        shuffled = context.select(torch.tensor([2, 0, 2]))[0]
+        shuffled = context.select(torch.tensor([2, 0, 2]))
         regrouped = model.logits(model(ids[[2, 0, 2]], image=shuffled))
         for b, row in enumerate(rows):
             expected = want[b, : len(row)]
@@ -176,9 +176,30 @@ def test_bf16_rounds_no_more_than_transformers():
 def test_no_query_is_without_keys(name):
     """An empty row of the mask is -inf everywhere, and NaN on some devices."""
     ids, _, _, _, _, context = run(build(name), name)
-    for look in (context, context.select(torch.tensor([1, 1, 0]))[0]):
-        mask, _ = look.look(ids[: len(look.rows)] == fx.IMAGE)
-        assert mask.any(-1).all()
+    for rows in ([0, 1, 2], [1, 1, 2], [2]):
+        mask, _ = context.select(torch.tensor(rows)).look(ids[rows] == fx.IMAGE)
+        assert mask is None or mask.any(-1).all()
+
+
+def test_images_shown_in_a_later_turn():
+    """A group of two rows sees a first picture; the second turn shows each row another one, of its own."""
+    model, (_, _, _, tiles, ratio_ids) = build("grouped"), fx.batch("grouped")
+    first, others = (tiles[:1, :1], ratio_ids[:1, :1]), (torch.stack([tiles[0, 2:3], tiles[2, :1]]), torch.tensor([[5], [8]]))
+    rows = [[1, fx.IMAGE, 3, 4, 5, 6, fx.IMAGE, 7, 8], [1, fx.IMAGE, 3, 4, 9, fx.IMAGE, 9, 9, 9]]
+    with torch.no_grad():
+        kv = M.Cache(model, 1, 3, model.see(*first))
+        model.extend(kv, torch.tensor(rows)[:1, :3], torch.tensor([3]))
+        kv.select(torch.tensor([0, 0])).show(model.see(*others))
+        got = model.extend(kv.reserve(6), torch.tensor(rows)[:, 3:], torch.tensor([6, 6]))
+        for b in (0, 1):
+            both = model.see(torch.cat([first[0], others[0][[b]]], 1), torch.cat([first[1], others[1][[b]]], 1))
+            assert error(got[b], model.logits(model(torch.tensor(rows[b : b + 1]), image=both))[0, -1]) < 1e-4
+        kv = M.Cache(model, 2, 9)  # a text-only start
+        model.extend(kv, torch.tensor([[1, 3], [1, 5]]), torch.tensor([2, 2]))
+        kv.show(model.see(*others))
+        got = model.extend(kv, torch.tensor([[2, fx.IMAGE, 6]] * 2), torch.tensor([3, 3]))
+        whole = model(torch.tensor([[1, 3, 2, fx.IMAGE, 6], [1, 5, 2, fx.IMAGE, 6]]), image=model.see(*others))
+        assert error(got, model.logits(whole)[:, -1]) < 1e-4
 
 
 def test_more_image_tokens_than_images():
@@ -341,13 +362,14 @@ MUTATIONS = {
     "tile gate without tanh": (forward("grouped"), [("self.gate.tanh() * table", "self.gate * table")]),
     "position gate without tanh": (forward("grouped"), [("g = self.gate.tanh()", "g = self.gate")]),
     # torch's attention makes a fully masked row zero on the CPU, so only the other semantics shows it in numbers
-    "-inf fill": (forward("grouped", "hf"), [("mask = (seen | ~sees)", "mask = seen")]),
+    "-inf fill": (forward("grouped", "hf"), [("mask = (seen | ~sees)", "mask = (seen)")]),
     "a last mask row of ones": (cached("grouped"), [("sees = seen.any(-1, keepdim=True)\n", "sees = seen.any(-1, keepdim=True)\n        seen = sees.expand_as(seen) if at is not None and seen.shape[1] == 1 else seen\n")]),
     "normalising before padding": (pictures, [("levels[canvas, np.arange(3)].reshape", "np.pad(levels[canvas[:h, :w], np.arange(3)], ((0, rows * tile - h), (0, cols * tile - w), (0, 0))).reshape")]),
     "images leak into the prefix": (forward("grouped"), [("(a * sees if self.mask_prefix_attention else a)", "a")]),
     "runs of images split": (forward("grouped"), [("begins = shown & ~F.pad(shown, (1, 0))[:, :-1]", "begins = shown")]),
     "earlier images stay visible": (forward("grouped"), [("first = (begins * end).cummax(1).values - 1", "first = 0 * end")]),
-    "unused tiles seen": (forward("grouped"), [("seen = (seen[..., None] & self.tiles[self.rows][:, None])", "seen = seen[..., None].expand(-1, -1, -1, self.tiles.shape[2])")]),
+    "unused tiles seen": (forward("grouped"), [("seen = (seen[..., None] & tiles[:, None])", "seen = seen[..., None].expand(-1, -1, -1, tiles.shape[2])")]),
+    "unused tiles of a single image seen": (forward("plain"), [("return (None if self.whole else", "return (None if True else")]),
     "class token after the positions": (forward("grouped"), [("x = torch.cat([self.class_embedding.expand(I, M, 1, -1), x], 2)", "x = torch.cat([x, self.class_embedding.expand(I, M, 1, -1)], 2)")]),
     "GELU by tanh": (forward("grouped"), [("F.gelu(self.fc1(x))", "F.gelu(self.fc1(x), approximate='tanh')")]),
 }
