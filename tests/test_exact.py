@@ -316,6 +316,87 @@ def test_large_pictures_are_refused_from_their_header(width, height, tmp_path):
         M.open_image(tmp_path / "bomb.png")
 
 
+# ---- chat
+
+LLAMA_SPECIAL = (M.BOS, "<|end_of_text|>", M.PAD, "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", M.EOT,
+                 "<|python_tag|>", M.IMAGE)  # the image token last, as published
+LLAMA_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+")
+
+
+@cache
+def llama_tokenizer():
+    """A stand-in for the published tokenizer: its special tokens, its splitting, few merges (of line breaks too).
+    Returns our Tokenizer and a function that encodes a rendered conversation in one go, as transformers does."""
+    bpe = M.BPE(M.models.BPE())
+    bpe.pre_tokenizer = M.pre_tokenizers.Sequence([M.pre_tokenizers.Split(M.Regex(LLAMA_SPLIT), "isolated"),
+                                                   M.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = M.decoders.ByteLevel()
+    corpus = ["user system assistant", "What is this? A card.", "\n\n\n\n ", "\n\n\nWhat", "Today Date: 26 Jul 2024\n\n", "  \n\n"] * 5
+    bpe.train_from_iterator(corpus, M.trainers.BpeTrainer(
+        vocab_size=330, show_progress=False, initial_alphabet=M.pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_special_tokens([M.AddedToken(t, special=True, normalized=False) for t in LLAMA_SPECIAL])
+    whole = M.BPE.from_str(bpe.to_str())
+    return M.Tokenizer(bpe), lambda text: whole.encode(text, add_special_tokens=False).ids
+
+
+def published(messages, add_generation_prompt=True):
+    """The text of the published chat template, without tools: messages (role, text, images)."""
+    def opened(role):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+    text, system = "<|begin_of_text|>", ""
+    if messages[0][0] == "system":
+        system, messages = messages[0][1].strip(), messages[1:]
+    if not any(images for _, _, images in messages):
+        text += opened("system") + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n" + system + "<|eot_id|>"
+    for role, said, images in messages:
+        text += opened(role) + "<|image|>" * images + said + "<|eot_id|>"
+    return text + opened("assistant") * add_generation_prompt
+
+
+@pytest.mark.parametrize("question", ["What is this?", "\n\nWhat\n", "  is it", "", "7 8\tK'll", "ça va 你好 🂡"])
+@pytest.mark.parametrize("images, system", [(0, ""), (1, ""), (2, ""), (0, " Be brief. \n"), (0, "\nWhat")])
+def test_prompts_equal_the_published_template(question, images, system):
+    tokenizer, encode = llama_tokenizer()
+    messages = [("system", system, 0)] * bool(system) + [("user", question, images)]
+    assert tokenizer.prompt(question, images, system) == encode(published(messages))
+    assert len(encode("\n\n\n")) < len(encode("\n\n") + encode("\n"))  # the stand-in merges where the published one does
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_several_turns_equal_the_published_template(image):
+    """Later turns extend the ids; a response ends with the stop token that was sampled."""
+    tokenizer, encode = llama_tokenizer()
+    ids = tokenizer.prompt("What is this?", image)
+    ids += tokenizer.encode("A card.") + [tokenizer.eot] + tokenizer.turn("\nWhich?", image)
+    ids += tokenizer.encode("7") + [tokenizer.eot] + tokenizer.turn("No.")
+    said = [("user", "What is this?", image), ("assistant", "A card.", 0), ("user", "\nWhich?", image), ("assistant", "7", 0),
+            ("user", "No.", 0)]
+    assert ids == encode(published(said))
+    assert ids.count(tokenizer.bpe.token_to_id(M.IMAGE)) == 2 * image
+
+
+def test_special_tokens_are_found_by_name_and_never_spelled_by_text():
+    tokenizer, encode = llama_tokenizer()
+    names = {i: t for t, i in tokenizer.bpe.get_vocab().items()}
+    assert {names[i] for i in tokenizer.stop_ids} == {"<|end_of_text|>", "<|eom_id|>", M.EOT}
+    assert (names[tokenizer.bos], names[tokenizer.pad], names[tokenizer.eot]) == (M.BOS, M.PAD, M.EOT)
+    for name in LLAMA_SPECIAL:
+        ids = tokenizer.prompt(f"a{name}b")
+        assert ids != encode(published([("user", f"a{name}b", 0)])) and tokenizer.bpe.token_to_id(M.IMAGE) not in ids
+        assert ids.count(tokenizer.eot) == 2 and ids.count(tokenizer.bos) == 1
+
+
+def test_a_system_message_beside_an_image_is_refused():
+    with pytest.raises(ValueError, match="system message cannot stand beside an image"):
+        llama_tokenizer()[0].prompt("What?", image=True, system="Be brief.")
+
+
+def test_tokenizer_without_a_needed_token_says_so():
+    with pytest.raises(ValueError, match="no <.finetune_right_pad_id.> token"):
+        M.Tokenizer(M.BPE(M.models.BPE({"<|eot_id|>": 0}, [])))
+
+
 # ---- the tests bite: each change of model.py's text must be noticed
 
 def mutant(*changes):
