@@ -183,6 +183,11 @@ def reference(name, semantics):
     if semantics == "meta":
         with torch.no_grad():
             out["greedy"] = torch.tensor([greedy(hf, ids[b, :n], tiles[b], ratio_ids[b], 8) for b, n in enumerate(lengths)])
+            if 0 not in config.text.cross_attention_layers:  # transformers reads the text's length off its layer 0
+                given = inputs(ids, lengths, tiles, ratio_ids, "left")
+                del given["position_ids"]
+                made = hf.generate(**given, do_sample=False, max_new_tokens=8, min_new_tokens=8, eos_token_id=None)[:, -8:]
+                assert torch.equal(made, out["greedy"])
         gradients = {n: p.grad for n, p in hf.named_parameters()}
         with torch.device("meta"):
             names = [n for n, _ in M.LlamaVision(config).named_parameters()]

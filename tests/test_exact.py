@@ -49,9 +49,10 @@ def run(model, name):
     return ids, lengths, chosen, tiles, ratio_ids, context
 
 
-def differences(name, semantics, module=M):
+def differences(name, semantics, module=M, recompute=False):
     """Relative errors of features, cross-attention states, logits and loss, and the largest of all gradients."""
     want, model = fixture(f"{name}-{semantics}"), build(name, semantics, module=module)
+    model.recompute(recompute)
     ids, lengths, chosen, tiles, ratio_ids, context = run(model, name)
     exists = ratio_ids > 0 if semantics == "meta" else torch.ones_like(ratio_ids, dtype=torch.bool)
     tile_mask = torch.tensor([1, 1, 2, 3, 4, 2, 4, 3, 4])[ratio_ids][..., None] > torch.arange(4)
@@ -81,6 +82,10 @@ def test_float32_equals_the_reference(name, semantics):
     assert all(found[k] <= LIMITS[k] for k in found), found
 
 
+def test_recompute_changes_no_gradient():
+    assert differences("grouped", "meta", recompute=True)["grad"] <= 1e-3
+
+
 def test_left_padding_and_other_batches_change_nothing():
     """Each row alone, and all padded on the left, against the fixture of the batch padded on the right."""
     for name in CASES:
@@ -101,9 +106,9 @@ def test_left_padding_and_other_batches_change_nothing():
             assert error(regrouped[row, : lengths[b]], want[b, : lengths[b]]) < 1e-4
 
 
-def cached_difference(name, module=M):
+def cached_difference(name, semantics="meta", module=M):
     """Largest error of next-token logits when prefill, a second turn and single tokens go through the cache."""
-    want, model, worst = fixture(f"{name}-meta")["logits"], build(name, module=module), 0.0
+    want, model, worst = fixture(f"{name}-{semantics}")["logits"], build(name, semantics, module=module), 0.0
     ids, lengths, _, _, _, context = run(model, name)
     rows = [row[:n].tolist() for row, n in zip(ids, lengths)]
     kv = module.Cache(model, len(rows), 3, context)
@@ -118,9 +123,10 @@ def cached_difference(name, module=M):
     return worst
 
 
+@pytest.mark.parametrize("semantics", SEMANTICS)
 @pytest.mark.parametrize("name", CASES)
-def test_cached_decoding_in_uneven_pieces(name):
-    assert cached_difference(name) < 1e-4
+def test_cached_decoding_in_uneven_pieces(name, semantics):
+    assert cached_difference(name, semantics) < 1e-4
 
 
 def group_greedy(model, name, group, module=M):
@@ -415,7 +421,7 @@ def forward(name, semantics="meta"):
 
 
 def cached(name):
-    return lambda module: cached_difference(name, module) / 1e-4
+    return lambda module: cached_difference(name, "meta", module) / 1e-4
 
 
 def pictures(module):
