@@ -13,7 +13,8 @@ Contents
  10. Cost                 parameters and FLOPs
 
 Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head size, V vocabulary,
-R sets of I images, M tile slots of an image, P tokens of a tile, C hidden size of the tower, N image tokens of a set.
+R sets of I images, M tile slots of an image, L pixels of a tile's side, P tokens of a tile, C hidden size of the tower,
+N image tokens of a set.
 Module names are the hub's (`language_model.model.layers.0.self_attn.q_proj.weight`), so a checkpoint loads with
 `load_state_dict(strict=True)`. Where Meta's code and transformers differ, the default is Meta's semantics.
 """
@@ -150,6 +151,8 @@ def config_from_json(data):
     text = replace(text, **{names[k]: type(getattr(text, names[k]))(v) for k, v in rope.items() if k in names})
     config = Config(text, _known(VisionConfig, data.get("vision_config", {})),
                     data.get("vision_taps", "input"), bool(data.get("mask_prefix_attention", True)))
+    if data.get("image_token_index", text.vocab_size) != text.vocab_size:
+        raise ValueError("config.json: image_token_index must be vocab_size, the first id behind lm_head.")
     _check_config(config)
     return config
 
@@ -179,6 +182,8 @@ def _check_config(config):
         raise ValueError("config.json: the heads of the decoder do not divide its hidden size.")
     if vision.hidden_size % vision.attention_heads or vision.image_size % vision.patch_size:
         raise ValueError("config.json: the heads or patches of the vision tower do not divide its sizes.")
+    if vision.max_num_tiles != 4:
+        raise ValueError(f"config.json: max_num_tiles is {vision.max_num_tiles}; only 4 is supported.")
     if config.vision_taps not in ("input", "output"):
         raise ValueError('config.json: vision_taps must be "input" or "output".')
     if max((text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)) > 200:
@@ -594,7 +599,7 @@ class VisionTower(nn.Module):
         self.recompute = False
 
     def embed(self, tiles, ratio_ids):
-        """tiles (I, M, 3, R, R) -> tokens (I, M, P, C) before the first layer."""
+        """tiles (I, M, 3, L, L) -> tokens (I, M, P, C) before the first layer."""
         I, M = tiles.shape[:2]
         x = self.patch_embedding(tiles.flatten(0, 1).to(self.class_embedding.dtype)).flatten(2)  # (I * M, C, P - 1)
         x = self.pre_tile_positional_embedding(x.transpose(1, 2).unflatten(0, (I, M)), ratio_ids)
@@ -602,7 +607,7 @@ class VisionTower(nn.Module):
         return self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))
 
     def forward(self, tiles, ratio_ids, tile_mask):
-        """tiles (I, M, 3, R, R); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real -> (I, M, P, C * 6).
+        """tiles (I, M, 3, L, L); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real -> (I, M, P, C * 6).
 
         Tokens are padded to a multiple of 8 per tile, and only pad-to-pad attention is forbidden: real tokens do attend
         to pads and to empty tiles. That is what the checkpoint was trained with; "fixing" it changes the features.
@@ -737,22 +742,21 @@ class LlamaVision(nn.Module):
         self.vision_model.recompute = self.language_model.model.recompute = on
 
     def image_features(self, tiles, ratio_ids, tile_mask):
-        """tiles (I, M, 3, R, R), ratio_ids (I,), tile_mask (I, M) -> projected image tokens (I, M * P, D)."""
+        """tiles (I, M, 3, L, L), ratio_ids (I,), tile_mask (I, M) -> projected image tokens (I, M * P, D)."""
         return self.multi_modal_projector(self.vision_model(tiles, ratio_ids, tile_mask)).flatten(1, 2)
 
     def see(self, tiles, ratio_ids, rows=None):
-        """Encode sets of images as `pack_images` packs them: tiles (R, I, M, 3, T, T), ratio_ids (R, I), 0 = no image.
+        """Encode sets of images as `pack_images` packs them: tiles (R, I, M, 3, L, L), ratio_ids (R, I), 0 = no image.
 
         rows (B,): the set of each row of text, by default its own. Returns an ImageContext, None without any image.
         Call it under no_grad while tower and projector are frozen, once for all that is done with the images.
         """
-        exists, device = ratio_ids.to(self.device) > 0, self.device
-        if not exists.any():
+        if not ratio_ids.any():
             return None
-        tiles, ratio_ids = tiles.to(device), ratio_ids.to(device)
-        slot, count = torch.arange(tiles.shape[2], device=device), ratio_ids.new_tensor([0] + [r * c for r, c in RATIOS])
-        count = count[ratio_ids][..., None]  # (R, I, 1)
-        # transformers' tokens before an image attend to missing images too, so there these are encoded as well.
+        tiles, ratio_ids = tiles.to(self.device), ratio_ids.to(self.device)
+        exists, slot = ratio_ids > 0, torch.arange(tiles.shape[2], device=self.device)
+        count = ratio_ids.new_tensor([0] + [math.prod(ratio) for ratio in RATIOS])[ratio_ids][..., None]  # (R, I, 1)
+        # With transformers' semantics tokens before an image attend to missing images too: these are encoded as well.
         wanted = exists if self.config.mask_prefix_attention else torch.ones_like(exists)
         encoded = self.image_features(tiles[wanted], ratio_ids[wanted], (slot < count.clamp(min=1))[wanted])
         features = encoded.new_zeros(*exists.shape, *encoded.shape[1:])
@@ -763,6 +767,7 @@ class LlamaVision(nn.Module):
         """Hidden states (B, T, D) of ids (B, T) after the final norm.
 
         real (B, T) bool marks tokens that are not padding. Padding on the right needs none: no token looks ahead.
+        image: what `see` made of the rows' images. ValueError when a row has more <|image|> tokens than images.
         """
         if real is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -890,7 +895,9 @@ class Cache:
 
     def show(self, more):
         """Further images for the turn that is fed next: `more` is an ImageContext of the cache's rows (with empty sets
-        for rows that get none). Nothing is encoded again; rows that shared a set have their own from here on."""
+        for rows that get none) or None. Nothing is encoded again; rows that shared a set have their own from here on."""
+        if more is None:
+            return
         if self.image is not None:
             rows, features = self.image.rows, more.features[more.rows]
             self.cross = {i: (k[rows], v[rows]) for i, (k, v) in self.cross.items()}
