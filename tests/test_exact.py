@@ -150,6 +150,24 @@ def test_greedy_continuations(name, group):
     assert len(k) == len(want)  # once per prompt, not per row
 
 
+def test_an_image_is_encoded_once_for_group_turns_and_tokens(monkeypatch):
+    model, calls = build("grouped"), []
+    monkeypatch.setattr(M.VisionTower, "forward", counted(M.VisionTower.forward, calls, "tower"))
+    monkeypatch.setattr(M.CrossAttention, "keys_values", counted(M.CrossAttention.keys_values, calls, "keys and values"))
+    kv, responses = group_greedy(model, "grouped", 3)
+    with torch.no_grad():
+        model.extend(kv.reserve(2), torch.tensor([[r[-1], 5] for r in responses]), torch.tensor([2] * 12))
+    assert calls == ["tower"] + ["keys and values"] * 3  # three cross layers
+
+
+def counted(function, calls, name):
+    """The function, noting each of its calls."""
+    def wrapper(*args):
+        calls.append(name)
+        return function(*args)
+    return wrapper
+
+
 def test_rows_that_leave_take_their_images_along():
     model, want = build("grouped"), fixture("grouped-meta")["logits"]
     ids, lengths, _, _, _, context = run(model, "grouped")
