@@ -5,27 +5,33 @@ Contents
   2. Linear and LoRA      y = W x + (alpha / rank) B A x
   3. Text decoder         self-attention layers, and gated cross-attention layers that look at the image
   4. Vision tower         tiles -> patches -> local and global layers -> six stacked feature maps
-  5. The whole model      forward, logits, log-probabilities of chosen tokens
-  6. Cache and generation static KV cache, prompts shared by a group, per-row stopping
-  7. Tokenizer and chat   text never becomes a special token
-  8. Loading and saving   safetensors and names as on the hub, adapters as PEFT writes them
-  9. Cost                 parameters and FLOPs
+  5. Images               any picture -> 8-bit RGB -> a canvas of up to four tiles
+  6. The whole model      forward, logits, log-probabilities of chosen tokens
+  7. Cache and generation static KV cache, prompts shared by a group, per-row stopping
+  8. Tokenizer and chat   text never becomes a special token
+  9. Loading and saving   safetensors and names as on the hub, adapters as PEFT writes them
+ 10. Cost                 parameters and FLOPs
 
 Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head size, V vocabulary,
-I images, M tile slots of an image, P tokens of a tile, C hidden size of the tower, N image tokens seen by a row.
+R sets of I images, M tile slots of an image, L pixels of a tile's side, P tokens of a tile, C hidden size of the tower,
+N image tokens of a set.
 Module names are the hub's (`language_model.model.layers.0.self_attn.q_proj.weight`), so a checkpoint loads with
 `load_state_dict(strict=True)`. Where Meta's code and transformers differ, the default is Meta's semantics.
 """
 
+import io
 import json
 import math
 import os
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -145,6 +151,8 @@ def config_from_json(data):
     text = replace(text, **{names[k]: type(getattr(text, names[k]))(v) for k, v in rope.items() if k in names})
     config = Config(text, _known(VisionConfig, data.get("vision_config", {})),
                     data.get("vision_taps", "input"), bool(data.get("mask_prefix_attention", True)))
+    if data.get("image_token_index", text.vocab_size) != text.vocab_size:
+        raise ValueError("config.json: image_token_index must be vocab_size, the first id behind lm_head.")
     _check_config(config)
     return config
 
@@ -174,6 +182,8 @@ def _check_config(config):
         raise ValueError("config.json: the heads of the decoder do not divide its hidden size.")
     if vision.hidden_size % vision.attention_heads or vision.image_size % vision.patch_size:
         raise ValueError("config.json: the heads or patches of the vision tower do not divide its sizes.")
+    if vision.max_num_tiles != 4:
+        raise ValueError(f"config.json: max_num_tiles is {vision.max_num_tiles}; only 4 is supported.")
     if config.vision_taps not in ("input", "output"):
         raise ValueError('config.json: vision_taps must be "input" or "output".')
     if max((text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)) > 200:
@@ -295,11 +305,11 @@ def split_heads(x, heads):
 
 def grouped_attention(q, k, v, mask):
     """Attention of q (B, H, T, E) over k, v (B, K, S, E), H a multiple of K, without repeating k and v: the query
-    heads that share a key head become more queries of it. mask (B, 1, T, S), True where seen. -> (B, T, H * E)"""
+    heads that share a key head become more queries of it. mask (B, 1, T or 1, S), True where seen. -> (B, T, H * E)"""
     B, H, T, E = q.shape
     share = H // k.shape[1]
     q = q.reshape(B, k.shape[1], share * T, E)
-    if mask is not None and T > 1:
+    if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, share, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.reshape(B, H, T, E).transpose(1, 2).flatten(2)
@@ -346,12 +356,10 @@ class CrossAttention(nn.Module):
         return (self.k_norm(split_heads(self.k_proj(features), self.kv_heads)),
                 split_heads(self.v_proj(features), self.kv_heads))
 
-    def forward(self, x, keys_values, visible):
-        """x (B, T, D), visible (B, T, N) bool -> (B, T, D). A row that sees nothing gets a mean over everything here
-        (never -inf scores, which would be NaN in value and gradient); the layer discards it."""
+    def forward(self, x, keys_values, image, mask):
+        """x (B, T, D) -> (B, T, D): rows that share a set of images are queries of the same keys. mask: of `look`."""
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
-        mask = visible | ~visible.any(-1, keepdim=True)
-        return self.o_proj(grouped_attention(q, *keys_values, mask[:, None]))
+        return self.o_proj(image.unfold(grouped_attention(image.fold(q), *keys_values, mask)))
 
 
 class MLP(nn.Module):
@@ -393,9 +401,11 @@ class CrossLayer(nn.Module):
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
         self.mask_prefix_attention = mask_prefix_attention
 
-    def forward(self, h, keys_values, visible):
-        sees = visible.any(-1, keepdim=True).to(h.dtype)  # (B, T, 1)
-        a = self.cross_attn(self.input_layernorm(h), keys_values, visible)
+    def forward(self, h, image, mask, sees, keys_values=None):
+        """h (B, T, D); mask and sees of ImageContext.look; keys_values: kept ones, or None to compute them here."""
+        if keys_values is None:
+            keys_values = self.cross_attn.keys_values(image.features)
+        a = self.cross_attn(self.input_layernorm(h), keys_values, image, mask)
         h = h + self.cross_attn_attn_gate.tanh() * (a * sees if self.mask_prefix_attention else a)
         return h + self.cross_attn_mlp_gate.tanh() * sees * self.mlp(self.post_attention_layernorm(h))
 
@@ -413,15 +423,20 @@ class TextModel(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.recompute = False
 
-    def forward(self, ids, positions, mask, image, cache):
-        """ids, positions (B, T); mask (B, 1, T, S) or None; image ImageContext or None -> (B, T, D)."""
+    def forward(self, ids, positions, mask, image=None, cache=None):
+        """ids, positions (B, T); mask (B, 1, T, S) or None; image: ImageContext or None (a cache has its own)."""
         h, rope = self.embed_tokens(ids), rope_table(self.config, positions)
+        image = image if cache is None else cache.image
+        if image is not None:
+            shown = ids == self.config.vocab_size  # <|image|> has the first row behind the vocabulary
+            sight = image.look(shown) if cache is None else image.look(cache.mark(shown), cache.at)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, SelfLayer):
                 store = None if cache is None else cache.writer(i)
                 h = _run(self, layer, h, rope, mask, store)
             elif image is not None:
-                h = _run(self, layer, h, image.keys_values(i, layer.cross_attn), image.visible)
+                kept = None if cache is None else cache.keys_values(i, layer.cross_attn)
+                h = _run(self, layer, h, image, *sight, kept)
         return self.norm(h)
 
 
@@ -433,20 +448,62 @@ def _run(owner, layer, *args):
 
 
 class ImageContext:
-    """What a batch of text sees of its images.
+    """What rows of text may look at: R sets of up to I images, and the set of each row. Rows that share a set (the
+    episodes of a group) share its keys and values: they are folded into the query axis.
 
-    features (B, N, D): projected image tokens of each row. visible (B, T, N) bool: which of them each token sees.
-    Keys and values of every cross layer are computed at first use and kept.
+    features (R, I * M * P, D): projected image tokens; tiles (R, I, M) bool: those that exist; rows (B,) long: the set
+    of each row of text, by default its own. prefix_looks: tokens before an image look at everything (transformers).
     """
 
-    def __init__(self, features, visible):
-        self.features, self.visible, self._kept = features, visible, {}
+    def __init__(self, features, tiles, rows=None, prefix_looks=False):
+        self.features, self.tiles, self.prefix_looks = features, tiles, prefix_looks
+        self.rows = torch.arange(len(tiles), device=tiles.device) if rows is None else rows
+        same = self.rows[:, None] == self.rows
+        self.share = int(same.sum(1).max())  # rows of the set that has most
+        self.place = self.rows * self.share + same.tril(-1).sum(1)  # (B,) of the R * share slots, each row's
+        self.whole = bool(tiles.all())
 
-    def keys_values(self, i, attention):
-        """k, v (B, K, N, E) of cross layer i."""
-        if i not in self._kept:
-            self._kept[i] = attention.keys_values(self.features)
-        return self._kept[i]
+    def select(self, rows):
+        """The context of the given rows of text (a LongTensor), without the sets that none of them uses."""
+        sets, rows = self.rows[rows].unique(return_inverse=True)
+        if len(sets) == len(self.tiles):
+            return ImageContext(self.features, self.tiles, rows, self.prefix_looks)
+        return ImageContext(self.features[sets], self.tiles[sets], rows, self.prefix_looks)
+
+    def fold(self, x):
+        """(B, heads, T, E) of rows -> (R, heads, share * T, E) of sets. Slots without a row hold ones."""
+        slots = x.new_ones(len(self.tiles) * self.share, *x.shape[1:]).index_copy(0, self.place, x)
+        return slots.unflatten(0, (-1, self.share)).transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, x):
+        """(R, share * T, D) of sets -> (B, T, D) of rows."""
+        return x.unflatten(1, (self.share, -1)).flatten(0, 1)[self.place]
+
+    def look(self, shown, at=None):
+        """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for, by default all S.
+
+        A token sees the latest image up to itself, and those directly before that one in the same run of <|image|>
+        tokens. Returns (mask (R, 1, share * T or 1, N) bool, True where seen, or None; sees (B, T, 1) bool). A token
+        that sees nothing has a mask of ones (of -inf it would be NaN, in the gradient too), and `sees` discards it.
+        """
+        end = shown.cumsum(1)  # tokens see the images first .. end - 1 of their row
+        begins = shown & ~F.pad(shown, (1, 0))[:, :-1]
+        first = (begins * end).cummax(1).values - 1
+        if at is not None:
+            first, end = first.gather(1, at), end.gather(1, at)
+        tiles, tokens = self.tiles[self.rows], self.features.shape[1] // self.tiles[0].numel()  # (B, I, M), P
+        number = tiles.any(-1).cumsum(1)  # (B, I): missing images are not counted
+        if end.shape[1] > 1 and bool((end[:, -1] > number[:, -1]).any()):
+            raise ValueError("a row of text has more <|image|> tokens than it was given images.")
+        number = (number - 1)[:, None]
+        seen = (number >= first[..., None]) & (number < end[..., None])
+        seen = (seen[..., None] & tiles[:, None]).flatten(2)  # (B, T, I * M)
+        sees = seen.any(-1, keepdim=True)
+        if self.tiles.shape[1] == 1 and not self.prefix_looks:  # one image a row: its tiles are mask enough
+            mask = (self.tiles | ~self.tiles.any(-1, keepdim=True))[:, None]  # (R, 1, 1, M)
+            return (None if self.whole else mask.repeat_interleave(tokens, -1)), sees
+        mask = (seen | ~sees).repeat_interleave(tokens, -1)  # (B, T, N)
+        return self.fold(mask[:, None]), sees
 
 
 # ---------------------------------------------------------------- 4. Vision tower
@@ -551,15 +608,15 @@ class VisionTower(nn.Module):
         self.recompute = False
 
     def embed(self, tiles, ratio_ids):
-        """tiles (I, M, 3, R, R) -> tokens (I, M, P, C) before the first layer."""
+        """tiles (I, M, 3, L, L) -> tokens (I, M, P, C) before the first layer."""
         I, M = tiles.shape[:2]
-        x = self.patch_embedding(tiles.flatten(0, 1)).flatten(2).transpose(1, 2)  # (I * M, P - 1, C)
-        x = self.pre_tile_positional_embedding(x.unflatten(0, (I, M)), ratio_ids)
+        x = self.patch_embedding(tiles.flatten(0, 1).to(self.class_embedding.dtype)).flatten(2)  # (I * M, C, P - 1)
+        x = self.pre_tile_positional_embedding(x.transpose(1, 2).unflatten(0, (I, M)), ratio_ids)
         x = torch.cat([self.class_embedding.expand(I, M, 1, -1), x], 2)
         return self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))
 
     def forward(self, tiles, ratio_ids, tile_mask):
-        """tiles (I, M, 3, R, R); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real -> (I, M, P, C * 6).
+        """tiles (I, M, 3, L, L); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real -> (I, M, P, C * 6).
 
         Tokens are padded to a multiple of 8 per tile, and only pad-to-pad attention is forbidden: real tokens do attend
         to pads and to empty tiles. That is what the checkpoint was trained with; "fixing" it changes the features.
@@ -567,26 +624,102 @@ class VisionTower(nn.Module):
         I, M, P = tiles.shape[0], tiles.shape[1], self.config.tokens
         x = F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8))
         slots = x.shape[2]
-        real = tile_mask.bool()[:, :, None] & (torch.arange(slots, device=x.device) < P)  # (I, M, slots)
-        real = real.flatten(1)
+        real = (tile_mask.bool()[:, :, None] & (torch.arange(slots, device=x.device) < P)).flatten(1)  # (I, M * slots)
         mask = (real[:, :, None] | real[:, None, :])[:, None]  # (I, 1, M * slots, M * slots)
-        x, kept = x.flatten(1, 2), []
-        if -1 in self.taps:
-            kept.append(x)
+        x = x.flatten(1, 2)
+        kept = {-1: x}  # layer -> its output, of the tapped layers only
         for i, layer in enumerate(self.transformer.layers):
             x = _run(self, layer, x, mask)
             if i in self.taps:
-                kept.append(x)
+                kept[i] = x
         x = self.layernorm_post(x).unflatten(1, (M, slots))
         x = self.post_tile_positional_embedding(x, ratio_ids).flatten(1, 2)
         for layer in self.global_transformer.layers:
             x = _run(self, layer, x, mask)
         # The tap index runs fastest: feature c * taps + j, not blocks of C.
-        out = torch.cat([x, torch.stack(kept, -1).flatten(2)], -1)
+        out = torch.cat([x, torch.stack([kept[i] for i in self.taps], -1).flatten(2)], -1)
         return out.unflatten(1, (M, slots))[:, :, :P]
 
 
-# ---------------------------------------------------------------- 5. The whole model
+# ---------------------------------------------------------------- 5. Images
+
+RATIOS = [(rows, cols) for rows in range(1, 5) for cols in range(1, 5) if rows * cols <= 4]  # id = index + 1; height first
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_PIXELS = 50_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+
+def open_image(source):
+    """A picture as a person sees it, in 8-bit RGB: upright (EXIF), alpha over white, 16-bit grey scaled down.
+
+    source: a path, bytes or a PIL image. Raises ValueError with one sentence when it cannot be read, or when its header
+    announces more than MAX_PIXELS pixels: then none of them is decoded.
+    """
+    name = str(source)[:200] if isinstance(source, (str, Path)) else "the picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # PIL's limit is higher than ours
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
+        large = image.width * image.height > MAX_PIXELS
+        rgb = None if large else _to_rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        large = True
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        raise ValueError(f"{name} cannot be read as a picture ({str(error)[:120]}).") from None
+    if large:
+        raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: scale it down first.")
+    return rgb
+
+
+def _to_rgb(image):
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        image = Image.fromarray((grey + 0.5).astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def cut_tiles(image, tile):
+    """An 8-bit RGB PIL image -> tiles (n, 3, tile, tile) float32, row by row, and the id 1..8 of their arrangement.
+
+    The picture goes to the top left of the canvas of `RATIOS` that scales it up least, or else down least (the smaller
+    one when several do), shrunk but never enlarged beyond one tile; black fills the rest before normalising. Equal
+    to transformers' MllamaImageProcessorPil with the checkpoint's settings, to the last bit.
+    """
+    width, height = image.size
+    scales = [min(rows * tile / height, cols * tile / width) for rows, cols in RATIOS]
+    best = min((s for s in scales if s >= 1), default=max(scales))
+    rows, cols = min((ratio for ratio, s in zip(RATIOS, scales) if s == best), key=math.prod)
+    w, h = min(max(width, tile), cols * tile), min(max(height, tile), rows * tile)
+    if w / width < h / height:
+        h = min(max(int(height * (w / width)), 1), h)  # at least one pixel: 4000 x 10 has to survive
+    else:
+        w = min(max(int(width * (h / height)), 1), w)
+    canvas = np.zeros((rows * tile, cols * tile, 3), np.uint8)
+    canvas[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR))
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
+    levels = (levels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (256, 3): every value a pixel can have
+    tiles = levels[canvas, np.arange(3)].reshape(rows, tile, cols, tile, 3).transpose(0, 2, 4, 1, 3)
+    return np.ascontiguousarray(tiles.reshape(rows * cols, 3, tile, tile)), RATIOS.index((rows, cols)) + 1
+
+
+def pack_images(sets, tile):
+    """Sets of pictures (lists of what `open_image` returns) -> tiles (R, I, 4, 3, tile, tile) float32 and ratio_ids
+    (R, I) long, both 0 where there is none. I is the size of the largest set, at least 1."""
+    count = max([1, *map(len, sets)])
+    tiles = torch.zeros(len(sets), count, 4, 3, tile, tile)
+    ratio_ids = torch.zeros(len(sets), count, dtype=torch.long)
+    for r, pictures in enumerate(sets):
+        for i, picture in enumerate(pictures):
+            cut, ratio_ids[r, i] = cut_tiles(picture, tile)
+            tiles[r, i, : len(cut)] = torch.from_numpy(cut)
+    return tiles, ratio_ids
+
+
+# ---------------------------------------------------------------- 6. The whole model
 
 
 class CausalLM(nn.Module):
@@ -618,27 +751,46 @@ class LlamaVision(nn.Module):
         self.vision_model.recompute = self.language_model.model.recompute = on
 
     def image_features(self, tiles, ratio_ids, tile_mask):
-        """tiles (I, M, 3, R, R), ratio_ids (I,), tile_mask (I, M) -> projected image tokens (I, M * P, D)."""
+        """tiles (I, M, 3, L, L), ratio_ids (I,), tile_mask (I, M) -> projected image tokens (I, M * P, D)."""
         return self.multi_modal_projector(self.vision_model(tiles, ratio_ids, tile_mask)).flatten(1, 2)
+
+    def see(self, tiles, ratio_ids, rows=None):
+        """Encode sets of images as `pack_images` packs them: tiles (R, I, M, 3, L, L), ratio_ids (R, I), 0 = no image.
+
+        rows (B,): the set of each row of text, by default its own. Returns an ImageContext, None without any image.
+        Call it under no_grad while tower and projector are frozen, once for all that is done with the images.
+        """
+        if not ratio_ids.any():
+            return None
+        tiles, ratio_ids = tiles.to(self.device), ratio_ids.to(self.device)
+        exists, slot = ratio_ids > 0, torch.arange(tiles.shape[2], device=self.device)
+        count = ratio_ids.new_tensor([0] + [math.prod(ratio) for ratio in RATIOS])[ratio_ids][..., None]  # (R, I, 1)
+        # With transformers' semantics tokens before an image attend to missing images too: these are encoded as well.
+        wanted = exists if self.config.mask_prefix_attention else torch.ones_like(exists)
+        encoded = self.image_features(tiles[wanted], ratio_ids[wanted], (slot < count.clamp(min=1))[wanted])
+        features = encoded.new_zeros(*exists.shape, *encoded.shape[1:])
+        features[wanted] = encoded
+        return ImageContext(features.flatten(1, 2), slot < count, rows, not self.config.mask_prefix_attention)
 
     def forward(self, ids, real=None, image=None):
         """Hidden states (B, T, D) of ids (B, T) after the final norm.
 
         real (B, T) bool marks tokens that are not padding. Padding on the right needs none: no token looks ahead.
+        image: what `see` made of the rows' images. ValueError when a row has more <|image|> tokens than images.
         """
         if real is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            return self.language_model.model(ids, positions, None, image, None)
+            return self.language_model.model(ids, positions, None, image)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         mask = real[:, None, :].expand(-1, ids.shape[1], -1).tril()
         mask = mask | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # pads see themselves: no NaN
-        return self.language_model.model(ids, positions, mask[:, None], image, None)
+        return self.language_model.model(ids, positions, mask[:, None], image)
 
     def logits(self, hidden):
         """(..., D) -> (..., V) float32."""
         return self.language_model.lm_head(hidden).float()
 
-    def extend(self, cache, ids, lengths, image=None):
+    def extend(self, cache, ids, lengths):
         """Feed ids (B, T), of which the first `lengths` (B,) of each row are real, after what `cache` holds.
 
         Returns logits (B, V) float32 behind the last real token of each row. A pad writes to a slot beyond the row's
@@ -646,7 +798,7 @@ class LlamaVision(nn.Module):
         """
         slots = cache.open(ids.shape[1])  # (B, T)
         mask = torch.arange(cache.used, device=ids.device) <= slots[..., None]  # (B, T, used)
-        hidden = self.language_model.model(ids, slots, mask[:, None], image, cache)
+        hidden = self.language_model.model(ids, slots, mask[:, None], cache=cache)
         cache.length = cache.length + lengths
         last = hidden[torch.arange(len(ids), device=ids.device), (lengths - 1).clamp(min=0)]
         return self.logits(last)
@@ -686,23 +838,25 @@ def init_weights(model, seed):
     return model
 
 
-# ---------------------------------------------------------------- 6. Cache and generation
+# ---------------------------------------------------------------- 7. Cache and generation
 
 
 class Cache:
     """Keys and values of every self-attention layer in slots taken once: rows need not be equally long.
 
     Token t of a row lies in slot t, whatever the other rows hold. `length` (B,) counts the tokens of each row.
+    `image` is the ImageContext of the rows: the keys and values of its sets are computed at first use and kept.
     """
 
-    def __init__(self, model, rows, slots):
+    def __init__(self, model, rows, slots, image=None):
         c, weight = model.config.text, model.language_model.lm_head.weight
         self.layers = [i for i in range(c.num_hidden_layers) if i not in c.cross_attention_layers]
         shape = (rows, slots, c.num_key_value_heads, c.head_dim)
         self.k = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
         self.v = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
         self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.slots, self.used = slots, 0
+        self.shown = torch.zeros(rows, slots, dtype=torch.bool, device=weight.device)  # where <|image|> stands
+        self.slots, self.used, self.image, self.cross = slots, 0, image, {}
 
     def reserve(self, count):
         """Make sure that `count` more tokens fit into every row. Call it between turns: it asks the device."""
@@ -711,6 +865,7 @@ class Cache:
         if extra > 0:
             for kept in (self.k, self.v):
                 kept.update({i: F.pad(t, (0, 0, 0, 0, 0, extra)) for i, t in kept.items()})
+            self.shown = F.pad(self.shown, (0, extra))
             self.slots += extra
         return self
 
@@ -733,11 +888,42 @@ class Cache:
 
         return store
 
+    def mark(self, shown):
+        """Note where <|image|> stands in the opened slots (B, T) -> where it stands in all slots in use."""
+        self.shown.scatter_(1, self.at, shown)
+        return self.shown[:, : self.used]
+
+    def keys_values(self, i, attention):
+        """k, v (R, K, N, E) of the images for cross layer i: once for all rows that share a set, and all their turns."""
+        kept = self.cross.get(i)
+        done = kept[0].shape[2] if kept else 0
+        if done < self.image.features.shape[1]:
+            new = attention.keys_values(self.image.features[:, done:])
+            self.cross[i] = tuple(torch.cat(pair, 2) for pair in zip(kept, new)) if kept else new
+        return self.cross[i]
+
+    def show(self, more):
+        """Further images for the turn that is fed next: `more` is an ImageContext of the cache's rows (with empty sets
+        for rows that get none) or None. Nothing is encoded again; rows that shared a set have their own from here on."""
+        if more is None:
+            return
+        if self.image is not None:
+            rows, features = self.image.rows, more.features[more.rows]
+            self.cross = {i: (k[rows], v[rows]) for i, (k, v) in self.cross.items()}
+            more = ImageContext(torch.cat([self.image.features[rows], features], 1),
+                                torch.cat([self.image.tiles[rows], more.tiles[more.rows]], 1), None, more.prefix_looks)
+        self.image = more
+
     def select(self, rows):
         """Keep, drop or repeat rows (a LongTensor): one prompt becomes a group of episodes, solved ones leave."""
         for i in self.layers:
             self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
-        self.length = self.length[rows]
+        self.length, self.shown = self.length[rows], self.shown[rows]
+        if self.image is not None:
+            before, sets = len(self.image.tiles), self.image.rows[rows].unique()
+            self.image = self.image.select(rows)
+            if len(sets) < before:
+                self.cross = {i: (k[sets], v[sets]) for i, (k, v) in self.cross.items()}
         return self
 
 
@@ -754,7 +940,7 @@ def sample(logits, temperature, generator=None):
 
 
 @torch.no_grad()
-def generate(model, cache, logits, max_new_tokens, stop_ids, temperature=1.0, generator=None, image=None):
+def generate(model, cache, logits, max_new_tokens, stop_ids, temperature=1.0, generator=None):
     """Sample a response for every row of `cache`, whose next-token logits (B, V) are given.
 
     A row ends with a token of stop_ids, which belongs to its response, or after max_new_tokens. Returns
@@ -773,7 +959,7 @@ def generate(model, cache, logits, max_new_tokens, stop_ids, temperature=1.0, ge
         if step + 1 == max_new_tokens or (step % 4 == 3 and not running.any()):
             break
         # Finished rows are computed along but do not grow: their slot is written again by whatever comes next.
-        logits = model.extend(cache, token[:, None], running.long(), image)
+        logits = model.extend(cache, token[:, None], running.long())
     counts = torch.stack(alive).sum(0).tolist()
     tokens, log_probs = torch.stack(tokens, 1).tolist(), torch.stack(log_probs, 1).tolist()
     return [t[:n] for t, n in zip(tokens, counts)], [p[:n] for p, n in zip(log_probs, counts)]
@@ -787,7 +973,7 @@ def pad_rows(rows, pad, device, side="right"):
     return torch.tensor(ids, device=device), torch.tensor([len(r) for r in rows], device=device)
 
 
-# ---------------------------------------------------------------- 7. Tokenizer and chat
+# ---------------------------------------------------------------- 8. Tokenizer and chat
 
 BOS, EOT, PAD, IMAGE = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"
 STOPS = ("<|end_of_text|>", "<|eom_id|>", EOT)
@@ -824,25 +1010,32 @@ class Tokenizer:
         ids = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return self.bpe.decode(ids, skip_special_tokens=False)
 
-    def header(self, role):
-        """Ids that open a message of `role`."""
-        if self.short and role != "system":
-            return [self._id(f"<|{role}|>")]
+    def header(self, role, text=""):
+        """Ids that open a message of `role`, with its text: the line break before a text may merge with its start."""
+        if self.short:
+            return [self._id(f"<|{role}|>"), *self.encode(text)]
         start, end = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
-        return [start, *self.encode(role), end, *self.encode("\n\n")]
+        return [start, *self.encode(role), end, *self.encode("\n\n" + text)]
 
-    def prompt(self, text, image=False):
-        """Ids of a conversation that opens with the user's text and waits for the first response."""
+    def prompt(self, text, image=False, system=""):
+        """Ids of a conversation that opens with the user's text and waits for the first response.
+
+        image: whether (or how many) pictures precede the text. Raises ValueError for a system message beside an image,
+        which the published template refuses too, or for a tokenizer without system messages.
+        """
+        if system and (image or self.short):
+            raise ValueError("a system message cannot stand beside an image or in the tiny format: put it into the text.")
         ids = [self.bos]
         if not self.short and not image:  # the published template adds this block to text-only conversations
             dates = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
-            ids += self.header("system") + self.encode(dates) + [self.eot]
+            ids += self.header("system", dates + system.strip()) + [self.eot]
         return ids + self.turn(text, image)
 
     def turn(self, text, image=False):
-        """Ids of one more user message and the header of the response to it."""
-        shown = [self._id(IMAGE)] if image else []
-        return self.header("user") + shown + self.encode(text) + [self.eot] + self.header("assistant")
+        """Ids of one more user message and the header of the response to it; image as in `prompt`."""
+        shown = [self._id(IMAGE)] * int(image)
+        opened = self.header("user") + shown + self.encode(text) if shown else self.header("user", text)
+        return opened + [self.eot] + self.header("assistant")
 
 
 def train_tokenizer(texts, vocab_size=480):
@@ -862,7 +1055,7 @@ def train_tokenizer(texts, vocab_size=480):
     return Tokenizer(bpe)
 
 
-# ---------------------------------------------------------------- 8. Loading and saving
+# ---------------------------------------------------------------- 9. Loading and saving
 
 WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
 
@@ -990,7 +1183,7 @@ def _load_adapted(directory, dtype, device):
     return model, tokenizer
 
 
-# ---------------------------------------------------------------- 9. Cost
+# ---------------------------------------------------------------- 10. Cost
 
 
 def count_parameters(model):

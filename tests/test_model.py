@@ -173,8 +173,9 @@ def test_lora_goes_out_and_comes_in_with_pefts_names(model, tokenizer, tmp_path)
 def test_every_adapter_in_use_gets_a_gradient(model, tokenizer, recompute):
     with_random_b(adapted(model))
     model.recompute(recompute)
-    image = M.ImageContext(torch.randn(1, 5, 32), torch.ones(1, 7, 5, dtype=torch.bool))
+    image = M.ImageContext(torch.randn(1, 5, 32), torch.ones(1, 1, 1, dtype=torch.bool))
     ids = torch.tensor([ids_of(tokenizer, 8)])
+    ids[0, 0] = model.config.text.vocab_size  # <|image|>
     log_probs, _ = model.log_probs(ids, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]).bool(), image=image)
     log_probs.sum().backward()
     for name, p in model.named_parameters():
@@ -199,38 +200,33 @@ def test_recompute_changes_memory_not_gradients(model, tokenizer):
 
 # ---- cross attention and the tower: shapes, and what may be seen
 
-def image_context(model, visible, images=1):
-    g = torch.Generator().manual_seed(0)
-    tiles = torch.randn(images, 4, 3, 12, 12, generator=g)
-    features = model.image_features(tiles, torch.tensor([6] * images), torch.tensor([[1, 1, 1, 0]] * images))
-    assert features.shape == (images, 4 * 10, 32)
-    return M.ImageContext(features.expand(visible.shape[0], -1, -1), visible)
+def image_context(model):
+    """One image of three tiles."""
+    tiles = torch.randn(1, 1, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    context = model.see(tiles, torch.tensor([[7]]))
+    assert context.features.shape == (1, 4 * 10, 32) and context.tiles.tolist() == [[[True, True, True, False]]]
+    return context
 
 
 def test_tokens_before_the_image_are_those_of_a_text_only_call(model, tokenizer):
     ids = torch.tensor([ids_of(tokenizer, 8)])
-    visible = torch.zeros(1, 8, 40, dtype=torch.bool)
-    visible[:, 3:, :30] = True
-    seen = model(ids, image=image_context(model, visible))
-    plain = model(ids)
+    blind = model(ids, image=image_context(model))  # no <|image|> in it
+    close(blind, model(ids))
+    ids[0, 3] = model.config.text.vocab_size
+    seen, plain = model(ids, image=image_context(model)), model(ids)
     close(seen[:, :3], plain[:, :3])
     assert (seen[:, 3:] - plain[:, 3:]).abs().max() > 1e-2
-    blind = model(ids, image=image_context(model, torch.zeros(1, 8, 40, dtype=torch.bool)))
-    close(blind, plain)
-    assert torch.isfinite(blind).all()
 
 
 def test_unseen_image_tokens_do_not_matter(model, tokenizer):
     ids = torch.tensor([ids_of(tokenizer, 8)])
-    visible = torch.zeros(1, 8, 40, dtype=torch.bool)
-    visible[:, :, :30] = True
-    context = image_context(model, visible)
-    changed = M.ImageContext(context.features.clone(), visible)
-    changed.features[:, 30:] += 5.0
-    close(model(ids, image=context), model(ids, image=changed))
-    changed.features[:, 29] += 5.0
-    changed._kept.clear()
-    assert (model(ids, image=context) - model(ids, image=changed)).abs().max() > 1e-3
+    ids[0, 2] = model.config.text.vocab_size
+    context = image_context(model)
+    before = model(ids, image=context)
+    context.features[:, 30:] += 5.0
+    close(before, model(ids, image=context))
+    context.features[:, 29] += 5.0
+    assert (before - model(ids, image=context)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
@@ -347,6 +343,8 @@ def test_config_reads_both_layouts_of_rope():
     (lambda d: d["text_config"].update(hidden_size="big"), "must be a number"),
     (lambda d: d["text_config"].update(num_attention_heads=5), "divide"),
     (lambda d: d["text_config"].update(num_hidden_layers=10**5), "range"),
+    (lambda d: d["vision_config"].update(max_num_tiles=6), "only 4"),
+    (lambda d: d.update(image_token_index=7), "image_token_index"),
 ])
 def test_config_that_cannot_be_meant(change, words):
     data = json.loads(json.dumps(M.config_to_json(M.SIZES["tiny"])))
