@@ -42,7 +42,7 @@ study: .venv/ready
 	for lr in $(GRID_SFT); do $(MAKE) grid ARM=sft LR=$$lr || exit 1; done
 	for lr in $(GRID_RL); do $(MAKE) grid ARM=rl LR=$$lr || exit 1; done
 	$(PY) evaluate.py --choose runs/grid
-	for s in 0 1 2; do $(MAKE) arms STUDY=runs/study SEED=$$s S=-s$$s $$(cat runs/grid/chosen) || exit 1; done
+	for s in 0 1 2; do $(MAKE) arms STUDY=runs/study N=1500 SEED=$$s S=-s$$s $$(cat runs/grid/chosen) || exit 1; done
 	$(PY) evaluate.py --report runs/study
 
 grid: .venv/ready
