@@ -27,6 +27,7 @@ import hashlib
 import json
 import random
 import re
+import signal
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -339,9 +340,9 @@ def deal(rule, split, index):
 # ---- 6. Reading an answer --------------------------------------------------------------------------------------------
 # Bound first, then read; the text is never executed or evaluated. One reader takes JSON and what a person would still call JSON: text
 # or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers stay text, so 1e999, NaN or five thousand
-# digits do no harm, and each token is matched once, so the time is linear.
+# digits do no harm. Each token is matched once and they are counted (an answer to six cards needs 36), so the time is linear and short.
 
-MAX_RESPONSE, MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 4000, 200, 16, 4, 16
+MAX_RESPONSE, MAX_TOKENS, MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 4000, 100, 200, 16, 4, 16
 JSON_TOKEN = re.compile(r"""\s*(?:(?P<double>"(?:[^"\\]|\\.)*")|(?P<single>'(?:[^'\\]|\\.)*')"""
                         r"""|(?P<mark>[{}\[\],:])|(?P<word>[^\s{}\[\],:"']+))""", re.DOTALL)
 FORMULA_TOKEN = re.compile(r"[0-9]+|\S", re.ASCII)
@@ -360,7 +361,7 @@ def _quoted(text):
 def read_answer(text):
     """Read the one flat object in a response: a dict of str, tuple of str (a list), or None (a bare number or word).
 
-    Raises Illegal for anything else: no object or two, nested ones, a key given twice, more than 16 entries."""
+    Raises Illegal for anything else: no object or two, nested ones, a key given twice, more than MAX_TOKENS tokens."""
     if len(text) > MAX_RESPONSE:
         raise Illegal(f"the response is longer than {MAX_RESPONSE} characters")
     start = text.find("{")
@@ -376,14 +377,16 @@ def read_answer(text):
 
 def _json_tokens(text, position):
     """Yield (kind, text, end): kind is the mark itself for { } [ ] , : and otherwise "string" or "word"."""
-    while match := JSON_TOKEN.match(text, position):
+    for _ in range(MAX_TOKENS):
+        if not (match := JSON_TOKEN.match(text, position)):
+            break
         position, kind, token = match.end(), match.lastgroup, match[match.lastgroup]
         if kind == "double":
             kind, token = "string", _unescaped(token)
         elif kind == "single":
             kind, token = "string", token[1:-1].replace("\\'", "'")
         yield token if kind == "mark" else kind, token, position
-    raise Illegal("the JSON object is broken or does not end")
+    raise Illegal(f"the JSON object is broken, does not end or has more than {MAX_TOKENS} parts")
 
 
 def _unescaped(token):
@@ -400,10 +403,10 @@ def _items(tokens, close, read):
     while token[0] != close:
         items.append(read(token, tokens))
         token = next(tokens)
-        if token[0] == "," and len(items) <= MAX_NUMBERS:
+        if token[0] == ",":
             token = next(tokens)
         elif token[0] != close:
-            raise Illegal("the JSON object lacks a comma or has too many entries")
+            raise Illegal("the JSON object lacks a comma")
     return items, token[2]
 
 
@@ -761,6 +764,8 @@ def _say(text):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends this as any other tool, without a traceback
     try:
         main(parse_args())
     except ValueError as error:
