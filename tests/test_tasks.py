@@ -1,4 +1,4 @@
-"""Tests of tasks.py: the solver against an independent brute force, the deals, the verifier against hostile answers, the command line."""
+"""Tests of tasks.py: the solver against an independent brute force, the deals, the demonstrators, the steps, the command line."""
 import json
 import random
 import re
@@ -619,103 +619,14 @@ def test_careless_formulas_are_in_the_notation_of_the_solver():
             assert formula in solutions(used, top)
 
 
-# ---- The verifier ----------------------------------------------------------------------------------------------------
+# ---- Steps, rewards, feedback ----------------------------------------------------------------------------------------
 
 def problem_k53a(attempts=1, style="full", rule=OOD):
     return tasks.GeneralPoints(K53A, rule, attempts, style, rule)
 
 
-CORRECT, VALUE, NUMBERS, ILLEGAL = "correct", "wrong_value", "wrong_numbers", "illegal"
 RIGHT = solve((13, 5, 3, 1), 24)
 
-
-@pytest.mark.parametrize("formula, outcome", [
-    (RIGHT, CORRECT), (RIGHT + "=24", CORRECT), (f" {RIGHT} = 24 ", CORRECT), (f"(({RIGHT}))", CORRECT), (RIGHT.replace("*", "×"), CORRECT),
-    ("13+5+3*1", VALUE), ("(13+5)*3/1=24", VALUE), ("13-5*3*1", VALUE), ("13/5+3-1", VALUE), ("13−5+3÷1", VALUE),
-    ("24", NUMBERS), ("13+5+3+2", NUMBERS), ("13+5+3", NUMBERS), ("10+5*3*1", NUMBERS), ("12+12", NUMBERS), ("0*7+24", NUMBERS),
-    ("13+5+3*1*1", NUMBERS), ("13+5+3+1+1", NUMBERS), ("135+31", NUMBERS), ("3*8", NUMBERS),
-    ("13/(5*3-15)", ILLEGAL), ("13+5+3*1=25", ILLEGAL), ("24=" + RIGHT, ILLEGAL), (RIGHT + "=24=24", ILLEGAL), ("=24", ILLEGAL), ("", ILLEGAL),
-    ("2**3", ILLEGAL), ("13**7-2-1", ILLEGAL), ("7//2", ILLEGAL), ("13//7*2*1", ILLEGAL), ("1.5*4", ILLEGAL), ("-13+5+3+1", ILLEGAL),
-    ("13+-7", ILLEGAL), ("2(13-1)", ILLEGAL), ("(13)(7)", ILLEGAL), ("13 7", ILLEGAL), ("1 3+7", ILLEGAL), ("013+5+3+1", ILLEGAL),
-    ("13+5+3+", ILLEGAL), ("(13+7", ILLEGAL), ("13+7)", ILLEGAL), ("()", ILLEGAL), ("13x7", ILLEGAL), ("13^7", ILLEGAL), ("13%7", ILLEGAL),
-    ("１３+5+3+1", ILLEGAL), ("²+7", ILLEGAL), ("1_3+7", ILLEGAL), ("1e1+7", ILLEGAL), ("0x18", ILLEGAL), ("13\u00a0+7", ILLEGAL),
-    ("13+7#", ILLEGAL), ("12345+1", ILLEGAL), ("44**19**35", ILLEGAL), ("__import__('os').system('true')", ILLEGAL),
-    ("(" * 17 + "13" + ")" * 17, ILLEGAL), ("+".join("1" * 17), ILLEGAL), ("1+" * 200 + "1", ILLEGAL), ("13\x00+7", ILLEGAL)])
-def test_formulas(formula, outcome):
-    assert judge(answer(formula), K53A, OOD).outcome == outcome
-
-
-PLAIN = '"cards": ["K", "5", "3", "A"], "number": [13, 5, 3, 1], "formula": "%s"' % RIGHT
-
-
-@pytest.mark.parametrize("response", [
-    "{%s}" % PLAIN, "```json\n{%s}\n```" % PLAIN, "Sure, here's it: {%s}. It's 24!" % PLAIN, "{%s,}" % PLAIN, "{%s}" % PLAIN.replace('"', "'"),
-    "{cards: [K, 5, 3, A], formula: '%s'}" % RIGHT, '{"formula": "%s", "cards": ["K",5,3,"A",]}' % RIGHT, '{"formula":"%s"}' % RIGHT,
-    '{"formula": "\\u0020%s"}' % RIGHT, '{"note": "it\'s fine", "formula": "%s", "ok": true}' % RIGHT, '{"formula": "%s", "x": NaN}' % RIGHT,
-    '{"formula": "%s", "x": 1e999, "y": %s}' % (RIGHT, "9" * 3000)])
-def test_json_as_a_person_reads_it(response):
-    verdict = judge(response, K53A, OOD)
-    assert verdict.outcome == CORRECT
-    assert verdict.cards == (("K", "5", "3", "A") if "cards" in response else None)
-
-
-HOSTILE = [
-    "", "{", "}", "{}", "[]", "null", RIGHT, '"formula": "%s"' % RIGHT, "{%s" % PLAIN, "{%s}{%s}" % (PLAIN, PLAIN), "{{%s}}" % PLAIN,
-    '{"a": {%s}}' % PLAIN, "[{%s}, {}]" % PLAIN, '{"formula": "1", "formula": "%s"}' % RIGHT, '{"formula": "1", \'formula\': "%s"}' % RIGHT,
-    '{"formula": 24}', '{"formula": null}', '{"formula": ["%s"]}' % RIGHT, '{"formula": %s}' % RIGHT, '{"Formula": "%s"}' % RIGHT,
-    '{"formula" "%s"}' % RIGHT, '{"formula": "%s" "x": 1}' % RIGHT, '{"formula":: "%s"}' % RIGHT, '{,"formula": "%s"}' % RIGHT,
-    '{"formula": "%s", "x": [[1]]}' % RIGHT, '{"formula": "%s", "x": [1' % RIGHT, '{"formula": "%s", "x": "\\q"}' % RIGHT,
-    '{"formula": "%s", "x": [%s]}' % (RIGHT, "1," * 17), "{" + ",".join(f'"k{i}":1' for i in range(17)) + ',"formula":"%s"}' % RIGHT,
-    '{"formula": "%s\\n#"}' % RIGHT, '{"formula": "%s"}%s' % (RIGHT, " " * 4000), "{%s}" % PLAIN + '{"formula": 1}', "\ud800{",
-    "[" * 4000, "{" * 4000, '{"a":' * 600, '"' * 4000, "{" + '"\\' * 1999, "{" + "\\" * 3999, "{'" + "\\'" * 1990, '{"formula": "' + "(" * 3000 + '"}',
-    "{" + " " * 3999, "{" + "," * 3999, "{" + "a" * 3999, "{" + "a:" * 1999, '{"formula": [' + "1," * 1990, '{"x": ' + "9" * 3900 + "}", "A" * 10**6,
-    '{"formula": "' + "1+" * 1900 + '1"}', '{"formula": "<|eot_id|>"}', '{"formula": "__import__(\'os\').system(\'id\')"}',
-    '{"formula": "' + "9" * 190 + '"}', '{"formula": "\u202e42"}', '{"formula": "\\u0000"}', '{"formula": "{fact}"}']
-
-
-@pytest.mark.parametrize("response", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_get_the_lowest_reward_quickly(response):
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        verdict = judge(response, K53A, OOD)
-        seconds.append(time.perf_counter() - start)
-    assert verdict.outcome == ILLEGAL and min(seconds) < 0.002
-    step = problem_k53a(attempts=2).step(response)
-    assert step.reward == -3 == min(tasks.REWARD.values())
-    assert len(step.feedback) < 220 and step.feedback.isprintable()
-
-
-def test_verifier_agrees_with_fractions_on_random_formulas():
-    rng = random.Random(2)
-    for _ in range(2000):
-        text, value = random_formula(rng, 4)
-        if value is None:
-            with pytest.raises(tasks.Illegal):
-                tasks.read_formula(text, 24)
-        else:
-            assert tasks.read_formula(text, 24)[0] == (value.numerator, value.denominator), text
-
-
-def random_formula(rng, size):
-    """A fully bracketed random formula and its value (None when it divides by zero)."""
-    if size == 1:
-        n = rng.randrange(0, 14)
-        return str(n), Fraction(n)
-    cut, op = rng.randrange(1, size), rng.choice("+-*/")
-    (left, x), (right, y) = random_formula(rng, cut), random_formula(rng, size - cut)
-    text = f"({left}{op}{right})"
-    if x is None or y is None or op == "/" and y == 0:
-        return text, None
-    return text, {"+": x + y, "-": x - y, "*": x * y, "/": x / y if y else None}[op]
-
-
-def test_precedence_and_association():
-    for text, value in (("13-7-2-1", 3), ("13-7*2+1", 0), ("8/4/2", 1), ("8/4*2", 4), ("2+3*4-1", 13), ("20-(3-(2-1))", 18)):
-        assert tasks.read_formula(text, 24)[0] == (value, 1)
-
-
-# ---- Steps, rewards, feedback ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("formula, reward", [(RIGHT, 5), ("13+5+3*1", -1), ("10+5*3*1", -2), ("13**7", -3)])
 def test_rewards_with_and_without_the_last_attempt(formula, reward):
@@ -844,6 +755,15 @@ def test_cli_asks():
     asked = cli("--ask", "--n", "1", "--attempts", "2", "--style", "short", stdin=f"1+1\n{right}\n")
     assert "wrong_numbers, reward -2" in asked.stdout and "correct, reward +5" in asked.stdout
     assert cli("--ask", "--n", "2").returncode == 0  # no answer comes
+
+
+@pytest.mark.parametrize("args", [("--n", "200"), ("--n", "1"), ("--help",)])
+def test_cli_ends_quietly_where_nobody_reads_on(args):
+    """As in `| head -1`. The first fills the pipe, the others write when Python exits, where an exception could not be caught."""
+    reader = subprocess.Popen([sys.executable, "tasks.py", *args], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reader.stdout.close()
+    assert reader.stderr.read() == b""
+    reader.wait(30)
 
 
 @pytest.mark.parametrize("args", [("--task", "chess"), ("--rule", "abc"), ("--split", "exam"), ("--index", "-1"), ("--n", "0"), ("--style", "x"),
