@@ -26,8 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 from torch import nn
@@ -132,52 +131,78 @@ def config_to_json(config):
 def config_from_json(data):
     """Config from the hub's config.json (a dict), old and new layout of the RoPE entries; only known fields are read.
 
-    Raises ValueError with one sentence when it is not a config of this architecture or a number is out of range.
+    What the file leaves out has transformers' default (so 448 px). Raises ValueError with one sentence when it is not a
+    config of this architecture, asks for something that is not built here, or holds a number that is out of range.
     """
     if not isinstance(data, dict) or data.get("model_type") != "mllama":
         raise ValueError("config.json does not describe a Llama-3.2-Vision model (model_type must be \"mllama\").")
-    text = _known(TextConfig, data.get("text_config", {}))
-    rope = data["text_config"].get("rope_parameters") or data["text_config"].get("rope_scaling") or {}
-    if rope.get("rope_type", "default") == "default":
-        text = replace(text, rope_factor=1.0)
-    names = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
-             "original_max_position_embeddings": "rope_original", "rope_theta": "rope_theta"}
-    text = replace(text, **{names[k]: type(getattr(text, names[k]))(v) for k, v in rope.items() if k in names})
-    config = Config(text, _known(VisionConfig, data.get("vision_config", {})),
-                    data.get("vision_taps", "input"), bool(data.get("mask_prefix_attention", True)))
+    parts = [data.get(f"{part}_config") for part in ("text", "vision")]
+    rope = parts[0] and isinstance(parts[0], dict) and (parts[0].get("rope_parameters") or parts[0].get("rope_scaling"))
+    if not all(isinstance(part, dict) for part in (*parts, rope or {})):
+        raise ValueError("config.json: text_config, vision_config and the RoPE entry must be objects.")
+    for part, fixed in zip(parts, FIXED):
+        for name, value in fixed.items():
+            if part.get(name, value) not in (value, None):
+                raise ValueError(f"config.json: {name} must be {json.dumps(value)}: nothing else is built here.")
+    config = Config(_rope(_known(TextConfig(), parts[0]), rope or {}), _known(VisionConfig(image_size=448), parts[1]),
+                    data.get("vision_taps", "input"), data.get("mask_prefix_attention", True))
     _check_config(config)
     return config
 
 
-def _known(kind, data):
-    """A config dataclass from those entries of `data` that it names, each brought to the type of its default."""
-    default, known = kind(), {}
-    for name, value in data.items():
-        if name in kind.__dataclass_fields__:
-            wanted = type(getattr(default, name))
-            numbers = value if wanted is tuple and isinstance(value, (list, tuple)) else [value]
-            if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
-                raise ValueError(f"config.json: {name} must be {'a list of numbers' if wanted is tuple else 'a number'}.")
-            known[name] = tuple(int(n) for n in numbers) if wanted is tuple else wanted(value)
-    return kind(**known)
+# Entries of text_config and vision_config that would change the computation.
+FIXED = ({"hidden_act": "silu", "tie_word_embeddings": False},
+         {"hidden_act": "gelu", "num_channels": 3, "max_num_tiles": 4,
+          "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]})
+ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
+        "original_max_position_embeddings": "rope_original"}
+
+
+def _known(default, data):
+    """A config dataclass with those entries of `data` that it names."""
+    return replace(default, **{name: _number(f"config.json: {name}", value, type(getattr(default, name)))
+                               for name, value in data.items() if value is not None
+                               and name in default.__dataclass_fields__ and name not in ROPE.values()})
+
+
+def _number(name, value, wanted):
+    """An entry of a JSON file as int, float or tuple of ints; NaN, strings, booleans and absurd sizes are refused."""
+    if wanted is tuple and isinstance(value, (list, tuple)) and len(value) <= 200:
+        return tuple(n if n == 0 and type(n) is int else _number(name, n, int) for n in value)
+    if type(value) not in (int, float) or wanted is tuple:
+        raise ValueError(f"{name} must be {'a list of at most 200 numbers' if wanted is tuple else 'a number'}.")
+    if not 0 < value < 2**21 or wanted(value) != value:
+        raise ValueError(f"{name} is {str(value)[:40]}, which is out of range.")
+    return wanted(value)
+
+
+def _rope(text, rope):
+    """`text` with the entries of rope_parameters or rope_scaling. Absent means plain RoPE, as in transformers."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or (kind == "llama3" and ROPE.keys() - rope.keys()):
+        raise ValueError(f"config.json: the RoPE entry must be of type \"default\", or \"llama3\" with {', '.join(ROPE)}.")
+    names = (ROPE if kind == "llama3" else {}) | ({"rope_theta": "rope_theta"} if "rope_theta" in rope else {})
+    read = {ours: _number(f"config.json: {theirs}", rope[theirs], type(getattr(text, ours))) for theirs, ours in names.items()}
+    return replace(text, **{"rope_factor": 1.0} | read)
 
 
 def _check_config(config):
     """Refuse sizes that cannot be meant before memory is taken for them."""
-    for part in (config.text, config.vision):
-        for name, value in asdict(part).items():
-            for number in value if isinstance(value, tuple) else [value]:
-                if not 0 <= number < 2**21 or (number == 0 and not isinstance(value, tuple)):
-                    raise ValueError(f"config.json: {name} is {number}, which is out of range.")
     text, vision = config.text, config.vision
-    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
+    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads or text.head_dim % 2:
         raise ValueError("config.json: the heads of the decoder do not divide its hidden size.")
     if vision.hidden_size % vision.attention_heads or vision.image_size % vision.patch_size:
         raise ValueError("config.json: the heads or patches of the vision tower do not divide its sizes.")
-    if config.vision_taps not in ("input", "output"):
-        raise ValueError('config.json: vision_taps must be "input" or "output".')
+    if config.vision_taps not in ("input", "output") or type(config.mask_prefix_attention) is not bool:
+        raise ValueError('config.json: vision_taps must be "input" or "output", mask_prefix_attention true or false.')
     if max((text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)) > 200:
         raise ValueError("config.json: more than 200 layers, which is out of range.")
+    for name, indices, layers in (("cross_attention_layers", text.cross_attention_layers, text.num_hidden_layers),
+                                  ("intermediate_layers_indices", vision.intermediate_layers_indices, vision.num_hidden_layers)):
+        if list(indices) != sorted(set(indices)) or max(indices, default=0) >= layers:
+            raise ValueError(f"config.json: {name} must be rising numbers below {layers}, the number of layers.")
+    if vision.tokens * vision.hidden_size > 2**36 or text.rope_high <= text.rope_low:
+        raise ValueError("config.json: image_size, or high_freq_factor against low_freq_factor, is out of range.")
 
 
 # ---------------------------------------------------------------- 2. Linear and LoRA
@@ -853,7 +878,19 @@ def train_tokenizer(texts, vocab_size=480):
 
 # ---------------------------------------------------------------- 8. Loading and saving
 
-WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Beginnings of names in memory since transformers 4.52 and on the hub. transformers writes the hub's, PEFT those in memory.
+LAYOUTS = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+           ("model.vision_model.", "vision_model."), ("model.multi_modal_projector.", "multi_modal_projector."))
+UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+               "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+
+
+def hub_name(name):
+    """The hub's name of a tensor or module that is named in either layout."""
+    return next((hub + name[len(new):] for new, hub in LAYOUTS if name.startswith(new)), name)
 
 
 def write_atomically(path, write):
@@ -869,113 +906,281 @@ def write_json(path, data):
     write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=1) + "\n"))
 
 
-def save_model(model, tokenizer, directory, dtype=None):
-    """Write a model directory in the hub's layout: config.json, tokenizer.json, model.safetensors (adapters merged)."""
-    directory = Path(directory)
+def save_model(model, tokenizer, directory, dtype=None, shard_bytes=5 * 10**9):
+    """Write a model directory in the hub's layout: config.json, tokenizer.json and the weights in `dtype` (default: as
+    they are) with adapters merged, in one file or in shards of at most shard_bytes with an index written last."""
+    directory, state = Path(directory), model.state_dict()
     directory.mkdir(parents=True, exist_ok=True)
-    merged = {f"{name}.weight": m.merged() for name, m in model.named_modules() if isinstance(m, Linear)}
-    state = {name: merged.get(name, tensor).detach().to("cpu", dtype).contiguous()
-             for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    write_atomically(directory / WEIGHTS, lambda p: save_file(state, p, metadata={"format": "pt"}))
-    write_json(directory / "config.json", config_to_json(model.config))
+    linear = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear)}
+    shards, filled = [[]], 0
+    for name in (n for n in state if ".lora_" not in n):
+        size = state[name].numel() * (dtype or state[name].dtype).itemsize
+        if filled % shard_bytes + size > shard_bytes and shards[-1]:
+            shards, filled = shards + [[]], 0
+        shards[-1].append(name)
+        filled += size
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, names in zip(files if len(files) > 1 else [WEIGHTS], shards):
+        with torch.no_grad():  # one shard at a time: merging all adapters first would take the decoder's size once more
+            part = {n: (linear[n].merged() if n in linear else state[n]).detach().to("cpu", dtype).contiguous() for n in names}
+        write_atomically(directory / file, lambda p: save_file(part, p, metadata={"format": "pt"}))
+    if len(files) > 1:
+        total = sum(t.numel() * (dtype or t.dtype).itemsize for n, t in state.items() if ".lora_" not in n)
+        listed = {name: file for file, names in zip(files, shards) for name in names}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
+    (directory / (WEIGHTS if len(files) > 1 else INDEX)).unlink(missing_ok=True)  # of an earlier save in the other form
+    config = config_to_json(model.config) | {"torch_dtype": str(dtype or model.language_model.lm_head.weight.dtype)[6:]}
+    config["text_config"] |= {"bos_token_id": tokenizer.bos, "eos_token_id": sorted(tokenizer.stop_ids),
+                              "pad_token_id": tokenizer.pad}  # transformers' default, 128004, is no row of a small model
+    write_json(directory / "config.json", config)
     write_atomically(directory / "tokenizer.json", lambda p: tokenizer.bpe.save(str(p)))
 
 
-def save_adapter(model, directory, base):
-    """Write the LoRA tensors as PEFT does; `base` is the model directory that they belong to."""
+def save_adapter(model, directory, base, layout="hub"):
+    """Write the LoRA tensors as PEFT does; `base` is the model directory that they belong to. layout "hub" names the
+    modules as transformers up to 4.51 has them in memory, "new" as those since then do, which is what PEFT reads there."""
+    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None]
+    if not adapted:
+        raise ValueError("the model has no adapter to save.")
+    def renamed(name):
+        return next((new + name[len(hub):] for new, hub in LAYOUTS if layout == "new" and f"{name}.".startswith(hub)), name)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None]
-    state = {f"base_model.model.{name}.lora_{side}.weight": getattr(m, f"lora_{side}").weight.detach().cpu()
+    state = {f"base_model.model.{renamed(name)}.lora_{side}.weight": getattr(m, f"lora_{side}").weight.detach().cpu()
              for name, m in adapted for side in "AB"}
     rank = adapted[0][1].lora_A.out_features
     write_atomically(directory / ADAPTER, lambda p: save_file(state, p, metadata={"format": "pt"}))
     write_json(directory / ADAPTER_CONFIG, {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "bias": "none", "task_type": "CAUSAL_LM",
-        "lora_alpha": adapted[0][1].lora_scale * rank, "target_modules": [name for name, _ in adapted]})
+        "lora_alpha": adapted[0][1].lora_scale * rank, "target_modules": [renamed(name) for name, _ in adapted]})
 
 
-def load_tensors(path):
-    """All tensors of a safetensors file. Raises ValueError with one sentence when it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:120]}).") from None
+def _file(directory, name):
+    """Path of a regular file in a directory. A link may leave it only as the hub's cache has it: to ../../blobs."""
+    if not isinstance(name, str) or not 0 < len(name) < 200 or set(name) & set("/\\\0") or name in (".", ".."):
+        shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise ValueError(f"{directory}: the index names {shown} as a shard; it must name plain files of this directory.")
+    path, home = directory / name, directory.resolve()
+    if not path.is_file():
+        raise ValueError(f"{path} is missing or no regular file; copy or download the directory again.")
+    if path.resolve().parent not in (home, home.parent.parent / "blobs"):
+        raise ValueError(f"{path} is a link out of its directory; put the file itself there.")
+    return path
+
+
+def _once(pairs):
+    """dict for json.loads that refuses an entry that is there twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("an entry is there twice")
+    return dict(pairs)
 
 
 def read_json(path):
     """A JSON file of at most 1 MB, or a ValueError that names it."""
     try:
         if Path(path).stat().st_size > 1_000_000:
-            raise ValueError(f"{path} is too large to be a configuration.")
-        return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ValueError(f"{path} is missing or is not JSON.") from None
+            raise ValueError("it is over 1 MB")
+        return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
+        raise ValueError(f"{path} is missing or is not JSON ({reason}); copy or download it again.") from None
+
+
+def read_header(path):
+    """Header of a safetensors file as {name: (dtype, shape, first byte in the file)}; no tensor is read.
+
+    Written out rather than left to the library, so that each kind of damage has its sentence and is found before
+    memory is taken: 8 bytes with the header's length, the header in JSON, then the tensors without gaps.
+    """
+    found, end = {}, 0
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size - 8
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size, 2**24):
+                raise ValueError("its header is longer than the file or 16 MB")
+            header = json.loads(file.read(length), object_pairs_hook=_once)
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if kind not in DTYPES:
+                raise ValueError(f"tensor {name[:120]!r} is stored as {str(kind)[:20]}, but only {', '.join(DTYPES)} are "
+                                 "weights here: use the model before quantization")
+            whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            if not whole or start != end or stop - start != math.prod(shape) * DTYPES[kind].itemsize:
+                raise ValueError(f"tensor {name[:120]!r} does not lie where its type and shape put it")
+            found[name], end = (DTYPES[kind], shape, 8 + length + start), stop
+        if end != size - length:
+            raise ValueError(f"it should have {8 + length + end:,} bytes and has {8 + size:,}: it was cut off or added to")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:200]}); copy or download it again.") from None
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} cannot be read as a safetensors file (its header is damaged); copy or download it again.") from None
+    return found
+
+
+def read_tensors(path, places, targets):
+    """Fill targets[name] (any float type, any device) from a file, with at most 16 MB of other memory.
+
+    places: {name: (dtype, shape, first byte)} as read_header gives it. Not mapped into memory, which would count twice
+    while it is copied, and would change under the model if someone wrote to the file.
+    """
+    with open(path, "rb") as file:
+        for name, (dtype, _, offset) in places.items():
+            file.seek(offset)
+            for part in targets[name].detach().view(-1).split(2**22):
+                direct = part.dtype == dtype and part.device.type == "cpu"
+                buffer = part if direct else torch.empty(len(part), dtype=dtype)
+                if file.readinto(buffer.view(torch.uint8).numpy()) != buffer.nbytes:
+                    raise ValueError(f"{path} ends within tensor {name!r}; copy or download it again.")
+                if not direct:
+                    part.copy_(buffer)
+
+
+def load_tensors(path):
+    """All tensors of a safetensors file. Raises ValueError with one sentence when it is missing or damaged."""
+    places = read_header(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _) in places.items()}
+    read_tensors(path, places, tensors)
+    return tensors
 
 
 def load_tokenizer(directory):
     """The Tokenizer of a model directory."""
-    path = Path(directory) / "tokenizer.json"
-    if not path.is_file() or path.stat().st_size > 100_000_000:
-        raise ValueError(f"{path} is missing or too large.")
+    path = _file(Path(directory), "tokenizer.json")
+    if path.stat().st_size > 100_000_000:
+        raise ValueError(f"{path} is too large to be a tokenizer.")
     try:
-        return Tokenizer(BPE.from_file(str(path)))
-    except ValueError:
-        raise
-    except Exception as error:  # the library raises bare Exception for any damaged file
-        raise ValueError(f"{path} cannot be read as a tokenizer ({str(error)[:120]}).") from None
+        tokenizer = Tokenizer(BPE.from_file(str(path)))
+        tokenizer.turn("", image=True)  # asks for all special tokens of the chat format
+        return tokenizer
+    except BaseException as error:  # the library raises bare Exception for a damaged file, and now and then panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ValueError(f"{path} cannot be used as the tokenizer ({str(error)[:120]}); copy or download it again.") from None
+
+
+def find_weights(directory):
+    """{path: header} of the weights of a directory with the hub's names: one file, or the shards that its index lists."""
+    listed, found, seen = {WEIGHTS: None}, {}, {}
+    if not (directory / WEIGHTS).exists() and (directory / INDEX).exists():
+        index = read_json(_file(directory, INDEX))
+        shards, listed = isinstance(index, dict) and index.get("weight_map"), {}
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{directory / INDEX} has no weight_map of tensors to files; copy or download it again.")
+        for name, shard in shards.items():
+            listed.setdefault(_file(directory, shard).name, set()).add(name)
+    for shard, names in listed.items():
+        path = _file(directory, shard)
+        header = read_header(path)
+        for name in sorted(header.keys() ^ names) if names else ():
+            raise ValueError(f"{path} {'lacks tensor' if name in names else 'has an unlisted tensor'} {name[:120]!r}, "
+                             f"against {INDEX}; copy or download both again.")
+        found[path] = {hub_name(name): place for name, place in header.items()}
+        for name in header:
+            if seen.setdefault(hub_name(name), (shard, name)) != (shard, name):
+                raise ValueError(f"{path} has tensor {name[:120]!r} a second time (it is in {seen[hub_name(name)][0]}); "
+                                 "keep one of the two.")
+    return found
+
+
+def _check_tensors(directory, files, wanted):
+    """Compare names and shapes in the headers of {path: header} with `wanted` before memory is taken for the tensors."""
+    found = {name: (path, shape) for path, header in files.items() for name, (_, shape, _) in header.items()}
+    for name in sorted(wanted.keys() ^ found.keys()):
+        if name in wanted:
+            raise ValueError(f"{directory} lacks tensor {name!r}, which its configuration asks for; copy or download it again.")
+        raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}: its configuration is of another model.")
+    for name, shape in wanted.items():
+        if found[name][1] != shape:
+            raise ValueError(f"{found[name][0]}: tensor {name} has shape {found[name][1]}, but the configuration beside it "
+                             f"asks for {shape}; they belong to different models.")
 
 
 def load_model(directory, dtype=torch.float32, device="cpu"):
     """Model and Tokenizer of a directory: weights in the hub's layout, or an adapter and the base that it names.
 
-    Raises ValueError with one sentence when anything is missing, misnamed or of another shape.
+    Tensors are read one by one into the model's own memory, in `dtype` on `device`. Raises ValueError with one sentence
+    when anything is missing, damaged, misnamed or of another shape; all of that is found before memory is taken.
     """
-    directory = Path(directory)
-    if (directory / ADAPTER_CONFIG).is_file():
-        return _load_adapted(directory, dtype, device)
-    if not (directory / "config.json").is_file():
+    adapter, directory = None, Path(directory)
+    for _ in range(8):
+        if not (directory / ADAPTER_CONFIG).exists():
+            break
+        adapter, directory = adapter or read_adapter(directory), _base(directory)
+    else:
+        raise ValueError(f"{directory} is an adapter of an adapter of an adapter; give an adapter whose base is a model.")
+    if not (directory / "config.json").exists():
         raise ValueError(f"{directory} holds no model: it has no config.json.")
-    config = config_from_json(read_json(directory / "config.json"))
+    config = config_from_json(read_json(_file(directory, "config.json")))
     tokenizer = load_tokenizer(directory)
+    if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
+        raise ValueError(f"{directory / 'tokenizer.json'} has more tokens than the model's embedding; it is another model's.")
     with torch.device("meta"):
-        model = LlamaVision(config)
-    _check_tensors(directory / WEIGHTS, {k: tuple(v.shape) for k, v in model.state_dict().items()})
-    state = {k: v.to(device, dtype) for k, v in load_tensors(directory / WEIGHTS).items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model, tokenizer
-
-
-def _check_tensors(path, wanted):
-    """Compare the names and shapes in a safetensors header with `wanted` before memory is taken for the tensors."""
+        model = LlamaVision(config).to(dtype)
+    files = find_weights(directory)
+    _check_tensors(directory, files, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     try:
-        with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:120]}).") from None
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise ValueError(f"{path} {'lacks' if name in wanted else 'has an unknown'} tensor {name[:120]!r}.")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ValueError(f"{path}: tensor {name} has shape {found[name]}, but config.json asks for {shape}.")
-
-
-def _load_adapted(directory, dtype, device):
-    """The base that adapter_config.json names, with the adapter on top."""
-    config = read_json(directory / ADAPTER_CONFIG)
-    model, tokenizer = load_model(config["base_model_name_or_path"], dtype, device)
-    chosen = set(config["target_modules"])
-    model.requires_grad_(False)
-    for name, module in model.named_modules():
-        if name in chosen:
-            module.add_lora(int(config["r"]), float(config["lora_alpha"]))
-    wanted = {n: p for n, p in model.named_parameters() if ".lora_" in n}
-    _check_tensors(directory / ADAPTER, {f"base_model.model.{n}": tuple(p.shape) for n, p in wanted.items()})
-    state = load_tensors(directory / ADAPTER)
-    with torch.no_grad():
-        for name, p in wanted.items():
-            p.copy_(state[f"base_model.model.{name}"])
+        model.to_empty(device=device)
+    except RuntimeError:
+        size = sum(p.nbytes for p in model.parameters()) / 1e9
+        raise ValueError(f"{device} has no room for the {size:.1f} GB of {directory} as {str(dtype)[6:]}.") from None
+    for path, header in files.items():
+        read_tensors(path, header, model.state_dict())
+    if adapter:
+        _add_adapter(model, *adapter)
     return model, tokenizer
+
+
+def _base(directory):
+    """The base directory that an adapter names, as seen from here or from the adapter."""
+    path, named = directory / ADAPTER_CONFIG, read_json(_file(directory, ADAPTER_CONFIG))
+    name = named.get("base_model_name_or_path") if isinstance(named, dict) else None
+    if not isinstance(name, str) or not 0 < len(name) < 1000:
+        raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base model.")
+    for base in (Path(name), directory / name):
+        if os.path.isdir(base):  # Path.is_dir would raise for names that no file can have
+            return base
+    raise ValueError(f"{path}: the base {name[:120]!r} is not a directory here; download it and put its path there.")
+
+
+def read_adapter(directory):
+    """Path, header, rank, alpha and listed modules of an adapter in PEFT's format, either layout of names."""
+    path, config = directory / ADAPTER_CONFIG, read_json(_file(directory, ADAPTER_CONFIG))
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
+    for name in UNSUPPORTED:
+        if config.get(name) or config.get("bias", "none") != "none":
+            raise ValueError(f"{path} asks for {name if config.get(name) else 'bias'}, which is not built here; "
+                             "merge the adapter with PEFT and load the merged model.")
+    rank, alpha = (_number(f"{path}: {name}", config.get(name), kind) for name, kind in (("r", int), ("lora_alpha", float)))
+    targets = config.get("target_modules")
+    if not isinstance(targets, (str, list)) or not all(isinstance(t, str) for t in targets):
+        raise ValueError(f"{path}: target_modules must be a text or a list of module names.")
+    # A text is a pattern or "all-linear": what the file holds is then all there is to go by.
+    every = isinstance(targets, list) and not config.get("layers_to_transform") and not config.get("exclude_modules")
+    header = {hub_name(name.removeprefix("base_model.model.")): place
+              for name, place in read_header(_file(directory, ADAPTER)).items()}
+    return directory / ADAPTER, header, rank, alpha * (rank**0.5 if config.get("use_rslora") is True else 1), \
+        set(map(hub_name, targets)) if every else set()
+
+
+def _add_adapter(model, path, header, rank, alpha, targets):
+    """Adapters on the layers that the header names (and all that the configuration lists), filled from the file."""
+    chosen, wanted = [], {}
+    stems = {name.rpartition(".lora_")[0] for name in header}
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if isinstance(module, Linear) and (name in stems or targets & {".".join(parts[i:]) for i in range(len(parts))}):
+            chosen.append(module)
+            wanted |= {f"{name}.lora_A.weight": (rank, module.in_features), f"{name}.lora_B.weight": (module.out_features, rank)}
+    if not chosen:
+        raise ValueError(f"{path} adapts no layer of the base model; it belongs to another one.")
+    _check_tensors(path.parent, {path: header}, wanted)
+    model.requires_grad_(False)
+    for module in chosen:
+        module.add_lora(rank, alpha)
+    read_tensors(path, header, model.state_dict())
 
 
 # ---------------------------------------------------------------- 9. Cost
