@@ -9,7 +9,8 @@ Contents
   6. Cache and generation static KV cache, prompts shared by a group, per-row stopping
   7. Tokenizer and chat   text never becomes a special token
   8. Loading and saving   safetensors and names as on the hub, adapters as PEFT writes them
-  9. Cost                 parameters and FLOPs
+  9. Cost                 parameters, FLOPs and memory
+ 10. Command line         the dry run: what a size takes, without taking it
 
 Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head size, V vocabulary,
 I images, M tile slots of an image, P tokens of a tile, C hidden size of the tower, N image tokens seen by a row.
@@ -17,9 +18,12 @@ Module names are the hub's (`language_model.model.layers.0.self_attn.q_proj.weig
 `load_state_dict(strict=True)`. Where Meta's code and transformers differ, the default is Meta's semantics.
 """
 
+import argparse
 import json
 import math
 import os
+import sys
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +34,11 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
 
 # ---------------------------------------------------------------- 1. Configuration
 
@@ -1214,3 +1222,181 @@ def training_flops(forward, frozen=False, recompute=False):
     """Forward and backward together: backward costs twice the forward, once when the weights are frozen (LoRA: their
     gradients are not needed; the adapters' own cost, about 1 %, is left out); recompute adds one forward."""
     return forward * (1 + (1 if frozen else 2) + (1 if recompute else 0))
+
+
+def parameter_parts(model):
+    """{part of the model: (parameters, tensors)}, adapters apart."""
+    parts = {}
+    for name, p in model.named_parameters():
+        keys = name.split(".")
+        part = keys[-2] if keys[0] == "language_model" else keys[0]
+        if keys[2:3] == ["layers"] and keys[0] == "language_model":
+            part = "cross layers" if int(keys[3]) in model.config.text.cross_attention_layers else "self layers"
+        part = "adapters" if ".lora_" in name else part
+        parts[part] = tuple(map(sum, zip(parts.get(part, (0, 0)), (p.numel(), 1))))
+    return parts
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is on, each storage once: `live` now, and `peak`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, WeakIdKeyDictionary({t.untyped_storage(): None for t in known})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:  # a check of values, which tensors without data pass
+            return False
+        out = function(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage not in self.seen:
+                self.seen[storage] = weakref.finalize(storage, self._add, -storage.nbytes())
+                self._add(storage.nbytes())
+        return out
+
+    def _add(self, size):
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+# AdamW: bytes of state per trained parameter. float32: two moments (and a float32 master copy of bfloat16 weights, 4 more).
+OPTIMIZER = {"float32": 8, "bfloat16": 4, "bfloat16-kahan": 6}
+
+
+def estimate_memory(config, a, recompute=False):
+    """Bytes by use of a training pass and of a rollout: two dicts. `a` holds the flags of parse_args.
+
+    What stays is a product of sizes. Activations are counted: this file's own forward and backward run on tensors
+    without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: fragmentation of
+    the allocator, the CUDA context, workspaces of kernels.
+    """
+    dtype, before, c = getattr(torch, a.dtype), torch.get_default_dtype(), config.text
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(dtype)
+        try:
+            model = LlamaVision(config)
+        finally:
+            torch.set_default_dtype(before)
+        if a.lora_rank:
+            add_lora(model, a.lora_rank, 1.0)
+        model.recompute(recompute)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p)  # they stay from one micro-batch to the next
+        with Meter([*model.parameters(), *(p.grad for p in trained)]) as training:
+            kept = _trace_training(model, a, training)
+        with torch.no_grad(), Meter(model.parameters()) as rollout:
+            stays = _trace_prefill(model, a)
+    parts, prompts = parameter_parts(model), a.batch // a.group
+    count, adapters = sum(p.numel() for p in trained), parts.get("adapters", (0, 0))[0]
+    weights = sum(n for n, _ in parts.values()) - adapters
+    state = OPTIMIZER[a.optimizer_state] + 4 * (a.optimizer_state == "float32" and trained[0].dtype != torch.float32)
+    cross, seen = len(c.cross_attention_layers), a.images * a.tiles * config.vision.tokens  # image tokens of a row
+    pair = 2 * c.num_key_value_heads * c.head_dim * dtype.itemsize  # a key and a value of one token in one layer
+    both = {"weights": weights * dtype.itemsize, "adapters": adapters * 4, "optimizer": count * state}
+    return (both | {"gradients": sum(p.grad.nbytes for p in trained), "kept for backward": kept,
+                    "other activations": training.peak - kept},
+            both | {"KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair,
+                    "cross-attention K/V": prompts * seen * cross * pair,
+                    "image features": prompts * seen * c.hidden_size * dtype.itemsize, "other activations": rollout.peak - stays})
+
+
+def _trace_images(model, a, rows, length):
+    """What `rows` rows of `length` tokens see; each group's images are encoded once. None without images."""
+    if not a.images:
+        return None
+    v, prompts, dtype = model.config.vision, max(1, rows // a.group), model.language_model.lm_head.weight.dtype
+    count = prompts * a.images
+    with torch.set_grad_enabled(model.vision_model.class_embedding.requires_grad and torch.is_grad_enabled()):
+        features = model.image_features(torch.zeros(count, v.max_num_tiles, 3, v.image_size, v.image_size, dtype=dtype),
+                                        torch.zeros(count, dtype=torch.long), torch.zeros(count, v.max_num_tiles))
+    features = features.view(prompts, a.images, -1, features.shape[-1])[:, :, : a.tiles * v.tokens].flatten(1, 2)
+    features = features.repeat_interleave(rows // prompts, 0)
+    return ImageContext(features, torch.zeros(rows, length, features.shape[1], dtype=torch.bool))
+
+
+def _trace_training(model, a, meter):
+    """One forward and backward pass of a micro-batch. Returns the bytes alive between the two."""
+    rows, length = a.micro_batch, a.prompt_tokens + a.new_tokens
+    hidden = model(torch.zeros(rows, length, dtype=torch.long), image=_trace_images(model, a, rows, length))
+    log_p = model.logits(hidden[:, -a.new_tokens:].flatten(0, 1)).log_softmax(-1)
+    loss = log_p[:, 0].sum() - (log_p.exp() * log_p).sum()
+    kept = meter.live
+    loss.backward()
+    return kept
+
+
+def _trace_prefill(model, a):
+    """The prefill of one row per group and one sampling step of all rows. Returns the bytes that stay."""
+    prompts = a.batch // a.group
+    image = _trace_images(model, a, prompts, a.prompt_tokens)
+    cache, ids = Cache(model, prompts, a.prompt_tokens), torch.zeros(prompts, a.prompt_tokens, dtype=torch.long)
+    model.extend(cache, ids, torch.ones(prompts, dtype=torch.long), image)
+    sample(torch.zeros(a.batch, model.config.text.vocab_size), 1.0)
+    stay = [*cache.k.values(), *cache.v.values()]
+    if image:
+        stay += [image.features, *(t for pair in image._kept.values() for t in pair)]
+    return sum(t.nbytes for t in stay)
+
+
+# ---------------------------------------------------------------- 10. Command line
+
+COUNTS = (("batch", 64, 1, 4096, "rows of a rollout"), ("micro-batch", 8, 1, 4096, "rows of a training pass"),
+          ("group", 1, 1, 4096, "rows that share a prompt and its images"), ("prompt-tokens", 256, 1, 2**17, "tokens of a prompt"),
+          ("new-tokens", 64, 1, 2**17, "tokens of an answer"), ("images", 1, 0, 16, "images of a prompt"),
+          ("tiles", 4, 1, 4, "tiles of an image"), ("lora-rank", 32, 0, 4096, "rank of adapters on the decoder, 0 = full"))
+
+
+def parse_args(argv=None):
+    """Flags of `python model.py`. Raises ValueError with one sentence for numbers out of range."""
+    parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part and memory by use, estimated without a GPU.")
+    parser.add_argument("--size", choices=SIZES, default="11b", help="architecture (default 11b)")
+    parser.add_argument("--dry-run", action="store_true", required=True, help="print the estimate; no weights are made or read")
+    for name, default, _, _, text in COUNTS:
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing only (default: without and with)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default bfloat16)")
+    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32", help="AdamW's moments; bfloat16 needs "
+                        "stochastic rounding of weights, bfloat16-kahan keeps their rounding errors (default float32)")
+    a = parser.parse_args(argv)
+    for name, _, least, most, _ in COUNTS:
+        if not least <= getattr(a, name.replace("-", "_")) <= most:
+            raise ValueError(f"--{name} must be from {least} to {most}.")
+    if a.batch % a.group or max(a.micro_batch, a.group) % min(a.micro_batch, a.group):
+        raise ValueError("--batch must be a multiple of --group, and so must --micro-batch, or a part of it.")
+    return a
+
+
+def main(argv=None):
+    """The dry run: prints the estimate and returns {column: {use: bytes}}."""
+    a = parse_args(argv)
+    with torch.device("meta"):
+        parts = parameter_parts(LlamaVision(SIZES[a.size]))
+    for part, (count, tensors) in (parts | {"all": tuple(map(sum, zip(*parts.values())))}).items():
+        print(f"{part:24}{count:>16,} parameters in {tensors:>3} tensors")
+    columns = {}
+    for name in ("recompute",) if a.recompute else ("training", "recompute"):
+        columns[name], columns["rollout"] = estimate_memory(SIZES[a.size], a, name == "recompute")
+    print(f"\nGB (10^9 bytes) as {a.dtype}, {f'LoRA rank {a.lora_rank}' if a.lora_rank else 'full fine-tuning'}, optimizer "
+          f"state {a.optimizer_state}: {a.micro_batch} rows to train, {a.batch} to roll out in groups of {a.group},\n"
+          f"{a.prompt_tokens} + {a.new_tokens} tokens, {a.images} images of {a.tiles} tiles" )
+    def row(label, cells):
+        print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
+    row("", columns)
+    for use in dict.fromkeys(use for column in columns.values() for use in column):
+        row(use, (f"{column.get(use, 0) / 1e9:.3f}" for column in columns.values()))
+    totals = [sum(column.values()) / 1e9 for column in columns.values()]
+    row("all", (f"{total:.3f}" for total in totals))
+    for limit in (80, 141):
+        row(f"fits in {limit} GB", ("yes" if total <= limit else "no" for total in totals))
+    print("An estimate, not measured on a GPU. Not counted: fragmentation, the CUDA context, kernels' workspaces; a board\n"
+          "holds about 6 % more than its name says, which is left for these.")
+    return columns
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
