@@ -889,15 +889,16 @@ def train_tokenizer(texts, vocab_size=480):
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Beginnings of names in memory since transformers 4.52 and on the hub. transformers writes the hub's, PEFT those in memory.
+# How names begin in memory since transformers 4.52, and on the hub. transformers writes the latter, PEFT what is in memory.
 LAYOUTS = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
            ("model.vision_model.", "vision_model."), ("model.multi_modal_projector.", "multi_modal_projector."))
-UNSUPPORTED = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
-               "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens")
+NOT_BUILT = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+             "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices")  # of PEFT's LoRA
 
 
 def hub_name(name):
-    """The hub's name of a tensor or module that is named in either layout."""
+    """The hub's name of a tensor or module in either layout, of an adapter's too."""
+    name = name.removeprefix("base_model.model.")
     return next((hub + name[len(new):] for new, hub in LAYOUTS if name.startswith(new)), name)
 
 
@@ -914,29 +915,28 @@ def write_json(path, data):
     write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=1) + "\n"))
 
 
+@torch.no_grad()
 def save_model(model, tokenizer, directory, dtype=None, shard_bytes=5 * 10**9):
     """Write a model directory in the hub's layout: config.json, tokenizer.json and the weights in `dtype` (default: as
-    they are) with adapters merged, in one file or in shards of at most shard_bytes with an index written last."""
-    directory, state = Path(directory), model.state_dict()
+    they are) with adapters merged, in one file, or if that were over shard_bytes in several and an index."""
+    directory, linear = Path(directory), {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Linear)}
     directory.mkdir(parents=True, exist_ok=True)
-    linear = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear)}
-    shards, filled = [[]], 0
-    for name in (n for n in state if ".lora_" not in n):
-        size = state[name].numel() * (dtype or state[name].dtype).itemsize
-        if filled % shard_bytes + size > shard_bytes and shards[-1]:
-            shards, filled = shards + [[]], 0
+    state = {name: t for name, t in model.state_dict().items() if ".lora_" not in name}
+    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in state.items()}
+    shards = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
+            shards.append([])
         shards[-1].append(name)
-        filled += size
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, names in zip(files if len(files) > 1 else [WEIGHTS], shards):
-        with torch.no_grad():  # one shard at a time: merging all adapters first would take the decoder's size once more
-            part = {n: (linear[n].merged() if n in linear else state[n]).detach().to("cpu", dtype).contiguous() for n in names}
+    one = len(shards) == 1
+    files = [WEIGHTS if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards):  # merged shard by shard: all at once would take the decoder's size again
+        part = {n: (linear[n].merged() if n in linear else state[n]).to("cpu", dtype).contiguous() for n in names}
         write_atomically(directory / file, lambda p: save_file(part, p, metadata={"format": "pt"}))
-    if len(files) > 1:
-        total = sum(t.numel() * (dtype or t.dtype).itemsize for n, t in state.items() if ".lora_" not in n)
+    if not one:
         listed = {name: file for file, names in zip(files, shards) for name in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
-    (directory / (WEIGHTS if len(files) > 1 else INDEX)).unlink(missing_ok=True)  # of an earlier save in the other form
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed})
+    (directory / (INDEX if one else WEIGHTS)).unlink(missing_ok=True)  # of an earlier save in the other form
     config = config_to_json(model.config) | {"torch_dtype": str(dtype or model.language_model.lm_head.weight.dtype)[6:]}
     config["text_config"] |= {"bos_token_id": tokenizer.bos, "eos_token_id": sorted(tokenizer.stop_ids),
                               "pad_token_id": tokenizer.pad}  # transformers' default, 128004, is no row of a small model
@@ -944,23 +944,22 @@ def save_model(model, tokenizer, directory, dtype=None, shard_bytes=5 * 10**9):
     write_atomically(directory / "tokenizer.json", lambda p: tokenizer.bpe.save(str(p)))
 
 
-def save_adapter(model, directory, base, layout="hub"):
-    """Write the LoRA tensors as PEFT does; `base` is the model directory that they belong to. layout "hub" names the
-    modules as transformers up to 4.51 has them in memory, "new" as those since then do, which is what PEFT reads there."""
-    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None]
+def save_adapter(model, directory, base):
+    """Write the LoRA tensors as PEFT does, with the hub's names, and modules listed in both layouts: so PEFT finds them
+    whichever transformers it meets. `base` is the model directory that they belong to."""
+    directory, adapted = Path(directory), {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.lora_A}
     if not adapted:
         raise ValueError("the model has no adapter to save.")
-    def renamed(name):
-        return next((new + name[len(hub):] for new, hub in LAYOUTS if layout == "new" and f"{name}.".startswith(hub)), name)
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {f"base_model.model.{renamed(name)}.lora_{side}.weight": getattr(m, f"lora_{side}").weight.detach().cpu()
-             for name, m in adapted for side in "AB"}
-    rank = adapted[0][1].lora_A.out_features
+    state = {f"base_model.model.{name}.lora_{side}.weight": getattr(m, f"lora_{side}").weight.detach().cpu()
+             for name, m in adapted.items() for side in "AB"}
+    new = [new + name[len(hub):] for name in adapted for new, hub in LAYOUTS if f"{name}.".startswith(hub)]
+    first = next(iter(adapted.values()))
+    rank = first.lora_A.out_features
     write_atomically(directory / ADAPTER, lambda p: save_file(state, p, metadata={"format": "pt"}))
     write_json(directory / ADAPTER_CONFIG, {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "bias": "none", "task_type": "CAUSAL_LM",
-        "lora_alpha": adapted[0][1].lora_scale * rank, "target_modules": [renamed(name) for name, _ in adapted]})
+        "lora_alpha": first.lora_scale * rank, "target_modules": [*adapted, *new]})
 
 
 def _file(directory, name):
@@ -968,16 +967,16 @@ def _file(directory, name):
     if not isinstance(name, str) or not 0 < len(name) < 200 or set(name) & set("/\\\0") or name in (".", ".."):
         shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
         raise ValueError(f"{directory}: the index names {shown} as a shard; it must name plain files of this directory.")
-    path, home = directory / name, directory.resolve()
-    if not path.is_file():
+    path, home = directory / name, os.path.realpath(directory)
+    if not os.path.isfile(path):
         raise ValueError(f"{path} is missing or no regular file; copy or download the directory again.")
-    if path.resolve().parent not in (home, home.parent.parent / "blobs"):
+    if os.path.dirname(os.path.realpath(path)) not in (home, os.path.realpath(f"{home}/../../blobs")):
         raise ValueError(f"{path} is a link out of its directory; put the file itself there.")
     return path
 
 
 def _once(pairs):
-    """dict for json.loads that refuses an entry that is there twice."""
+    """For json.loads: a dict, unless an entry is there twice."""
     if len(dict(pairs)) != len(pairs):
         raise ValueError("an entry is there twice")
     return dict(pairs)
@@ -986,57 +985,53 @@ def _once(pairs):
 def read_json(path):
     """A JSON file of at most 1 MB, or a ValueError that names it."""
     try:
-        if Path(path).stat().st_size > 1_000_000:
+        if os.path.getsize(path) > 1_000_000:
             raise ValueError("it is over 1 MB")
         return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:120]
-        raise ValueError(f"{path} is missing or is not JSON ({reason}); copy or download it again.") from None
+        raise ValueError(f"{path} is missing or is not JSON ({str(error)[:120]}); copy or download it again.") from None
 
 
 def read_header(path):
     """Header of a safetensors file as {name: (dtype, shape, first byte in the file)}; no tensor is read.
 
-    Written out rather than left to the library, so that each kind of damage has its sentence and is found before
-    memory is taken: 8 bytes with the header's length, the header in JSON, then the tensors without gaps.
+    By hand rather than by the library, so that any damage is found before memory is taken, and has its sentence: the
+    header's length in 8 bytes, the header in JSON, then the tensors without gaps. Raises ValueError.
     """
     found, end = {}, 0
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size - 8
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, 2**24):
-                raise ValueError("its header is longer than the file or 16 MB")
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, 2**22):
+                raise ValueError("its header is longer than the file or 4 MB")
             header = json.loads(file.read(length), object_pairs_hook=_once)
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             if kind not in DTYPES:
-                raise ValueError(f"tensor {name[:120]!r} is stored as {str(kind)[:20]}, but only {', '.join(DTYPES)} are "
-                                 "weights here: use the model before quantization")
+                raise ValueError(f"tensor {name[:120]!r} is of type {str(kind)[:20]!r}, but only {', '.join(DTYPES)} are weights "
+                                 "here: use the model from before it was quantized")
             whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
             if not whole or start != end or stop - start != math.prod(shape) * DTYPES[kind].itemsize:
                 raise ValueError(f"tensor {name[:120]!r} does not lie where its type and shape put it")
             found[name], end = (DTYPES[kind], shape, 8 + length + start), stop
-        if end != size - length:
-            raise ValueError(f"it should have {8 + length + end:,} bytes and has {8 + size:,}: it was cut off or added to")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:200]}); copy or download it again.") from None
-    except (KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} cannot be read as a safetensors file (its header is damaged); copy or download it again.") from None
+        if end != size - length - 8:
+            raise ValueError(f"it has {size:,} bytes and should have {8 + length + end:,}: it was cut off or added to")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error)[:200] if isinstance(error, (OSError, ValueError)) else "its header is damaged"
+        raise ValueError(f"{path} cannot be read as a safetensors file ({reason}); copy or download it again.") from None
     return found
 
 
-def read_tensors(path, places, targets):
-    """Fill targets[name] (any float type, any device) from a file, with at most 16 MB of other memory.
+def read_tensors(path, header, targets):
+    """Fill targets[name] (any float type, any device) from a file with `header`, with at most 16 MB of other memory.
 
-    places: {name: (dtype, shape, first byte)} as read_header gives it. Not mapped into memory, which would count twice
-    while it is copied, and would change under the model if someone wrote to the file.
+    Read, not mapped: a mapping would count twice while it is copied, and change if someone wrote to the file.
     """
     with open(path, "rb") as file:
-        for name, (dtype, _, offset) in places.items():
+        for name, (dtype, _, offset) in header.items():
             file.seek(offset)
-            for part in targets[name].detach().view(-1).split(2**22):
+            for part in targets[name].view(-1).split(2**22):
                 direct = part.dtype == dtype and part.device.type == "cpu"
                 buffer = part if direct else torch.empty(len(part), dtype=dtype)
                 if file.readinto(buffer.view(torch.uint8).numpy()) != buffer.nbytes:
@@ -1047,148 +1042,125 @@ def read_tensors(path, places, targets):
 
 def load_tensors(path):
     """All tensors of a safetensors file. Raises ValueError with one sentence when it is missing or damaged."""
-    places = read_header(path)
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _) in places.items()}
-    read_tensors(path, places, tensors)
+    header = read_header(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _) in header.items()}
+    read_tensors(path, header, tensors)
     return tensors
 
 
 def load_tokenizer(directory):
     """The Tokenizer of a model directory."""
     path = _file(Path(directory), "tokenizer.json")
-    if path.stat().st_size > 100_000_000:
-        raise ValueError(f"{path} is too large to be a tokenizer.")
     try:
+        if path.stat().st_size > 100_000_000:
+            raise ValueError("it is over 100 MB")
         tokenizer = Tokenizer(BPE.from_file(str(path)))
         tokenizer.turn("", image=True)  # asks for all special tokens of the chat format
         return tokenizer
-    except BaseException as error:  # the library raises bare Exception for a damaged file, and now and then panics
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception for a damaged file, and panics at some
         raise ValueError(f"{path} cannot be used as the tokenizer ({str(error)[:120]}); copy or download it again.") from None
 
 
-def find_weights(directory):
-    """{path: header} of the weights of a directory with the hub's names: one file, or the shards that its index lists."""
-    listed, found, seen = {WEIGHTS: None}, {}, {}
-    if not (directory / WEIGHTS).exists() and (directory / INDEX).exists():
-        index = read_json(_file(directory, INDEX))
-        shards, listed = isinstance(index, dict) and index.get("weight_map"), {}
-        if not isinstance(shards, dict) or not shards:
+def find_weights(directory, adapter=None):
+    """{path: header} of a model directory, with the hub's names: one file, or the shards that its index lists, then the
+    file of the adapter's directory if one is given. Raises ValueError also for a tensor that is there twice."""
+    found, seen, files = {}, {}, [(directory, WEIGHTS, None)]
+    if not os.path.exists(directory / WEIGHTS) and os.path.exists(directory / INDEX):
+        index, shards = read_json(_file(directory, INDEX)), {}
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
             raise ValueError(f"{directory / INDEX} has no weight_map of tensors to files; copy or download it again.")
-        for name, shard in shards.items():
-            listed.setdefault(_file(directory, shard).name, set()).add(name)
-    for shard, names in listed.items():
-        path = _file(directory, shard)
+        for name, shard in index["weight_map"].items():
+            shards.setdefault(_file(directory, shard).name, set()).add(name)
+        files = [(directory, shard, names) for shard, names in shards.items()]
+    for place, file, names in files + ([(adapter, ADAPTER, None)] if adapter else []):
+        path = _file(place, file)
         header = read_header(path)
         for name in sorted(header.keys() ^ names) if names else ():
-            raise ValueError(f"{path} {'lacks tensor' if name in names else 'has an unlisted tensor'} {name[:120]!r}, "
-                             f"against {INDEX}; copy or download both again.")
-        found[path] = {hub_name(name): place for name, place in header.items()}
+            raise ValueError(f"{path} {'lacks' if name in names else 'has an unlisted'} tensor {name[:120]!r}, unlike "
+                             f"{INDEX}; copy or download both again.")
         for name in header:
-            if seen.setdefault(hub_name(name), (shard, name)) != (shard, name):
-                raise ValueError(f"{path} has tensor {name[:120]!r} a second time (it is in {seen[hub_name(name)][0]}); "
-                                 "keep one of the two.")
+            if hub_name(name) in seen:
+                raise ValueError(f"{path} has tensor {name[:120]!r}, which {seen[hub_name(name)]} has too; keep one of the two.")
+            seen[hub_name(name)] = file
+        found[path] = {hub_name(name): entry for name, entry in header.items()}
     return found
 
 
-def _check_tensors(directory, files, wanted):
-    """Compare names and shapes in the headers of {path: header} with `wanted` before memory is taken for the tensors."""
+def _check_tensors(files, wanted):
+    """Compare names and shapes in {path: header} with {name: shape}."""
     found = {name: (path, shape) for path, header in files.items() for name, (_, shape, _) in header.items()}
     for name in sorted(wanted.keys() ^ found.keys()):
-        if name in wanted:
-            raise ValueError(f"{directory} lacks tensor {name!r}, which its configuration asks for; copy or download it again.")
-        raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}: its configuration is of another model.")
+        if name in found:
+            raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; it belongs to another model.")
+        place = list(files)[-1 if ".lora_" in name else 0].parent
+        raise ValueError(f"{place} lacks tensor {name!r}, which its configuration asks for; copy or download it again.")
     for name, shape in wanted.items():
         if found[name][1] != shape:
-            raise ValueError(f"{found[name][0]}: tensor {name} has shape {found[name][1]}, but the configuration beside it "
-                             f"asks for {shape}; they belong to different models.")
+            raise ValueError(f"{found[name][0]}: tensor {name} has shape {found[name][1]}, but the configuration asks for "
+                             f"{shape}; take both from the same model.")
+
+
+def read_adapter(directory):
+    """(rank, alpha, modules, base directory) of an adapter in PEFT's format; modules are the listed names, if any."""
+    path = _file(directory, ADAPTER_CONFIG)
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
+    for name in [name for name in NOT_BUILT if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none"):
+        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and load the merged model.")
+    rank, alpha = (_number(f"{path}: {name}", config.get(name), kind) for name, kind in (("r", int), ("lora_alpha", float)))
+    modules, base = config.get("target_modules"), config.get("base_model_name_or_path")
+    if not isinstance(modules, (str, list)) or not all(isinstance(m, str) for m in modules):
+        raise ValueError(f"{path}: target_modules must be a text or a list of module names.")
+    if isinstance(modules, str) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        modules = ()  # a pattern (never run: it could take for ever): then the file's own names are all there is to go by
+    base = [b for b in (base, str(directory / base)) if os.path.isdir(b)] if isinstance(base, str) and base else []
+    if not base:
+        raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base model; download that, "
+                         "and put its path there.")
+    return rank, alpha * (rank**0.5 if config.get("use_rslora") is True else 1), set(map(hub_name, modules)), Path(base[0])
 
 
 def load_model(directory, dtype=torch.float32, device="cpu"):
     """Model and Tokenizer of a directory: weights in the hub's layout, or an adapter and the base that it names.
 
-    Tensors are read one by one into the model's own memory, in `dtype` on `device`. Raises ValueError with one sentence
-    when anything is missing, damaged, misnamed or of another shape; all of that is found before memory is taken.
+    Each tensor is read into the model's own memory, in `dtype` on `device` (adapters float32). Raises ValueError with one
+    sentence when anything is missing, damaged, misnamed or of another shape, before memory is taken.
     """
-    adapter, directory = None, Path(directory)
-    for _ in range(8):
-        if not (directory / ADAPTER_CONFIG).exists():
-            break
-        adapter, directory = adapter or read_adapter(directory), _base(directory)
-    else:
-        raise ValueError(f"{directory} is an adapter of an adapter of an adapter; give an adapter whose base is a model.")
-    if not (directory / "config.json").exists():
+    directory, chain = Path(directory), []
+    while os.path.exists(directory / ADAPTER_CONFIG):  # of an adapter that was trained on from an adapter, the last holds all
+        rank, alpha, modules, base = read_adapter(directory)
+        chain, directory = [*chain, (directory, rank, alpha, modules)], base
+        if len(chain) > 8:
+            raise ValueError(f"{directory} is an adapter of an adapter of an adapter; name a base that is a model.")
+    if not os.path.exists(directory / "config.json"):
         raise ValueError(f"{directory} holds no model: it has no config.json.")
     config = config_from_json(read_json(_file(directory, "config.json")))
     tokenizer = load_tokenizer(directory)
     if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
-        raise ValueError(f"{directory / 'tokenizer.json'} has more tokens than the model's embedding; it is another model's.")
+        raise ValueError(f"{directory / 'tokenizer.json'} has more tokens than the embedding has rows; it is another model's.")
     with torch.device("meta"):
         model = LlamaVision(config).to(dtype)
-    files = find_weights(directory)
-    _check_tensors(directory, files, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    files = find_weights(directory, chain[0][0] if chain else None)
+    if chain:
+        _, rank, alpha, modules = chain[0]
+        adapted = {name.rpartition(".lora_")[0] for name in list(files.values())[-1]}
+        model.requires_grad_(False)
+        for name, module in [m for m in model.named_modules() if isinstance(m[1], Linear)]:
+            parts = name.split(".")  # PEFT adapts what a listed name is the end of
+            if name in adapted or modules & {".".join(parts[i:]) for i in range(len(parts))}:
+                module.add_lora(rank, alpha)
+    _check_tensors(files, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     try:
         model.to_empty(device=device)
     except RuntimeError:
         size = sum(p.nbytes for p in model.parameters()) / 1e9
-        raise ValueError(f"{device} has no room for the {size:.1f} GB of {directory} as {str(dtype)[6:]}.") from None
+        raise ValueError(f"{device} has no room for {directory}: {size:.1f} GB as {str(dtype)[6:]}.") from None
     for path, header in files.items():
         read_tensors(path, header, model.state_dict())
-    if adapter:
-        _add_adapter(model, *adapter)
     return model, tokenizer
-
-
-def _base(directory):
-    """The base directory that an adapter names, as seen from here or from the adapter."""
-    path, named = directory / ADAPTER_CONFIG, read_json(_file(directory, ADAPTER_CONFIG))
-    name = named.get("base_model_name_or_path") if isinstance(named, dict) else None
-    if not isinstance(name, str) or not 0 < len(name) < 1000:
-        raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base model.")
-    for base in (Path(name), directory / name):
-        if os.path.isdir(base):  # Path.is_dir would raise for names that no file can have
-            return base
-    raise ValueError(f"{path}: the base {name[:120]!r} is not a directory here; download it and put its path there.")
-
-
-def read_adapter(directory):
-    """Path, header, rank, alpha and listed modules of an adapter in PEFT's format, either layout of names."""
-    path, config = directory / ADAPTER_CONFIG, read_json(_file(directory, ADAPTER_CONFIG))
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
-    for name in UNSUPPORTED:
-        if config.get(name) or config.get("bias", "none") != "none":
-            raise ValueError(f"{path} asks for {name if config.get(name) else 'bias'}, which is not built here; "
-                             "merge the adapter with PEFT and load the merged model.")
-    rank, alpha = (_number(f"{path}: {name}", config.get(name), kind) for name, kind in (("r", int), ("lora_alpha", float)))
-    targets = config.get("target_modules")
-    if not isinstance(targets, (str, list)) or not all(isinstance(t, str) for t in targets):
-        raise ValueError(f"{path}: target_modules must be a text or a list of module names.")
-    # A text is a pattern or "all-linear": what the file holds is then all there is to go by.
-    every = isinstance(targets, list) and not config.get("layers_to_transform") and not config.get("exclude_modules")
-    header = {hub_name(name.removeprefix("base_model.model.")): place
-              for name, place in read_header(_file(directory, ADAPTER)).items()}
-    return directory / ADAPTER, header, rank, alpha * (rank**0.5 if config.get("use_rslora") is True else 1), \
-        set(map(hub_name, targets)) if every else set()
-
-
-def _add_adapter(model, path, header, rank, alpha, targets):
-    """Adapters on the layers that the header names (and all that the configuration lists), filled from the file."""
-    chosen, wanted = [], {}
-    stems = {name.rpartition(".lora_")[0] for name in header}
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if isinstance(module, Linear) and (name in stems or targets & {".".join(parts[i:]) for i in range(len(parts))}):
-            chosen.append(module)
-            wanted |= {f"{name}.lora_A.weight": (rank, module.in_features), f"{name}.lora_B.weight": (module.out_features, rank)}
-    if not chosen:
-        raise ValueError(f"{path} adapts no layer of the base model; it belongs to another one.")
-    _check_tensors(path.parent, {path: header}, wanted)
-    model.requires_grad_(False)
-    for module in chosen:
-        module.add_lora(rank, alpha)
-    read_tensors(path, header, model.state_dict())
 
 
 # ---------------------------------------------------------------- 9. Cost
@@ -1270,7 +1242,7 @@ def estimate_memory(config, a, recompute=False):
     without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: fragmentation of
     the allocator, the CUDA context, workspaces of kernels.
     """
-    dtype, before, c = getattr(torch, a.dtype), torch.get_default_dtype(), config.text
+    c, dtype, before = config.text, getattr(torch, a.dtype), torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(dtype)
         try:
@@ -1280,115 +1252,90 @@ def estimate_memory(config, a, recompute=False):
         if a.lora_rank:
             add_lora(model, a.lora_rank, 1.0)
         model.recompute(recompute)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained, parts = [p for p in model.parameters() if p.requires_grad], parameter_parts(model)
         for p in trained:
             p.grad = torch.zeros_like(p)  # they stay from one micro-batch to the next
         with Meter([*model.parameters(), *(p.grad for p in trained)]) as training:
-            kept = _trace_training(model, a, training)
-        with torch.no_grad(), Meter(model.parameters()) as rollout:
-            stays = _trace_prefill(model, a)
-    parts, prompts = parameter_parts(model), a.batch // a.group
-    count, adapters = sum(p.numel() for p in trained), parts.get("adapters", (0, 0))[0]
-    weights = sum(n for n, _ in parts.values()) - adapters
+            kept = _trace(model, a, a.micro_batch, a.prompt_tokens + a.new_tokens, a.new_tokens, training)
+        with torch.no_grad(), Meter(model.parameters()) as prefill:  # the images and prompts of all groups
+            _trace(model, a, a.batch // a.group, a.prompt_tokens, 1, prefill)
+    adapters, count = parts.pop("adapters", (0, 0))[0], sum(p.numel() for p in trained)
     state = OPTIMIZER[a.optimizer_state] + 4 * (a.optimizer_state == "float32" and trained[0].dtype != torch.float32)
-    cross, seen = len(c.cross_attention_layers), a.images * a.tiles * config.vision.tokens  # image tokens of a row
     pair = 2 * c.num_key_value_heads * c.head_dim * dtype.itemsize  # a key and a value of one token in one layer
-    both = {"weights": weights * dtype.itemsize, "adapters": adapters * 4, "optimizer": count * state}
+    seen = a.batch // a.group * a.images * config.vision.max_num_tiles * config.vision.tokens  # image tokens, each image once
+    cross = len(c.cross_attention_layers)
+    both = {"weights": sum(n for n, _ in parts.values()) * dtype.itemsize, "adapters": adapters * 4, "optimizer": count * state}
+    image = {"cross-attention K/V": seen * cross * pair, "image features": seen * c.hidden_size * dtype.itemsize}
     return (both | {"gradients": sum(p.grad.nbytes for p in trained), "kept for backward": kept,
                     "other activations": training.peak - kept},
-            both | {"KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair,
-                    "cross-attention K/V": prompts * seen * cross * pair,
-                    "image features": prompts * seen * c.hidden_size * dtype.itemsize, "other activations": rollout.peak - stays})
+            both | {"KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair} | image
+            | {"other activations": prefill.peak - sum(image.values())})
 
 
-def _trace_images(model, a, rows, length):
-    """What `rows` rows of `length` tokens see; each group's images are encoded once. None without images."""
-    if not a.images:
-        return None
-    v, prompts, dtype = model.config.vision, max(1, rows // a.group), model.language_model.lm_head.weight.dtype
-    count = prompts * a.images
-    with torch.set_grad_enabled(model.vision_model.class_embedding.requires_grad and torch.is_grad_enabled()):
-        features = model.image_features(torch.zeros(count, v.max_num_tiles, 3, v.image_size, v.image_size, dtype=dtype),
-                                        torch.zeros(count, dtype=torch.long), torch.zeros(count, v.max_num_tiles))
-    features = features.view(prompts, a.images, -1, features.shape[-1])[:, :, : a.tiles * v.tokens].flatten(1, 2)
-    features = features.repeat_interleave(rows // prompts, 0)
-    return ImageContext(features, torch.zeros(rows, length, features.shape[1], dtype=torch.bool))
-
-
-def _trace_training(model, a, meter):
-    """One forward and backward pass of a micro-batch. Returns the bytes alive between the two."""
-    rows, length = a.micro_batch, a.prompt_tokens + a.new_tokens
-    hidden = model(torch.zeros(rows, length, dtype=torch.long), image=_trace_images(model, a, rows, length))
-    log_p = model.logits(hidden[:, -a.new_tokens:].flatten(0, 1)).log_softmax(-1)
-    loss = log_p[:, 0].sum() - (log_p.exp() * log_p).sum()
-    kept = meter.live
-    loss.backward()
+def _trace(model, a, rows, length, scored, meter):
+    """Forward pass of rows of `length` tokens, backward too when gradients are on. Returns the bytes alive in between."""
+    v, prompts, image = model.config.vision, max(1, rows // a.group), None
+    if a.images:
+        tiles = torch.zeros(prompts * a.images, v.max_num_tiles, 3, v.image_size, v.image_size)
+        with torch.set_grad_enabled(model.vision_model.class_embedding.requires_grad and torch.is_grad_enabled()):
+            features = model.image_features(tiles.to(model.vision_model.class_embedding.dtype),
+                                            torch.zeros(len(tiles), dtype=torch.long), torch.zeros(tiles.shape[:2]))
+        features = features.unflatten(0, (prompts, -1)).flatten(1, 2).repeat_interleave(rows // prompts, 0)
+        image = ImageContext(features, torch.zeros(rows, length, features.shape[1], dtype=torch.bool))
+    hidden = model(torch.zeros(rows, length, dtype=torch.long), image=image)
+    log_p = model.logits(hidden[:, -scored:]).log_softmax(-1)
+    loss, kept = log_p[..., 0].sum() - (log_p.exp() * log_p).sum(), meter.live
+    if loss.requires_grad:
+        loss.backward()
     return kept
-
-
-def _trace_prefill(model, a):
-    """The prefill of one row per group and one sampling step of all rows. Returns the bytes that stay."""
-    prompts = a.batch // a.group
-    image = _trace_images(model, a, prompts, a.prompt_tokens)
-    cache, ids = Cache(model, prompts, a.prompt_tokens), torch.zeros(prompts, a.prompt_tokens, dtype=torch.long)
-    model.extend(cache, ids, torch.ones(prompts, dtype=torch.long), image)
-    sample(torch.zeros(a.batch, model.config.text.vocab_size), 1.0)
-    stay = [*cache.k.values(), *cache.v.values()]
-    if image:
-        stay += [image.features, *(t for pair in image._kept.values() for t in pair)]
-    return sum(t.nbytes for t in stay)
 
 
 # ---------------------------------------------------------------- 10. Command line
 
-COUNTS = (("batch", 64, 1, 4096, "rows of a rollout"), ("micro-batch", 8, 1, 4096, "rows of a training pass"),
-          ("group", 1, 1, 4096, "rows that share a prompt and its images"), ("prompt-tokens", 256, 1, 2**17, "tokens of a prompt"),
-          ("new-tokens", 64, 1, 2**17, "tokens of an answer"), ("images", 1, 0, 16, "images of a prompt"),
-          ("tiles", 4, 1, 4, "tiles of an image"), ("lora-rank", 32, 0, 4096, "rank of adapters on the decoder, 0 = full"))
+COUNTS = {"batch": (64, 1, 4096, "rows of a rollout"), "micro-batch": (8, 1, 4096, "rows of a training pass"),
+          "group": (1, 1, 4096, "rows that share a prompt and its images"), "prompt-tokens": (256, 1, 2**17, "tokens of a prompt"),
+          "new-tokens": (64, 1, 2**17, "tokens of an answer"), "images": (1, 0, 16, "images of a prompt"),
+          "lora-rank": (32, 0, 4096, "rank of adapters on the decoder; 0: full fine-tuning")}
 
 
 def parse_args(argv=None):
     """Flags of `python model.py`. Raises ValueError with one sentence for numbers out of range."""
     parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part and memory by use, estimated without a GPU.")
-    parser.add_argument("--size", choices=SIZES, default="11b", help="architecture (default 11b)")
     parser.add_argument("--dry-run", action="store_true", required=True, help="print the estimate; no weights are made or read")
-    for name, default, _, _, text in COUNTS:
+    parser.add_argument("--size", choices=SIZES, default="11b", help="architecture (default 11b)")
+    for name, (default, _, _, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing only (default: without and with)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default bfloat16)")
     parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32", help="AdamW's moments; bfloat16 needs "
                         "stochastic rounding of weights, bfloat16-kahan keeps their rounding errors (default float32)")
     a = parser.parse_args(argv)
-    for name, _, least, most, _ in COUNTS:
+    for name, (_, least, most, _) in COUNTS.items():
         if not least <= getattr(a, name.replace("-", "_")) <= most:
             raise ValueError(f"--{name} must be from {least} to {most}.")
     if a.batch % a.group or max(a.micro_batch, a.group) % min(a.micro_batch, a.group):
-        raise ValueError("--batch must be a multiple of --group, and so must --micro-batch, or a part of it.")
+        raise ValueError("--batch must be a multiple of --group; --micro-batch a multiple or a part of it.")
     return a
 
 
 def main(argv=None):
     """The dry run: prints the estimate and returns {column: {use: bytes}}."""
-    a = parse_args(argv)
+    a, columns = parse_args(argv), {}
     with torch.device("meta"):
         parts = parameter_parts(LlamaVision(SIZES[a.size]))
     for part, (count, tensors) in (parts | {"all": tuple(map(sum, zip(*parts.values())))}).items():
         print(f"{part:24}{count:>16,} parameters in {tensors:>3} tensors")
-    columns = {}
     for name in ("recompute",) if a.recompute else ("training", "recompute"):
-        columns[name], columns["rollout"] = estimate_memory(SIZES[a.size], a, name == "recompute")
-    print(f"\nGB (10^9 bytes) as {a.dtype}, {f'LoRA rank {a.lora_rank}' if a.lora_rank else 'full fine-tuning'}, optimizer "
-          f"state {a.optimizer_state}: {a.micro_batch} rows to train, {a.batch} to roll out in groups of {a.group},\n"
-          f"{a.prompt_tokens} + {a.new_tokens} tokens, {a.images} images of {a.tiles} tiles" )
-    def row(label, cells):
-        print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
-    row("", columns)
-    for use in dict.fromkeys(use for column in columns.values() for use in column):
-        row(use, (f"{column.get(use, 0) / 1e9:.3f}" for column in columns.values()))
+        columns[name], rollout = estimate_memory(SIZES[a.size], a, name == "recompute")
+    columns["rollout"] = rollout
+    print("\nGB (10^9 bytes) with", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(a).items()
+                                             if name not in ("dry_run", "recompute")))
+    lines = {"": columns} | {use: [f"{c.get(use, 0) / 1e9:.3f}" for c in columns.values()] for use in rollout | columns["recompute"]}
     totals = [sum(column.values()) / 1e9 for column in columns.values()]
-    row("all", (f"{total:.3f}" for total in totals))
-    for limit in (80, 141):
-        row(f"fits in {limit} GB", ("yes" if total <= limit else "no" for total in totals))
+    lines |= {"all": [f"{total:.3f}" for total in totals]}
+    lines |= {f"fits in {limit} GB": ["yes" if total <= limit else "no" for total in totals] for limit in (80, 141)}
+    for label, cells in lines.items():
+        print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
     print("An estimate, not measured on a GPU. Not counted: fragmentation, the CUDA context, kernels' workspaces; a board\n"
           "holds about 6 % more than its name says, which is left for these.")
     return columns
