@@ -1069,9 +1069,10 @@ def find_weights(directory, adapter=None):
     found, seen, files = {}, {}, [(directory, WEIGHTS, None)]
     if not os.path.exists(directory / WEIGHTS) and os.path.exists(directory / INDEX):
         index, shards = read_json(_file(directory, INDEX)), {}
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        listed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(listed, dict) or not listed:
             raise ValueError(f"{directory / INDEX} has no weight_map of tensors to files; copy or download it again.")
-        for name, shard in index["weight_map"].items():
+        for name, shard in listed.items():
             shards.setdefault(_file(directory, shard).name, set()).add(name)
         files = [(directory, shard, names) for shard, names in shards.items()]
     for place, file, names in files + ([(adapter, ADAPTER, None)] if adapter else []):
