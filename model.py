@@ -1024,14 +1024,14 @@ def read_header(path):
 
 
 def read_tensors(path, header, targets):
-    """Fill targets[name] (any float type, any device) from a file with `header`, with at most 16 MB of other memory.
+    """Fill targets[name] (any float type, any device) from a file with `header`, with at most 4 MB of other memory.
 
     Read, not mapped: a mapping would count twice while it is copied, and change if someone wrote to the file.
     """
     with open(path, "rb") as file:
         for name, (dtype, _, offset) in header.items():
             file.seek(offset)
-            for part in targets[name].view(-1).split(2**22):
+            for part in targets[name].view(-1).split(2**20):
                 direct = part.dtype == dtype and part.device.type == "cpu"
                 buffer = part if direct else torch.empty(len(part), dtype=dtype)
                 if file.readinto(buffer.view(torch.uint8).numpy()) != buffer.nbytes:

@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as M  # noqa: E402
 
 
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+
+
 def tokenizer():
     return M.train_tokenizer(["Q 3 10 4, JQK=11,12,13, make 24", '{"formula": "(13-10)*2*1"}'] * 3, 300)
 
@@ -27,7 +30,8 @@ def tokenizer():
 def fresh(tok):
     """A small random model with transformers' semantics, gates open."""
     text = M.TextConfig(tok.bpe.get_vocab_size() - 1, 32, 48, 4, 4, 2, (2,), rope_theta=100.0, rope_factor=2.0, rope_original=16)
-    config = M.Config(text, M.VisionConfig(24, 2, 32, 3, 1, 4, 12, 4, (1, 2)), "output", False)
+    taps = "input" if VERSION < (4, 55) else "output"
+    config = M.Config(text, M.VisionConfig(24, 2, 32, 3, 1, 4, 12, 4, (1, 2)), taps, False)
     model = M.init_weights(M.LlamaVision(config), 0)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
@@ -64,12 +68,13 @@ def our_features(model, pixels):
 
 @torch.no_grad()
 def their_features(model, pixels):
-    shown = model.model.vision_model(pixels[:, None], torch.tensor([[6], [6]]), torch.tensor([[[1, 1, 1, 0]]] * 2))
-    return model.model.multi_modal_projector(shown.last_hidden_state).flatten(1, 3)
+    model = model if VERSION < (4, 52) else model.model
+    shown = model.vision_model(pixels[:, None], torch.tensor([[6], [6]]), torch.tensor([[[1, 1, 1, 0]]] * 2))
+    return model.multi_modal_projector(shown[0]).flatten(1, 3)
 
 
 def read(directory):
-    return transformers.MllamaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    return transformers.MllamaForConditionalGeneration.from_pretrained(directory, torch_dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def report(what, a, b, tolerance=2e-5):
@@ -88,7 +93,7 @@ def main():
         good &= report(f"transformers reads ours, {name} ({len(list((work / name).glob('*.safetensors')))} file(s))", ours(base), theirs(hf))
         good &= report("   and its image features", our_features(base, pixels), their_features(hf, pixels))
     M.save_model(base, tok, work / "bf16", torch.bfloat16)
-    hf = transformers.MllamaForConditionalGeneration.from_pretrained(work / "bf16")
+    hf = transformers.MllamaForConditionalGeneration.from_pretrained(work / "bf16", torch_dtype="auto")
     print(f"    a bfloat16 save comes in as {hf.dtype}")
 
     hf = read(work / "one")
@@ -102,21 +107,17 @@ def main():
         good &= report(f"we read transformers', {name}: {min(names)} ...", theirs(hf), ours(M.load_model(work / name)[0]))
 
     adapted = with_adapter(M.load_model(work / "one")[0])
-    for layout in ("hub", "new"):
-        M.save_adapter(adapted, work / f"adapter-{layout}", work / "one", layout)
-        try:
-            px = peft.PeftModel.from_pretrained(read(work / "one"), work / f"adapter-{layout}").eval()
-            good &= report(f"peft reads our adapter, layout {layout}", ours(adapted), theirs(px))
-        except Exception as error:
-            print(f"BAD peft does not read layout {layout}: {type(error).__name__}: {str(error)[:150]}")
-            good = False
-        good &= report(f"we read our adapter, layout {layout}", ours(adapted), ours(M.load_model(work / f"adapter-{layout}")[0]))
-    for name, targets in (("pattern", r".*language_model\.layers\..*_proj"), ("list", ["q_proj", "fc1"])):
+    M.save_adapter(adapted, work / "adapter", work / "one")
+    px = peft.PeftModel.from_pretrained(read(work / "one"), work / "adapter").eval()
+    good &= report("peft reads our adapter", ours(adapted), theirs(px))
+    good &= report("we read our adapter", ours(adapted), ours(M.load_model(work / "adapter")[0]))
+    for name, targets in (("pattern", r".*language_model\.(model\.)?layers\..*_proj"), ("list", ["q_proj", "fc1"])):
         for rs in (False, True):
             px = peft.get_peft_model(read(work / "one"), peft.LoraConfig(
                 r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, use_rslora=rs)).eval()
             px.save_pretrained(work / f"peft-{name}")
-            good &= report(f"we read peft's adapter, {name}, rslora {rs}", theirs(px), ours(M.load_model(work / f"peft-{name}")[0]))
+            names = M.read_header(work / f"peft-{name}" / M.ADAPTER).keys()
+            good &= report(f"we read peft's adapter, {name}, rslora {rs}: {min(names)[:60]} ...", theirs(px), ours(M.load_model(work / f"peft-{name}")[0]))
     M.save_model(adapted, tok, work / "merged")
     good &= report("transformers reads our merged adapter", ours(adapted), theirs(read(work / "merged")))
     print(f"transformers {transformers.__version__}, peft {peft.__version__}: {'all agree' if good else 'THERE ARE DIFFERENCES'}")
