@@ -10,7 +10,8 @@ Contents
   7. Cache and generation static KV cache, prompts shared by a group, per-row stopping
   8. Tokenizer and chat   text never becomes a special token
   9. Loading and saving   safetensors and names as on the hub, adapters as PEFT writes them
- 10. Cost                 parameters and FLOPs
+ 10. Cost                 parameters, FLOPs and memory
+ 11. Command line         the dry run: what a size takes, without taking it
 
 Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head size, V vocabulary,
 R sets of I images, M tile slots of an image, L pixels of a tile's side, P tokens of a tile, C hidden size of the tower,
@@ -19,11 +20,14 @@ Module names are the hub's (`language_model.model.layers.0.self_attn.q_proj.weig
 `load_state_dict(strict=True)`. Where Meta's code and transformers differ, the default is Meta's semantics.
 """
 
+import argparse
 import io
 import json
 import math
 import os
+import sys
 import warnings
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,12 +36,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
 
 # ---------------------------------------------------------------- 1. Configuration
 
@@ -138,56 +145,80 @@ def config_to_json(config):
 def config_from_json(data):
     """Config from the hub's config.json (a dict), old and new layout of the RoPE entries; only known fields are read.
 
-    Raises ValueError with one sentence when it is not a config of this architecture or a number is out of range.
+    What the file leaves out has transformers' default (so 448 px). Raises ValueError with one sentence when it is not a
+    config of this architecture, asks for something that is not built here, or holds a number that is out of range.
     """
     if not isinstance(data, dict) or data.get("model_type") != "mllama":
         raise ValueError("config.json does not describe a Llama-3.2-Vision model (model_type must be \"mllama\").")
-    text = _known(TextConfig, data.get("text_config", {}))
-    rope = data["text_config"].get("rope_parameters") or data["text_config"].get("rope_scaling") or {}
-    if rope.get("rope_type", "default") == "default":
-        text = replace(text, rope_factor=1.0)
-    names = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
-             "original_max_position_embeddings": "rope_original", "rope_theta": "rope_theta"}
-    text = replace(text, **{names[k]: type(getattr(text, names[k]))(v) for k, v in rope.items() if k in names})
-    config = Config(text, _known(VisionConfig, data.get("vision_config", {})),
-                    data.get("vision_taps", "input"), bool(data.get("mask_prefix_attention", True)))
-    if data.get("image_token_index", text.vocab_size) != text.vocab_size:
+    parts = [data.get(f"{part}_config") for part in ("text", "vision")]
+    rope = parts[0] and isinstance(parts[0], dict) and (parts[0].get("rope_parameters") or parts[0].get("rope_scaling"))
+    if not all(isinstance(part, dict) for part in (*parts, rope or {})):
+        raise ValueError("config.json: text_config, vision_config and the RoPE entry must be objects.")
+    for part, fixed in zip(parts, FIXED):
+        for name, value in fixed.items():
+            if part.get(name, value) not in (value, None):
+                raise ValueError(f"config.json: {name} must be {json.dumps(value)}: nothing else is built here.")
+    config = Config(_rope(_known(TextConfig(), parts[0]), rope or {}), _known(VisionConfig(image_size=448), parts[1]),
+                    data.get("vision_taps", "input"), data.get("mask_prefix_attention", True))
+    if data.get("image_token_index", config.text.vocab_size) != config.text.vocab_size:
         raise ValueError("config.json: image_token_index must be vocab_size, the first id behind lm_head.")
     _check_config(config)
     return config
 
 
-def _known(kind, data):
-    """A config dataclass from those entries of `data` that it names, each brought to the type of its default."""
-    default, known = kind(), {}
-    for name, value in data.items():
-        if name in kind.__dataclass_fields__:
-            wanted = type(getattr(default, name))
-            numbers = value if wanted is tuple and isinstance(value, (list, tuple)) else [value]
-            if not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in numbers):
-                raise ValueError(f"config.json: {name} must be {'a list of numbers' if wanted is tuple else 'a number'}.")
-            known[name] = tuple(int(n) for n in numbers) if wanted is tuple else wanted(value)
-    return kind(**known)
+# Entries of text_config and vision_config that would change the computation.
+FIXED = ({"hidden_act": "silu", "tie_word_embeddings": False},
+         {"hidden_act": "gelu", "num_channels": 3, "max_num_tiles": 4,
+          "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]})
+ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
+        "original_max_position_embeddings": "rope_original"}
+
+
+def _known(default, data):
+    """A config dataclass with those entries of `data` that it names."""
+    return replace(default, **{name: _number(f"config.json: {name}", value, type(getattr(default, name)))
+                               for name, value in data.items() if value is not None
+                               and name in default.__dataclass_fields__ and name not in ROPE.values()})
+
+
+def _number(name, value, wanted):
+    """An entry of a JSON file as int, float or tuple of ints; NaN, strings, booleans and absurd sizes are refused."""
+    if wanted is tuple and isinstance(value, (list, tuple)) and len(value) <= 200:
+        return tuple(n if n == 0 and type(n) is int else _number(name, n, int) for n in value)
+    if type(value) not in (int, float) or wanted is tuple:
+        raise ValueError(f"{name} must be {'a list of at most 200 numbers' if wanted is tuple else 'a number'}.")
+    if not 0 < value < 2**21 or wanted(value) != value:
+        raise ValueError(f"{name} is {str(value)[:40]}, which is out of range.")
+    return wanted(value)
+
+
+def _rope(text, rope):
+    """`text` with the entries of rope_parameters or rope_scaling. Absent means plain RoPE, as in transformers."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or (kind == "llama3" and ROPE.keys() - rope.keys()):
+        raise ValueError(f"config.json: the RoPE entry must be of type \"default\", or \"llama3\" with {', '.join(ROPE)}.")
+    names = (ROPE if kind == "llama3" else {}) | ({"rope_theta": "rope_theta"} if "rope_theta" in rope else {})
+    read = {ours: _number(f"config.json: {theirs}", rope[theirs], type(getattr(text, ours))) for theirs, ours in names.items()}
+    return replace(text, **{"rope_factor": 1.0} | read)
 
 
 def _check_config(config):
     """Refuse sizes that cannot be meant before memory is taken for them."""
-    for part in (config.text, config.vision):
-        for name, value in asdict(part).items():
-            for number in value if isinstance(value, tuple) else [value]:
-                if not 0 <= number < 2**21 or (number == 0 and not isinstance(value, tuple)):
-                    raise ValueError(f"config.json: {name} is {number}, which is out of range.")
     text, vision = config.text, config.vision
-    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
+    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads or text.head_dim % 2:
         raise ValueError("config.json: the heads of the decoder do not divide its hidden size.")
     if vision.hidden_size % vision.attention_heads or vision.image_size % vision.patch_size:
         raise ValueError("config.json: the heads or patches of the vision tower do not divide its sizes.")
-    if vision.max_num_tiles != 4:
-        raise ValueError(f"config.json: max_num_tiles is {vision.max_num_tiles}; only 4 is supported.")
-    if config.vision_taps not in ("input", "output"):
-        raise ValueError('config.json: vision_taps must be "input" or "output".')
+    if config.vision_taps not in ("input", "output") or type(config.mask_prefix_attention) is not bool:
+        raise ValueError('config.json: vision_taps must be "input" or "output", mask_prefix_attention true or false.')
     if max((text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)) > 200:
         raise ValueError("config.json: more than 200 layers, which is out of range.")
+    for name, indices, layers in (("cross_attention_layers", text.cross_attention_layers, text.num_hidden_layers),
+                                  ("intermediate_layers_indices", vision.intermediate_layers_indices, vision.num_hidden_layers)):
+        if list(indices) != sorted(set(indices)) or max(indices, default=0) >= layers:
+            raise ValueError(f"config.json: {name} must be rising numbers below {layers}, the number of layers.")
+    if vision.tokens * vision.hidden_size > 2**36 or text.rope_high <= text.rope_low:
+        raise ValueError("config.json: image_size, or high_freq_factor against low_freq_factor, is out of range.")
 
 
 # ---------------------------------------------------------------- 2. Linear and LoRA
@@ -1057,7 +1088,20 @@ def train_tokenizer(texts, vocab_size=480):
 
 # ---------------------------------------------------------------- 9. Loading and saving
 
-WEIGHTS, ADAPTER, ADAPTER_CONFIG = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# How names begin in memory since transformers 4.52, and on the hub. transformers writes the latter, PEFT what is in memory.
+LAYOUTS = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
+           ("model.vision_model.", "vision_model."), ("model.multi_modal_projector.", "multi_modal_projector."))
+NOT_BUILT = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
+             "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices")  # of PEFT's LoRA
+
+
+def hub_name(name):
+    """The hub's name of a tensor or module in either layout, of an adapter's too."""
+    name = name.removeprefix("base_model.model.")
+    return next((hub + name[len(new):] for new, hub in LAYOUTS if name.startswith(new)), name)
 
 
 def write_atomically(path, write):
@@ -1073,114 +1117,261 @@ def write_json(path, data):
     write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=1) + "\n"))
 
 
-def save_model(model, tokenizer, directory, dtype=None):
-    """Write a model directory in the hub's layout: config.json, tokenizer.json, model.safetensors (adapters merged)."""
-    directory = Path(directory)
+@torch.no_grad()
+def save_model(model, tokenizer, directory, dtype=None, shard_bytes=5 * 10**9):
+    """Write a model directory in the hub's layout: config.json, tokenizer.json and the weights in `dtype` (default: as
+    they are) with adapters merged, in one file, or if that were over shard_bytes in several and an index."""
+    directory, linear = Path(directory), {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Linear)}
     directory.mkdir(parents=True, exist_ok=True)
-    merged = {f"{name}.weight": m.merged() for name, m in model.named_modules() if isinstance(m, Linear)}
-    state = {name: merged.get(name, tensor).detach().to("cpu", dtype).contiguous()
-             for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    write_atomically(directory / WEIGHTS, lambda p: save_file(state, p, metadata={"format": "pt"}))
-    write_json(directory / "config.json", config_to_json(model.config))
+    state = {name: t for name, t in model.state_dict().items() if ".lora_" not in name}
+    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in state.items()}
+    shards = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    one = len(shards) == 1
+    files = [WEIGHTS if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards):  # merged shard by shard: all at once would take the decoder's size again
+        part = {n: (linear[n].merged() if n in linear else state[n]).to("cpu", dtype).contiguous() for n in names}
+        write_atomically(directory / file, lambda p: save_file(part, p, metadata={"format": "pt"}))
+    if not one:
+        listed = {name: file for file, names in zip(files, shards) for name in names}
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed})
+    (directory / (INDEX if one else WEIGHTS)).unlink(missing_ok=True)  # of an earlier save in the other form
+    config = config_to_json(model.config) | {"torch_dtype": str(dtype or model.language_model.lm_head.weight.dtype)[6:]}
+    config["text_config"] |= {"bos_token_id": tokenizer.bos, "eos_token_id": sorted(tokenizer.stop_ids),
+                              "pad_token_id": tokenizer.pad}  # transformers' default, 128004, is no row of a small model
+    write_json(directory / "config.json", config)
     write_atomically(directory / "tokenizer.json", lambda p: tokenizer.bpe.save(str(p)))
 
 
 def save_adapter(model, directory, base):
-    """Write the LoRA tensors as PEFT does; `base` is the model directory that they belong to."""
-    directory = Path(directory)
+    """Write the LoRA tensors as PEFT does, with the hub's names, and modules listed in both layouts: so PEFT finds them
+    whichever transformers it meets. `base` is the model directory that they belong to."""
+    directory, adapted = Path(directory), {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.lora_A}
+    if not adapted:
+        raise ValueError("the model has no adapter to save.")
     directory.mkdir(parents=True, exist_ok=True)
-    adapted = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None]
     state = {f"base_model.model.{name}.lora_{side}.weight": getattr(m, f"lora_{side}").weight.detach().cpu()
-             for name, m in adapted for side in "AB"}
-    rank = adapted[0][1].lora_A.out_features
+             for name, m in adapted.items() for side in "AB"}
+    new = [new + name[len(hub):] for name in adapted for new, hub in LAYOUTS if f"{name}.".startswith(hub)]
+    first = next(iter(adapted.values()))
+    rank = first.lora_A.out_features
     write_atomically(directory / ADAPTER, lambda p: save_file(state, p, metadata={"format": "pt"}))
     write_json(directory / ADAPTER_CONFIG, {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "bias": "none", "task_type": "CAUSAL_LM",
-        "lora_alpha": adapted[0][1].lora_scale * rank, "target_modules": [name for name, _ in adapted]})
+        "lora_alpha": first.lora_scale * rank, "target_modules": [*adapted, *new]})
 
 
-def load_tensors(path):
-    """All tensors of a safetensors file. Raises ValueError with one sentence when it is missing or damaged."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:120]}).") from None
+def _file(directory, name):
+    """Path of a regular file in a directory. A link may leave it only as the hub's cache has it: to ../../blobs."""
+    if not isinstance(name, str) or not 0 < len(name) < 200 or set(name) & set("/\\\0") or name in (".", ".."):
+        shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise ValueError(f"{directory}: the index names {shown} as a shard; it must name plain files of this directory.")
+    path, home = directory / name, os.path.realpath(directory)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing or no regular file; copy or download the directory again.")
+    if os.path.dirname(os.path.realpath(path)) not in (home, os.path.realpath(f"{home}/../../blobs")):
+        raise ValueError(f"{path} is a link out of its directory; put the file itself there.")
+    return path
+
+
+def _once(pairs):
+    """For json.loads: a dict, unless an entry is there twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("an entry is there twice")
+    return dict(pairs)
 
 
 def read_json(path):
     """A JSON file of at most 1 MB, or a ValueError that names it."""
     try:
-        if Path(path).stat().st_size > 1_000_000:
-            raise ValueError(f"{path} is too large to be a configuration.")
-        return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ValueError(f"{path} is missing or is not JSON.") from None
+        if os.path.getsize(path) > 1_000_000:
+            raise ValueError("it is over 1 MB")
+        return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is missing or is not JSON ({str(error)[:120]}); copy or download it again.") from None
+
+
+def read_header(path):
+    """Header of a safetensors file as {name: (dtype, shape, first byte in the file)}; no tensor is read.
+
+    By hand rather than by the library, so that any damage is found before memory is taken, and has its sentence: the
+    header's length in 8 bytes, the header in JSON, then the tensors without gaps. Raises ValueError.
+    """
+    found, end = {}, 0
+    try:
+        with open(path, "rb") as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, 2**22):
+                raise ValueError("its header is longer than the file or 4 MB")
+            header = json.loads(file.read(length), object_pairs_hook=_once)
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if kind not in DTYPES:
+                raise ValueError(f"tensor {name[:120]!r} is of type {str(kind)[:20]!r}, but only {', '.join(DTYPES)} are weights "
+                                 "here: use the model from before it was quantized")
+            whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            if not whole or start != end or stop - start != math.prod(shape) * DTYPES[kind].itemsize:
+                raise ValueError(f"tensor {name[:120]!r} does not lie where its type and shape put it")
+            found[name], end = (DTYPES[kind], shape, 8 + length + start), stop
+        if end != size - length - 8:
+            raise ValueError(f"it has {size:,} bytes and should have {8 + length + end:,}: it was cut off or added to")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error)[:200] if isinstance(error, (OSError, ValueError)) else "its header is damaged"
+        raise ValueError(f"{path} cannot be read as a safetensors file ({reason}); copy or download it again.") from None
+    return found
+
+
+def read_tensors(path, header, targets):
+    """Fill targets[name] (any float type, any device) from a file with `header`, with at most 4 MB of other memory.
+
+    Read, not mapped: a mapping would count twice while it is copied, and change if someone wrote to the file.
+    """
+    with open(path, "rb") as file:
+        for name, (dtype, _, offset) in header.items():
+            file.seek(offset)
+            for part in targets[name].view(-1).split(2**20):
+                direct = part.dtype == dtype and part.device.type == "cpu"
+                buffer = part if direct else torch.empty(len(part), dtype=dtype)
+                if file.readinto(buffer.view(torch.uint8).numpy()) != buffer.nbytes:
+                    raise ValueError(f"{path} ends within tensor {name!r}; copy or download it again.")
+                if not direct:
+                    part.copy_(buffer)
+
+
+def load_tensors(path):
+    """All tensors of a safetensors file. Raises ValueError with one sentence when it is missing or damaged."""
+    header = read_header(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _) in header.items()}
+    read_tensors(path, header, tensors)
+    return tensors
 
 
 def load_tokenizer(directory):
     """The Tokenizer of a model directory."""
-    path = Path(directory) / "tokenizer.json"
-    if not path.is_file() or path.stat().st_size > 100_000_000:
-        raise ValueError(f"{path} is missing or too large.")
+    path = _file(Path(directory), "tokenizer.json")
     try:
-        return Tokenizer(BPE.from_file(str(path)))
-    except ValueError:
+        if path.stat().st_size > 100_000_000:
+            raise ValueError("it is over 100 MB")
+        tokenizer = Tokenizer(BPE.from_file(str(path)))
+        tokenizer.turn("", image=True)  # asks for all special tokens of the chat format
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the library raises bare Exception for any damaged file
-        raise ValueError(f"{path} cannot be read as a tokenizer ({str(error)[:120]}).") from None
+    except BaseException as error:  # the library raises bare Exception for a damaged file, and panics at some
+        raise ValueError(f"{path} cannot be used as the tokenizer ({str(error)[:120]}); copy or download it again.") from None
+
+
+def find_weights(directory, file=WEIGHTS):
+    """{path: header} of a model's or an adapter's directory, with the hub's names: one file, or the shards that its index
+    lists. Raises ValueError also for a tensor that is there twice."""
+    found, seen, files = {}, {}, [(file, None)]
+    if file == WEIGHTS and not os.path.exists(directory / WEIGHTS) and os.path.exists(directory / INDEX):
+        index, shards = read_json(_file(directory, INDEX)), {}
+        listed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(listed, dict) or not listed:
+            raise ValueError(f"{directory / INDEX} has no weight_map of tensors to files; copy or download it again.")
+        for name, shard in listed.items():
+            shards.setdefault(_file(directory, shard).name, set()).add(name)
+        files = list(shards.items())
+    for file, names in files:
+        path = _file(directory, file)
+        header = read_header(path)
+        for name in sorted(header.keys() ^ names) if names else ():
+            raise ValueError(f"{path} {'lacks' if name in names else 'has an unlisted'} tensor {name[:120]!r}, unlike "
+                             f"{INDEX}; copy or download both again.")
+        for name in header:
+            if hub_name(name) in seen:
+                raise ValueError(f"{path} has tensor {name[:120]!r}, which {seen[hub_name(name)]} has too; keep one of the two.")
+            seen[hub_name(name)] = file
+        found[path] = {hub_name(name): entry for name, entry in header.items()}
+    return found
+
+
+def _check_tensors(files, wanted):
+    """Compare names and shapes in {path: header} with {name: shape}."""
+    found = {name: (path, shape) for path, header in files.items() for name, (_, shape, _) in header.items()}
+    for name in sorted(wanted.keys() ^ found.keys()):
+        if name in found:
+            raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; it belongs to another model.")
+        raise ValueError(f"{next(iter(files)).parent} lacks tensor {name!r}, which its configuration asks for; copy or download it again.")
+    for name, shape in wanted.items():
+        if found[name][1] != shape:
+            raise ValueError(f"{found[name][0]}: tensor {name} has shape {found[name][1]}, but the configuration asks for "
+                             f"{shape}; take both from the same model.")
+
+
+def read_adapter(directory):
+    """(rank, alpha, modules, base directory) of an adapter in PEFT's format; modules are the listed names, if any."""
+    path = _file(directory, ADAPTER_CONFIG)
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
+    for name in [name for name in NOT_BUILT if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none"):
+        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and load the merged model.")
+    rank, alpha = (_number(f"{path}: {name}", config.get(name), kind) for name, kind in (("r", int), ("lora_alpha", float)))
+    modules, base = config.get("target_modules"), config.get("base_model_name_or_path")
+    if not isinstance(modules, (str, list)) or not all(isinstance(m, str) for m in modules):
+        raise ValueError(f"{path}: target_modules must be a text or a list of module names.")
+    if isinstance(modules, str) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        modules = ()  # a pattern (never run: it could take for ever): then the file's own names are all there is to go by
+    base = [b for b in (base, str(directory / base)) if os.path.isdir(b)] if isinstance(base, str) and base else []
+    if not base:
+        raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base model; download that, "
+                         "and put its path there.")
+    return rank, alpha * (rank**0.5 if config.get("use_rslora") is True else 1), set(map(hub_name, modules)), Path(base[0])
 
 
 def load_model(directory, dtype=torch.float32, device="cpu"):
     """Model and Tokenizer of a directory: weights in the hub's layout, or an adapter and the base that it names.
 
-    Raises ValueError with one sentence when anything is missing, misnamed or of another shape.
+    Each tensor is read into the model's own memory, in `dtype` on `device` (adapters float32). Raises ValueError with one
+    sentence when anything is missing, damaged, misnamed or of another shape, before memory is taken.
     """
-    directory = Path(directory)
-    if (directory / ADAPTER_CONFIG).is_file():
-        return _load_adapted(directory, dtype, device)
-    if not (directory / "config.json").is_file():
+    directory, chain = Path(directory), []
+    while os.path.exists(directory / ADAPTER_CONFIG):
+        *adapter, base = read_adapter(directory)
+        chain, directory = [(directory, *adapter), *chain], base
+        if len(chain) > 8:
+            raise ValueError(f"{directory} is an adapter of an adapter, and so on for ever; name a base that is a model.")
+    if not os.path.exists(directory / "config.json"):
         raise ValueError(f"{directory} holds no model: it has no config.json.")
-    config = config_from_json(read_json(directory / "config.json"))
+    config = config_from_json(read_json(_file(directory, "config.json")))
     tokenizer = load_tokenizer(directory)
+    if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
+        raise ValueError(f"{directory / 'tokenizer.json'} has more tokens than the embedding has rows; it is another model's.")
     with torch.device("meta"):
-        model = LlamaVision(config)
-    _check_tensors(directory / WEIGHTS, {k: tuple(v.shape) for k, v in model.state_dict().items()})
-    state = {k: v.to(device, dtype) for k, v in load_tensors(directory / WEIGHTS).items()}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model, tokenizer
-
-
-def _check_tensors(path, wanted):
-    """Compare the names and shapes in a safetensors header with `wanted` before memory is taken for the tensors."""
+        model = LlamaVision(config).to(dtype)
+    files, adapters = find_weights(directory), [find_weights(place, ADAPTER) for place, *_ in chain]
+    _check_tensors(files, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    for (_, rank, _, modules), adapter in zip(chain, adapters):
+        _check_tensors(adapter, {f"{name}.lora_{side}.weight": shape for name, m in adapted_modules(model, modules, adapter).items()
+                                 for side, shape in (("A", (rank, m.in_features)), ("B", (m.out_features, rank)))})
     try:
-        with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:120]}).") from None
-    for name in sorted(wanted.keys() ^ found.keys()):
-        raise ValueError(f"{path} {'lacks' if name in wanted else 'has an unknown'} tensor {name[:120]!r}.")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ValueError(f"{path}: tensor {name} has shape {found[name]}, but config.json asks for {shape}.")
-
-
-def _load_adapted(directory, dtype, device):
-    """The base that adapter_config.json names, with the adapter on top."""
-    config = read_json(directory / ADAPTER_CONFIG)
-    model, tokenizer = load_model(config["base_model_name_or_path"], dtype, device)
-    chosen = set(config["target_modules"])
-    merge_lora(model)  # the base may itself be an adapter on something
-    model.requires_grad_(False)
-    for name, module in model.named_modules():
-        if name in chosen:
-            module.add_lora(int(config["r"]), float(config["lora_alpha"]))
-    wanted = {n: p for n, p in model.named_parameters() if ".lora_" in n}
-    _check_tensors(directory / ADAPTER, {f"base_model.model.{n}": tuple(p.shape) for n, p in wanted.items()})
-    state = load_tensors(directory / ADAPTER)
-    with torch.no_grad():
-        for name, p in wanted.items():
-            p.copy_(state[f"base_model.model.{name}"])
+        model.to_empty(device=device)
+    except RuntimeError:
+        size = sum(p.nbytes for p in model.parameters()) / 1e9
+        raise ValueError(f"{device} has no room for {directory}: {size:.1f} GB as {str(dtype)[6:]}.") from None
+    for path, header in files.items():
+        read_tensors(path, header, model.state_dict())
+    for (_, rank, alpha, modules), adapter in zip(chain, adapters):
+        merge_lora(model)  # an adapter that was trained on top of another counts that as its base
+        model.requires_grad_(False)
+        for module in adapted_modules(model, modules, adapter).values():
+            module.add_lora(rank, alpha)
+        for path, header in adapter.items():
+            read_tensors(path, header, model.state_dict())
     return model, tokenizer
+
+
+def adapted_modules(model, modules, files):
+    """{name: Linear} of what an adapter changes: PEFT adapts what a listed name is the end of; else the file's names count."""
+    listed, parts = {name.rpartition(".lora_")[0] for header in files.values() for name in header}, lambda name: name.split(".")
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and
+            (name in listed or modules & {".".join(parts(name)[i:]) for i in range(len(parts(name)))})}
 
 
 # ---------------------------------------------------------------- 10. Cost
@@ -1214,3 +1405,163 @@ def training_flops(forward, frozen=False, recompute=False):
     """Forward and backward together: backward costs twice the forward, once when the weights are frozen (LoRA: their
     gradients are not needed; the adapters' own cost, about 1 %, is left out); recompute adds one forward."""
     return forward * (1 + (1 if frozen else 2) + (1 if recompute else 0))
+
+
+def parameter_parts(model):
+    """{part of the model: (parameters, tensors)}, adapters apart."""
+    parts = {}
+    for name, p in model.named_parameters():
+        keys = name.split(".")
+        part = keys[-2] if keys[0] == "language_model" else keys[0]
+        if keys[2:3] == ["layers"] and keys[0] == "language_model":
+            part = "cross layers" if int(keys[3]) in model.config.text.cross_attention_layers else "self layers"
+        part = "adapters" if ".lora_" in name else part
+        parts[part] = tuple(map(sum, zip(parts.get(part, (0, 0)), (p.numel(), 1))))
+    return parts
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made while it is on, each storage once: `live` now, and `peak`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, WeakIdKeyDictionary({t.untyped_storage(): None for t in known})
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:  # a check of values, which tensors without data pass
+            return False
+        out = function(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if storage not in self.seen:
+                self.seen[storage] = weakref.finalize(storage, self._add, -storage.nbytes())
+                self._add(storage.nbytes())
+        return out
+
+    def _add(self, size):
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+# AdamW: bytes of state per trained parameter. float32: two moments (and a float32 master copy of bfloat16 weights, 4 more).
+OPTIMIZER = {"float32": 8, "bfloat16": 4, "bfloat16-kahan": 6}
+
+
+def estimate_memory(config, a, recompute=False):
+    """Bytes by use of a training pass and of a rollout: two dicts. `a` holds the flags of parse_args.
+
+    What stays is a product of sizes. Activations are counted: this file's own forward and backward run on tensors
+    without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: fragmentation of
+    the allocator, the CUDA context, workspaces of kernels.
+    """
+    c, dtype, before = config.text, getattr(torch, a.dtype), torch.get_default_dtype()
+    shown = [_sets(config, a, rows) for rows in (a.micro_batch, a.batch // a.group)]  # made while tensors still have data
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(dtype)
+        try:
+            model = LlamaVision(config)
+        finally:
+            torch.set_default_dtype(before)
+        if a.lora_rank:
+            add_lora(model, a.lora_rank, 1.0)
+        model.recompute(recompute)
+        trained, parts = [p for p in model.parameters() if p.requires_grad], parameter_parts(model)
+        for p in trained:
+            p.grad = torch.zeros_like(p)  # they stay from one micro-batch to the next
+        with Meter([*model.parameters(), *(p.grad for p in trained)]) as training:
+            kept = _trace(model, a, a.micro_batch, a.prompt_tokens + a.new_tokens, a.new_tokens, training, shown[0])
+        with torch.no_grad(), Meter(model.parameters()) as prefill:  # the images and prompts of all groups
+            _trace(model, a, a.batch // a.group, a.prompt_tokens, 1, prefill, shown[1])
+    adapters, count = parts.pop("adapters", (0, 0))[0], sum(p.numel() for p in trained)
+    state = OPTIMIZER[a.optimizer_state] + 4 * (a.optimizer_state == "float32" and trained[0].dtype != torch.float32)
+    pair = 2 * c.num_key_value_heads * c.head_dim * dtype.itemsize  # a key and a value of one token in one layer
+    seen = a.batch // a.group * a.images * config.vision.max_num_tiles * config.vision.tokens  # image tokens, each image once
+    cross = len(c.cross_attention_layers)
+    both = {"weights": sum(n for n, _ in parts.values()) * dtype.itemsize, "adapters": adapters * 4, "optimizer": count * state}
+    image = {"cross-attention K/V": seen * cross * pair, "image features": seen * c.hidden_size * dtype.itemsize}
+    return (both | {"gradients": sum(p.grad.nbytes for p in trained), "kept for backward": kept,
+                    "other activations": training.peak - kept},
+            both | {"KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair} | image
+            | {"other activations": prefill.peak - sum(image.values())})
+
+
+def _sets(config, a, rows):
+    """The ImageContext of rows of text, whose features are still to come; None without images."""
+    prompts = max(1, rows // a.group)
+    tiles = torch.ones(prompts, a.images, config.vision.max_num_tiles, dtype=torch.bool)
+    return ImageContext(None, tiles, torch.arange(prompts).repeat_interleave(rows // prompts)) if a.images else None
+
+
+def _trace(model, a, rows, length, scored, meter, image):
+    """Forward pass of rows of `length` tokens, backward too when gradients are on. Returns the bytes alive in between."""
+    if image:
+        v, count = model.config.vision, image.tiles.shape[0] * a.images
+        tiles = torch.zeros(count, v.max_num_tiles, 3, v.image_size, v.image_size)
+        with torch.set_grad_enabled(model.vision_model.class_embedding.requires_grad and torch.is_grad_enabled()):
+            features = model.image_features(tiles.to(model.vision_model.class_embedding.dtype),
+                                            torch.zeros(count, dtype=torch.long), torch.zeros(tiles.shape[:2]))
+        image.features = features.unflatten(0, (-1, a.images)).flatten(1, 2)
+    hidden = model(torch.zeros(rows, length, dtype=torch.long), image=image)
+    log_p = model.logits(hidden[:, -scored:]).log_softmax(-1)
+    loss, kept = log_p[..., 0].sum() - (log_p.exp() * log_p).sum(), meter.live
+    if loss.requires_grad:
+        loss.backward()
+    return kept
+
+
+# ---------------------------------------------------------------- 11. Command line
+
+COUNTS = {"batch": (64, 1, 4096, "rows of a rollout"), "micro-batch": (8, 1, 4096, "rows of a training pass"),
+          "group": (1, 1, 4096, "rows that share a prompt and its images"), "prompt-tokens": (256, 1, 2**17, "tokens of a prompt"),
+          "new-tokens": (64, 1, 2**17, "tokens of an answer"), "images": (1, 0, 16, "images of a prompt"),
+          "lora-rank": (32, 0, 4096, "rank of adapters on the decoder; 0: full fine-tuning")}
+
+
+def parse_args(argv=None):
+    """Flags of `python model.py`. Raises ValueError with one sentence for numbers out of range."""
+    parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part and memory by use, estimated without a GPU.")
+    parser.add_argument("--dry-run", action="store_true", required=True, help="print the estimate; no weights are made or read")
+    parser.add_argument("--size", choices=SIZES, default="11b", help="architecture (default 11b)")
+    for name, (default, _, _, text) in COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing only (default: without and with)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default bfloat16)")
+    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32", help="AdamW's moments; bfloat16 needs "
+                        "stochastic rounding of weights, bfloat16-kahan keeps their rounding errors (default float32)")
+    a = parser.parse_args(argv)
+    for name, (_, least, most, _) in COUNTS.items():
+        if not least <= getattr(a, name.replace("-", "_")) <= most:
+            raise ValueError(f"--{name} must be from {least} to {most}.")
+    if a.batch % a.group or max(a.micro_batch, a.group) % min(a.micro_batch, a.group):
+        raise ValueError("--batch must be a multiple of --group; --micro-batch a multiple or a part of it.")
+    return a
+
+
+def main(argv=None):
+    """The dry run: prints the estimate and returns {column: {use: bytes}}."""
+    a, columns = parse_args(argv), {}
+    with torch.device("meta"):
+        parts = parameter_parts(LlamaVision(SIZES[a.size]))
+    for part, (count, tensors) in (parts | {"all": tuple(map(sum, zip(*parts.values())))}).items():
+        print(f"{part:24}{count:>16,} parameters in {tensors:>3} tensors")
+    for name in ("recompute",) if a.recompute else ("training", "recompute"):
+        columns[name], rollout = estimate_memory(SIZES[a.size], a, name == "recompute")
+    columns["rollout"] = rollout
+    print("\nGB (10^9 bytes) with", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(a).items()
+                                             if name not in ("dry_run", "recompute")))
+    lines = {"": columns} | {use: [f"{c.get(use, 0) / 1e9:.3f}" for c in columns.values()] for use in rollout | columns["recompute"]}
+    totals = [sum(column.values()) / 1e9 for column in columns.values()]
+    lines |= {"all": [f"{total:.3f}" for total in totals]}
+    lines |= {f"fits in {limit} GB": ["yes" if total <= limit else "no" for total in totals] for limit in (80, 141)}
+    for label, cells in lines.items():
+        print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
+    print("An estimate, not measured on a GPU. Not counted: fragmentation, the CUDA context, kernels' workspaces; a board\n"
+          "holds about 6 % more than its name says, which is left for these.")
+    return columns
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

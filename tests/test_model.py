@@ -343,7 +343,7 @@ def test_config_reads_both_layouts_of_rope():
     (lambda d: d["text_config"].update(hidden_size="big"), "must be a number"),
     (lambda d: d["text_config"].update(num_attention_heads=5), "divide"),
     (lambda d: d["text_config"].update(num_hidden_layers=10**5), "range"),
-    (lambda d: d["vision_config"].update(max_num_tiles=6), "only 4"),
+    (lambda d: d["vision_config"].update(max_num_tiles=6), "max_num_tiles"),
     (lambda d: d.update(image_token_index=7), "image_token_index"),
 ])
 def test_config_that_cannot_be_meant(change, words):

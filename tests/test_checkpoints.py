@@ -1,0 +1,597 @@
+"""Model directories: what loads, what is refused, and with which sentence. And the dry run against real tensors."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import model as M
+from conftest import ROOT, small_config
+
+NORM, Q = "language_model.model.norm.weight", "language_model.model.layers.0.self_attn.q_proj"
+TOKENIZER = "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    """A directory with the same small model as `one` file and as `shards`, and an `adapter` of the first."""
+    top = tmp_path_factory.mktemp("saved")
+    model = M.init_weights(M.LlamaVision(small_config(tokenizer)), 0)
+    M.save_model(model, tokenizer, top / "one")
+    M.save_model(model, tokenizer, top / "shards", shard_bytes=100_000)
+    M.add_lora(model, 3, 6.0)
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(p)
+    M.save_adapter(model, top / "adapter", top / "one")
+    return top
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """copy("one"): a copy of one of the directories to damage."""
+    def make(kind):
+        shutil.copytree(saved / kind, tmp_path / kind)
+        return tmp_path / kind
+    return make
+
+
+# ---- ways to damage a directory: each returns a function of it
+
+def edit(file, change):
+    """change(data) of a JSON file, in place or by returning another value."""
+    def damage(directory):
+        data = json.loads((directory / file).read_text())
+        other = change(data)
+        (directory / file).write_text(json.dumps(data if other is None else other))
+    return damage
+
+
+def text(**entries):
+    return edit("config.json", lambda d: d["text_config"].update(entries))
+
+
+def vision(**entries):
+    return edit("config.json", lambda d: d["vision_config"].update(entries))
+
+
+def rope(**entries):
+    return edit("config.json", lambda d: d["text_config"]["rope_scaling"].update(entries))
+
+
+def adapter(**entries):
+    return edit(M.ADAPTER_CONFIG, lambda d: d.update(entries))
+
+
+def without(name):
+    return edit(M.ADAPTER_CONFIG, lambda d: d.pop(name) and None)
+
+
+def mapped(change):
+    return edit(M.INDEX, lambda d: change(d["weight_map"]))
+
+
+def write(file, content):
+    return lambda directory: (directory / file).write_bytes(content)
+
+
+def drop(file):
+    return lambda directory: (directory / file).unlink()
+
+
+def raw(change, file=M.WEIGHTS):
+    """change(file's bytes) -> bytes."""
+    return lambda directory: (directory / file).write_bytes(change((directory / file).read_bytes()))
+
+
+def header(change, file=M.WEIGHTS):
+    """change(header) of a safetensors file, in place; or it returns the header's new text."""
+    def repack(content):
+        length = struct.unpack("<Q", content[:8])[0]
+        data = json.loads(content[8 : 8 + length])
+        new = change(data)
+        new = (new if isinstance(new, str) else json.dumps(data)).encode()
+        return struct.pack("<Q", len(new)) + new + content[8 + length :]
+    return raw(repack, file)
+
+
+def entry(name=NORM, **fields):
+    return header(lambda h: h[name].update(fields))
+
+
+def tensors(change, file=M.WEIGHTS):
+    """change(state), and the file written anew."""
+    def damage(directory):
+        state = M.load_tensors(directory / file)
+        change(state)
+        save_file(state, directory / file)
+    return damage
+
+
+def link_out(file):
+    def damage(directory):
+        outside = directory.parent / "outside"
+        outside.mkdir()
+        shutil.move(directory / file, outside / file)
+        (directory / file).symlink_to(outside / file)
+    return damage
+
+
+def fifo(file):
+    def damage(directory):
+        (directory / file).unlink()
+        os.mkfifo(directory / file)
+    return damage
+
+
+def shard_text(name):
+    """Every tensor of the index in a shard of this name."""
+    return mapped(lambda m: m.update({k: name for k in m}))
+
+
+def base_is_itself(directory):
+    adapter(base_model_name_or_path=str(directory))(directory)
+
+
+SHARD = "model-00002-of-00004.safetensors"
+FIRST_NAME = lambda m: next(k for k, v in m.items() if v == SHARD)
+PAIR = f"base_model.model.{Q}.lora_"
+DEEP = "[" * 100_000 + "]" * 100_000
+BAD_ROPE = {"rope_type": "llama3", "factor": 2.0}
+
+ONE = [  # what happens to a directory with one file, and words of the sentence that must follow
+    ("config missing", drop("config.json"), "no config.json"),
+    ("config empty", write("config.json", b""), "is not JSON"),
+    ("config binary", write("config.json", bytes(range(256))), "is not JSON"),
+    ("config nested deeply", write("config.json", DEEP.encode()), "is not JSON"),
+    ("config with a huge number", write("config.json", b'{"model_type": ' + b"9" * 5000 + b"}"), "is not JSON"),
+    ("config too large", write("config.json", b" " * 1_000_001), "over 1 MB"),
+    ("config with an entry twice", write("config.json", b'{"model_type": "mllama", "model_type": "llama"}'), "twice"),
+    ("config a pipe", fifo("config.json"), "no regular file"),
+    ("config a list", edit("config.json", lambda d: [d]), "does not describe"),
+    ("another architecture", edit("config.json", lambda d: d.update(model_type="llama")), "does not describe"),
+    ("text_config missing", edit("config.json", lambda d: d.pop("text_config") and None), "must be objects"),
+    ("vision_config a list", edit("config.json", lambda d: d.update(vision_config=[1])), "must be objects"),
+    ("size NaN", text(hidden_size=float("nan")), "hidden_size is nan"),
+    ("size infinite", text(hidden_size=float("inf")), "hidden_size is inf"),
+    ("size negative", text(vocab_size=-1), "vocab_size is -1"),
+    ("size zero", text(num_attention_heads=0), "num_attention_heads is 0"),
+    ("size a fraction", vision(hidden_size=24.5), "hidden_size is 24.5"),
+    ("size of 31 digits", text(intermediate_size=10**30), "intermediate_size is 1000"),
+    ("size a text", text(hidden_size="4096"), "hidden_size must be a number"),
+    ("size true", text(num_hidden_layers=True), "num_hidden_layers must be a number"),
+    ("size a list", text(hidden_size=[32]), "hidden_size must be a number"),
+    ("size an object", vision(image_size={"height": 12}), "image_size must be a number"),
+    ("layers a number", text(cross_attention_layers=2), "cross_attention_layers must be a list"),
+    ("layers of lists", text(cross_attention_layers=[[2]]), "cross_attention_layers must be a number"),
+    ("layers negative", text(cross_attention_layers=[-1]), "cross_attention_layers is -1"),
+    ("layers beyond the last", text(cross_attention_layers=[4]), "rising numbers below 4"),
+    ("layers twice", text(cross_attention_layers=[2, 2]), "rising numbers"),
+    ("taps falling", vision(intermediate_layers_indices=[2, 1]), "rising numbers below 3"),
+    ("a million layers", text(cross_attention_layers=[], num_hidden_layers=10**6), "200 layers"),
+    ("heads that do not divide", text(num_attention_heads=5), "do not divide"),
+    ("tower of an absurd size", vision(image_size=2**20, patch_size=1), "out of range"),
+    ("rope a list", text(rope_scaling=[8]), "must be objects"),
+    ("rope of another type", rope(rope_type="yarn"), "RoPE entry"),
+    ("rope type a list", rope(rope_type=["llama3"]), "RoPE entry"),
+    ("rope without its numbers", text(rope_scaling=BAD_ROPE), "low_freq_factor"),
+    ("rope factor a text", rope(factor="8"), "factor must be a number"),
+    ("rope factor NaN", rope(factor=float("nan")), "factor is nan"),
+    ("rope bands crossed", rope(high_freq_factor=0.5), "low_freq_factor"),
+    ("another activation", text(hidden_act="gelu"), "hidden_act must be"),
+    ("tied embeddings", text(tie_word_embeddings=True), "tie_word_embeddings must be"),
+    ("other canvases", vision(supported_aspect_ratios=[[1, 1]]), "supported_aspect_ratios must be"),
+    ("unknown taps", edit("config.json", lambda d: d.update(vision_taps=["input"])), "vision_taps"),
+    ("switch a text", edit("config.json", lambda d: d.update(mask_prefix_attention="no")), "mask_prefix_attention"),
+    ("another size", text(hidden_size=64), "the configuration asks for"),
+    ("more layers", text(num_hidden_layers=5), "lacks tensor 'language_model.model.layers.4"),
+    ("fewer layers", text(num_hidden_layers=3), "unknown tensor 'language_model.model.layers.3"),
+
+    ("weights missing", drop(M.WEIGHTS), "model.safetensors is missing"),
+    ("weights empty", write(M.WEIGHTS, b""), "cannot be read"),
+    ("weights zeros", write(M.WEIGHTS, b"\0" * 20), "cannot be read"),
+    ("weights a text", write(M.WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), "header is longer"),
+    ("weights a pipe", fifo(M.WEIGHTS), "no regular file"),
+    ("weights a link out", link_out(M.WEIGHTS), "link out of its directory"),
+    ("weights cut off", raw(lambda b: b[:-100]), "it was cut off"),
+    ("weights cut off in the header", raw(lambda b: b[:500]), "header is longer"),
+    ("weights with a tail", raw(lambda b: b + b"x"), "added to"),
+    ("header of 2^63 bytes", raw(lambda b: struct.pack("<Q", 2**63) + b[8:]), "header is longer"),
+    ("header of 5 MB", header(lambda h: json.dumps(h) + " " * 5_000_000), "4 MB"),
+    ("header not JSON", header(lambda h: "{" * 50), "cannot be read"),
+    ("header nested deeply", header(lambda h: DEEP), "damaged"),
+    ("header a list", header(lambda h: json.dumps([h])), "damaged"),
+    ("header a number", header(lambda h: "7"), "damaged"),
+    ("tensor twice", header(lambda h: json.dumps(h)[:-1] + f', "{NORM}": {json.dumps(h[NORM])}}}'), "twice"),
+    ("tensor in both layouts", tensors(lambda s: s.update({"lm_head.weight": torch.zeros(2)})), "keep one"),
+    ("tensor missing", tensors(lambda s: s.pop(NORM)), f"lacks tensor '{NORM}'"),
+    ("tensor too many", tensors(lambda s: s.update(extra=torch.zeros(1))), "unknown tensor 'extra'"),
+    ("tensor of an adapter", tensors(lambda s: s.update({f"{Q}.lora_A.weight": torch.zeros(3, 32)})), "unknown tensor"),
+    ("tensor misshapen", tensors(lambda s: s.update({NORM: torch.zeros(3)})), f"{NORM} has shape (3,)"),
+    ("tensor of integers", tensors(lambda s: s.update({NORM: torch.zeros(32, dtype=torch.int8)})), "'I8'"),
+    ("tensor of 8 bits", entry(dtype="F8_E4M3"), "before it was quantized"),
+    ("type a number", entry(dtype=7), "of type '7'"),
+    ("type a list", entry(dtype=["F32"]), "damaged"),
+    ("type missing", header(lambda h: h[NORM].pop("dtype") and None), "damaged"),
+    ("shape missing", header(lambda h: h[NORM].pop("shape") and None), "damaged"),
+    ("shape negative", entry(shape=[-32]), f"'{NORM}' does not lie"),
+    ("shape of two negatives", entry(shape=[-4, -8]), "does not lie"),
+    ("shape of fractions", entry(shape=[32.0]), "does not lie"),
+    ("shape huge", entry(shape=[2**40, 2**40]), "does not lie"),
+    ("shape a text", entry(shape="32"), "does not lie"),
+    ("shape true", entry(shape=[32, True]), "does not lie"),
+    ("offsets of texts", entry(data_offsets=["0", "8"]), "damaged"),
+    ("offsets beyond the end", entry(data_offsets=[10**15, 10**15 + 128]), "does not lie"),
+    ("offsets overlapping", entry(data_offsets=[0, 128]), "does not lie"),
+    ("three offsets", header(lambda h: h[NORM]["data_offsets"].append(1)), "cannot be read"),
+
+    ("tokenizer missing", drop(TOKENIZER), "tokenizer.json is missing"),
+    ("tokenizer empty", write(TOKENIZER, b""), "cannot be used"),
+    ("tokenizer an empty object", write(TOKENIZER, b"{}"), "cannot be used"),
+    ("tokenizer nested deeply", write(TOKENIZER, DEEP.encode()), "cannot be used"),
+    ("tokenizer without its model", edit(TOKENIZER, lambda d: d.pop("model") and None), "cannot be used"),
+    ("tokenizer with a vocabulary of texts", edit(TOKENIZER, lambda d: d["model"]["vocab"].update(a="b")), "cannot be used"),
+    ("tokenizer with unknown merges", edit(TOKENIZER, lambda d: d["model"]["merges"].append(["qqq", "zzz"])), "cannot be used"),
+    ("tokenizer without <|eot_id|>", raw(lambda b: b.replace(b"<|eot_id|>", b"<|other|>"), TOKENIZER), "no <|eot_id|> token"),
+    ("tokenizer without <|image|>", raw(lambda b: b.replace(b"<|image|>", b"<|other|>"), TOKENIZER), "no <|image|> token"),
+    ("tokenizer of a larger model", edit(TOKENIZER, lambda d: d["model"]["vocab"].update(far=10**6)), "embedding has rows"),
+]
+
+SHARDS = [
+    ("index not JSON", write(M.INDEX, b"{"), "index.json is missing or is not JSON"),
+    ("index a list", edit(M.INDEX, lambda d: [d]), "no weight_map"),
+    ("index without map", edit(M.INDEX, lambda d: {"metadata": {}}), "no weight_map"),
+    ("index with a map of another kind", edit(M.INDEX, lambda d: {"weight_map": [1]}), "no weight_map"),
+    ("index with an empty map", edit(M.INDEX, lambda d: {"weight_map": {}}), "no weight_map"),
+    ("index a link out", link_out(M.INDEX), "link out of its directory"),
+    ("shard above", shard_text("../one/model.safetensors"), "plain files of this directory"),
+    ("shard absolute", shard_text("/etc/passwd"), "'/etc/passwd' as a shard"),
+    ("shard with a backslash", shard_text("..\\x"), "plain files"),
+    ("shard with a null", shard_text("a\0b"), "plain files"),
+    ("shard the directory", shard_text("."), "plain files"),
+    ("shard the one above", shard_text(".."), "plain files"),
+    ("shard without name", shard_text(""), "plain files"),
+    ("shard of 300 letters", shard_text("x" * 300), "plain files"),
+    ("shard a number", shard_text(7), "a int as a shard"),
+    ("shard a list", shard_text([SHARD]), "a list as a shard"),
+    ("shard null", shard_text(None), "plain files"),
+    ("shard missing", drop(SHARD), f"{SHARD} is missing"),
+    ("shard a link out", link_out(SHARD), "link out of its directory"),
+    ("shard a link to a device", lambda d: (drop(SHARD)(d), (d / SHARD).symlink_to("/dev/zero")), "no regular file"),
+    ("shard a link to itself", lambda d: (drop(SHARD)(d), (d / SHARD).symlink_to(SHARD)), "no regular file"),
+    ("shard cut off", raw(lambda b: b[:-1], SHARD), f"{SHARD} cannot be read"),
+    ("tensor that the shard lacks", mapped(lambda m: m.update(ghost=SHARD)), "lacks tensor 'ghost'"),
+    ("tensor that the index lacks", mapped(lambda m: m.pop(FIRST_NAME(m)) and None), "unlisted tensor"),
+    ("tensor in two shards", lambda d: (tensors(lambda s: s.update({NORM: torch.ones(32)}), SHARD)(d)), "unlisted tensor"),
+    ("tensor in two shards, in two layouts", lambda d: (
+        tensors(lambda s: s.update({"model.language_model.norm.weight": torch.ones(32)}), SHARD)(d),
+        mapped(lambda m: m.update({"model.language_model.norm.weight": SHARD}))(d)), "keep one of the two"),
+]
+
+ADAPTERS = [
+    ("config not JSON", write(M.ADAPTER_CONFIG, b"r: 8"), "is not JSON"),
+    ("config a list", edit(M.ADAPTER_CONFIG, lambda d: [d]), "does not describe"),
+    ("another kind", adapter(peft_type="IA3"), "peft_type"),
+    ("kind missing", without("peft_type"), "peft_type"),
+    ("rank missing", without("r"), "r must be a number"),
+    ("rank zero", adapter(r=0), "r is 0"),
+    ("rank NaN", adapter(r=float("nan")), "r is nan"),
+    ("rank a text", adapter(r="3"), "r must be a number"),
+    ("rank true", adapter(r=True), "r must be a number"),
+    ("rank a fraction", adapter(r=2.5), "r is 2.5"),
+    ("rank huge", adapter(r=10**12), "r is 1000000000000"),
+    ("rank of another adapter", adapter(r=4), "the configuration asks for"),
+    ("rank a million", adapter(r=2**20), "the configuration asks for"),
+    ("alpha missing", without("lora_alpha"), "lora_alpha must be a number"),
+    ("alpha negative", adapter(lora_alpha=-1), "lora_alpha is -1"),
+    ("alpha infinite", adapter(lora_alpha=float("inf")), "lora_alpha is inf"),
+    ("alpha an object", adapter(lora_alpha={}), "lora_alpha must be a number"),
+    ("base missing", without("base_model_name_or_path"), "must name the directory"),
+    ("base null", adapter(base_model_name_or_path=None), "must name the directory"),
+    ("base empty", adapter(base_model_name_or_path=""), "must name the directory"),
+    ("base a list", adapter(base_model_name_or_path=["x"]), "must name the directory"),
+    ("base on the hub", adapter(base_model_name_or_path="meta-llama/Llama-3.2-11B-Vision"), "download"),
+    ("base of 100,000 letters", adapter(base_model_name_or_path="x" * 10**5), "must name the directory"),
+    ("base with a null", adapter(base_model_name_or_path="a\0b"), "must name the directory"),
+    ("base a file", adapter(base_model_name_or_path="/etc/passwd"), "must name the directory"),
+    ("base without a model", adapter(base_model_name_or_path="/etc"), "no config.json"),
+    ("base the adapter itself", base_is_itself, "adapter of an adapter"),
+    ("base relative to itself", adapter(base_model_name_or_path="."), ""),
+    ("modules missing", without("target_modules"), "target_modules must be"),
+    ("modules a number", adapter(target_modules=7), "target_modules must be"),
+    ("modules an object", adapter(target_modules={"q_proj": 1}), "target_modules must be"),
+    ("modules a list of lists", adapter(target_modules=[["q_proj"]]), "target_modules must be"),
+    ("modules that the file lacks", adapter(target_modules=["fc1"]), "lacks tensor 'vision_model"),
+    ("magnitudes", adapter(use_dora=True), "use_dora"),
+    ("ranks by pattern", adapter(rank_pattern={"q_proj": 8}), "rank_pattern"),
+    ("whole modules", adapter(modules_to_save=["lm_head"]), "modules_to_save"),
+    ("biases", adapter(bias="all"), "asks for bias"),
+    ("file missing", drop(M.ADAPTER), "adapter_model.safetensors is missing"),
+    ("file a link out", link_out(M.ADAPTER), "link out of its directory"),
+    ("file cut off", raw(lambda b: b[:-4], M.ADAPTER), "it was cut off"),
+    ("B missing", tensors(lambda s: s.pop(f"{PAIR}B.weight"), M.ADAPTER), f"lacks tensor '{Q}.lora_B.weight'"),
+    ("both missing", tensors(lambda s: (s.pop(f"{PAIR}A.weight"), s.pop(f"{PAIR}B.weight")), M.ADAPTER), "lacks tensor"),
+    ("a layer that is not there", tensors(lambda s: s.update({"base_model.model.x.lora_A.weight": torch.zeros(3, 3)}), M.ADAPTER),
+     "unknown tensor 'x.lora_A.weight'"),
+    ("an embedding's adapter", tensors(lambda s: s.update({f"{PAIR}embedding_A": torch.zeros(3)}), M.ADAPTER), "unknown tensor"),
+    ("a tensor of the base", tensors(lambda s: s.update({NORM: torch.zeros(32)}), M.ADAPTER), "unknown tensor"),
+    ("both layouts", tensors(lambda s: s.update({f"{PAIR}A.weight".replace("language_model.model", "model.language_model"):
+                                                  torch.zeros(3, 32)}), M.ADAPTER), "keep one of the two"),
+    ("8-bit", header(lambda h: h[f"{PAIR}A.weight"].update(dtype="F8_E5M2"), M.ADAPTER), "before it was quantized"),
+]
+
+CASES = [(kind, *case) for kind, cases in (("one", ONE), ("shards", SHARDS), ("adapter", ADAPTERS)) for case in cases]
+
+
+@pytest.mark.parametrize("kind, damage, words", [pytest.param(k, d, w, id=f"{k}: {n}") for k, n, d, w in CASES])
+def test_damage_is_named_in_one_sentence_before_memory_is_taken(kind, damage, words, copy, monkeypatch):
+    directory = copy(kind)
+    damage(directory)
+    monkeypatch.setattr(M.LlamaVision, "to_empty", lambda *a, **k: pytest.fail("memory was taken"))
+    with pytest.raises(ValueError) as caught:
+        M.load_model(directory)
+    sentence = str(caught.value)
+    assert words in sentence and len(sentence) < 600
+    assert "\n" not in sentence and sentence.endswith(".") and sentence.isprintable()
+    assert "config.json" in sentence or str(directory.parent) in sentence or "adapter" in sentence
+
+
+def test_a_directory_that_is_none(tmp_path):
+    for path in (tmp_path / "none", tmp_path, "a\0b", "x" * 5000):
+        with pytest.raises(ValueError, match="no config.json"):
+            M.load_model(path)
+
+
+def test_no_room_is_said_in_a_sentence(saved, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(M.LlamaVision, "to_empty", full)
+    with pytest.raises(ValueError, match="no room for .* GB as float32"):
+        M.load_model(saved / "one")
+
+
+# ---- what must load, to the same weights
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys() and len(a) > 100
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def rename(file, layouts):
+    """Names of a file's tensors from the hub's layout into that of memory."""
+    def damage(directory):
+        state = {}
+        for name, t in M.load_tensors(directory / file).items():
+            prefix = "base_model.model." if name.startswith("base_model.model.") else ""
+            hub = name.removeprefix(prefix)
+            state[prefix + next(new + hub[len(old):] for new, old in layouts if hub.startswith(old))] = t
+        save_file(state, directory / file)
+    return damage
+
+
+def hub_cache(directory):
+    """The layout of the hub's cache: snapshots/X holds links into blobs."""
+    blobs = directory.parent / "blobs"
+    (directory.parent / "snapshots").mkdir()
+    blobs.mkdir()
+    for i, path in enumerate(sorted(directory.iterdir())):
+        shutil.move(path, blobs / f"{i}")
+        path.symlink_to(f"../../blobs/{i}")
+    shutil.move(directory, directory.parent / "snapshots" / "one")
+    return directory.parent / "snapshots" / "one"
+
+
+LOADS = [
+    ("as saved", "one", lambda d: None),
+    ("shards", "shards", lambda d: None),
+    ("names in memory", "one", rename(M.WEIGHTS, M.LAYOUTS)),
+    ("a cache of the hub", "one", hub_cache),
+    ("rope as transformers 5 writes it", "one", edit("config.json", lambda d: d["text_config"].update(
+        rope_parameters=d["text_config"].pop("rope_scaling") | {"rope_theta": d["text_config"].pop("rope_theta")}))),
+    ("entries that mean nothing here", "one", edit("config.json", lambda d: (
+        d.update(dtype="bfloat16", transformers_version="5.23.0", pad_token_id=None, quantization_config=None),
+        d["vision_config"].update(num_channels=3, initializer_range=0.02, supported_aspect_ratios=None),
+        d["text_config"].update(max_position_embeddings=131072, dropout=0.0, rope_factor=9.0)) and None)),
+    ("an index beside the one file", "one", write(M.INDEX, b"{}")),
+    ("a file that no index lists", "shards", write("model-00009-of-00009.safetensors", b"junk")),
+]
+
+
+@pytest.mark.parametrize("kind, change", [pytest.param(k, c, id=n) for n, k, c in LOADS])
+def test_layouts_of_the_hub_load(kind, change, saved, copy):
+    directory = copy(kind)
+    moved = change(directory)
+    back, _ = M.load_model(moved if isinstance(moved, Path) else directory)
+    same(back, M.load_model(saved / "one")[0])
+    assert back.config == M.load_model(saved / "one")[0].config
+
+
+def test_saving_in_shards_and_in_one_file_leaves_one_form(saved, tokenizer, tmp_path):
+    model, _ = M.load_model(saved / "one")
+    for shard_bytes in (100_000, 10**9, 100_000):
+        M.save_model(model, tokenizer, tmp_path, shard_bytes=shard_bytes)
+        same(M.load_model(tmp_path)[0], model)
+        assert (tmp_path / M.INDEX).exists() != (tmp_path / M.WEIGHTS).exists()
+    index = M.read_json(tmp_path / M.INDEX)
+    sizes = {f: (tmp_path / f).stat().st_size for f in set(index["weight_map"].values())}
+    assert len(sizes) == 4 and sum(p.nbytes for p in model.parameters()) == index["metadata"]["total_size"]
+    assert max(sizes.values()) < 100_000 + 20_000  # and its header
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32])
+def test_types_are_converted_as_they_are_read(stored, wanted, saved, tokenizer, tmp_path):
+    model, _ = M.load_model(saved / "one")
+    M.save_model(model, tokenizer, tmp_path, stored)
+    back, _ = M.load_model(tmp_path, wanted)
+    for (name, a), b in zip(model.state_dict().items(), back.state_dict().values()):
+        assert b.dtype == wanted and torch.equal(b, a.to(stored).to(wanted)), name
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(stored)[6:]
+
+
+def test_large_tensors_are_read_in_pieces(tmp_path):
+    big = torch.randn(2**22 + 5).to(torch.bfloat16)
+    save_file({"a": big, "b": torch.tensor(3.0), "c": torch.zeros(0, 4)}, tmp_path / "x")
+    back = M.load_tensors(tmp_path / "x")
+    assert torch.equal(back["a"], big) and back["b"] == 3.0 and back["c"].shape == (0, 4)
+    target = {"a": torch.empty(2**22 + 5)}
+    M.read_tensors(tmp_path / "x", {"a": M.read_header(tmp_path / "x")["a"]}, target)
+    assert torch.equal(target["a"], big.float())
+
+
+def test_what_a_configuration_leaves_out_is_transformers_default():
+    data = {"model_type": "mllama", "text_config": {}, "vision_config": {}}
+    config = M.config_from_json(data)
+    assert config.vision.image_size == 448 and config.text.rope_factor == 1.0 and config.text.rope_theta == 500000.0
+    data["vision_config"]["image_size"] = 560
+    data["text_config"]["rope_scaling"] = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                           "original_max_position_embeddings": 8192}
+    assert M.config_from_json(data) == M.SIZES["11b"]
+
+
+ADAPTER_LOADS = [
+    ("as saved", lambda d: None),
+    ("names in memory", rename(M.ADAPTER, M.LAYOUTS)),
+    ("modules as a pattern that would take for ever", adapter(target_modules="(.*)*(.*)*(.*)*x")),
+    ("modules by their ends", adapter(target_modules=[*"qkv", "down_proj"], layers_to_transform=[0])),
+    ("what newer PEFT writes", adapter(use_dora=False, rank_pattern={}, modules_to_save=None, loftq_config={}, lora_dropout=0.1)),
+    ("base relative to the adapter", adapter(base_model_name_or_path="../one")),
+]
+
+
+@pytest.mark.parametrize("change", [pytest.param(c, id=n) for n, c in ADAPTER_LOADS])
+def test_adapters_of_both_layouts_load(change, saved, copy):
+    directory = copy("adapter")
+    shutil.copytree(saved / "one", directory.parent / "one")
+    change(directory)
+    back, _ = M.load_model(directory)
+    same(back, M.load_model(saved / "adapter")[0])
+    assert {m.lora_scale for m in back.modules() if isinstance(m, M.Linear) and m.lora_A} == {2.0}
+    assert all(p.requires_grad == (".lora_" in n) for n, p in back.named_parameters())
+
+
+def test_rank_stabilised_scale(copy):
+    directory = copy("adapter")
+    adapter(use_rslora=True)(directory)
+    module = M.load_model(directory)[0].get_submodule(Q)
+    assert module.lora_scale == pytest.approx(6 / 3**0.5)
+
+
+def test_an_adapter_trained_on_from_an_adapter(saved, tmp_path):
+    """It is an adapter of the merged model: that is where its training began, and what is left when it is off."""
+    model, _ = M.load_model(saved / "adapter")
+    before = model.get_submodule(Q).merged()
+    M.merge_lora(model)
+    M.add_lora(model, 2, 6.0)
+    with torch.no_grad():
+        model.get_submodule(Q).lora_B.weight.add_(1.0)
+    M.save_adapter(model, tmp_path, saved / "adapter")
+    same(M.load_model(tmp_path)[0], model)
+    assert torch.equal(M.load_model(tmp_path)[0].get_submodule(Q).weight, before)
+
+
+def test_a_model_without_adapter_has_none_to_save(saved, tmp_path):
+    with pytest.raises(ValueError, match="no adapter"):
+        M.save_adapter(M.load_model(saved / "one")[0], tmp_path, saved / "one")
+
+
+# ---- the dry run
+
+def flags(line):
+    return M.parse_args(["--dry-run", *line.split()])
+
+
+def test_parts_of_the_11b():
+    with torch.device("meta"):
+        parts = M.parameter_parts(M.LlamaVision(M.SIZES["11b"]))
+    assert tuple(map(sum, zip(*parts.values()))) == (10_670_220_835, 906)
+    assert parts["lm_head"] == (128256 * 4096, 1) and parts["cross layers"][1] == 8 * 13
+    assert parts["self layers"] == (32 * (4096 * (4096 * 2 + 1024 * 2 + 3 * 14336) + 2 * 4096), 32 * 9)
+
+
+def test_estimate_against_real_tensors(model):
+    a = flags("--dtype float32 --batch 4 --group 2 --prompt-tokens 9 --new-tokens 5 --images 2 --lora-rank 3 --micro-batch 2")
+    training, rollout = M.estimate_memory(model.config, a)
+    M.add_lora(model, 3, 1.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert training["adapters"] == training["gradients"] == sum(p.nbytes for p in trained)
+    assert training["weights"] == sum(p.nbytes for p in model.parameters()) - training["adapters"]
+    state = torch.optim.AdamW(trained)
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    state.step()
+    assert training["optimizer"] == sum(t.nbytes for s in state.state.values() for t in s.values() if t.dim())
+    cache = M.Cache(model, 4, 9 + 5)
+    assert rollout["KV cache"] == sum(t.nbytes for kept in (cache.k, cache.v) for t in kept.values())
+    features = torch.zeros(2, 2 * 4 * model.config.vision.tokens, 32)
+    keys, values = model.language_model.model.layers[2].cross_attn.keys_values(features)
+    assert rollout["cross-attention K/V"] == keys.nbytes + values.nbytes
+    assert rollout["image features"] == features.nbytes
+
+
+@pytest.mark.parametrize("line", ["--lora-rank 4 --images 1", "--lora-rank 0 --images 1", "--lora-rank 4 --images 0",
+                                  "--lora-rank 0 --images 0"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_traced_activations_are_those_that_autograd_keeps(line, recompute):
+    """Storages that the backward pass of a real run holds on to, against the count on tensors without data."""
+    config, a = M.SIZES["tiny"], flags(f"--size tiny --dtype float32 --prompt-tokens 30 --new-tokens 10 --micro-batch 4 --group 2 {line}")
+    estimate = M.estimate_memory(config, a, recompute)[0]
+    model = M.init_weights(M.LlamaVision(config), 0)
+    if a.lora_rank:
+        M.add_lora(model, a.lora_rank, 1.0)
+    model.recompute(recompute)
+    mine = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in mine:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address is used twice
+        return t
+
+    class Nothing:
+        live = 0
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        M._trace(model, a, 4, 40, 10, Nothing, M._sets(config, a, 4))
+    real = sum(s.nbytes() for s in kept.values())
+    # The count is of all that is alive: autograd's and what variables hold (masks, features), which weighs more beside
+    # the little that recompute keeps.
+    assert real <= estimate["kept for backward"] <= real * (1.5 if recompute else 1.05)
+
+
+def test_dry_run_says_whether_it_fits(capsys):
+    columns = M.main(["--dry-run", "--size", "tiny", "--images", "0"])
+    out = capsys.readouterr().out
+    assert "1,450,503 parameters in 129 tensors" in out and "fits in 141 GB" in out and "not measured on a GPU" in out
+    assert columns.keys() == {"training", "recompute", "rollout"}
+    assert columns["recompute"]["kept for backward"] < columns["training"]["kept for backward"] / 3
+    assert M.main(["--dry-run", "--size", "tiny", "--recompute", "--optimizer-state", "bfloat16"]).keys() == {"recompute", "rollout"}
+
+
+@pytest.mark.parametrize("line", ["--batch 0", "--batch -3", "--batch 10000000", "--lora-rank -1", "--group 3", "--group 1000",
+                                  "--images 99", "--batch x", "--size 12b", "--optimizer-state int1", "--nothing"])
+def test_bad_flags_are_one_sentence(line, capsys):
+    try:
+        flags(line)
+        pytest.fail("accepted")
+    except ValueError as error:
+        assert str(error).endswith(".") and "\n" not in str(error)
+    except SystemExit as stop:  # argparse's own
+        assert stop.code == 2 and "error: argument" in capsys.readouterr().err or "unrecognized" in line or line == "--nothing"
+
+
+def test_command_line_exits_with_2():
+    for line in ("--dry-run --batch 0", ""):
+        done = subprocess.run([sys.executable, ROOT / "model.py", *line.split()], capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+        assert "error: " in done.stderr.splitlines()[-1]
