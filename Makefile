@@ -26,8 +26,8 @@ arms: .venv/ready
 	$(call run,sft$(S),train_sft.py --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
 	$(call run,rl$(S),train_rl.py --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
 
-# Short on purpose: the base already answers in the right form.
-WARMUP = --steps $(WARMUP_STEPS) --lr 3e-5 --lr-warmup 1 --schedule constant
+# Short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
+WARMUP = --steps $(WARMUP_STEPS) --lr 1e-4 --lr-warmup 10 --schedule constant
 
 # $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it.
 run = @if [ -e $(3)/$(1)/args.json ]; then $(PY) $(firstword $(2)) --resume $(3)/$(1); \
@@ -42,7 +42,7 @@ study: .venv/ready
 	for lr in $(GRID_SFT); do $(MAKE) grid ARM=sft LR=$$lr || exit 1; done
 	for lr in $(GRID_RL); do $(MAKE) grid ARM=rl LR=$$lr || exit 1; done
 	$(PY) evaluate.py --choose runs/grid
-	for s in 0 1 2; do $(MAKE) arms STUDY=runs/study N=1500 SEED=$$s S=-s$$s $$(cat runs/grid/chosen) || exit 1; done
+	for s in 0 1 2; do $(MAKE) arms STUDY=runs/study SEED=$$s S=-s$$s $$(cat runs/grid/chosen) || exit 1; done
 	$(PY) evaluate.py --report runs/study
 
 grid: .venv/ready
@@ -59,7 +59,7 @@ base: .venv/ready
 	$(call base_run,learn,--fresh --steps 750 --lr 4e-3 --lr-warmup 50 --lr-end 0.02 --optimizer muon --weight-decay 0.1 \
 		--demonstrators expert:0.7 lazy:0.1 inattentive:0.12 retry:0.08)
 	$(call base_run,habits,--init runs/base/learn --steps 100 --lr 1e-3 \
-		--demonstrators expert:0.06 lazy:0.66 inattentive:0.21 retry:0.07)
+		--demonstrators expert:0.06 lazy:0.7 inattentive:0.17 retry:0.07)
 	$(PY) evaluate.py runs/base/habits --export assets/tiny-gp-l
 base_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
 	else $(PY) train_sft.py $(2) $(BASE) --out runs/base/$(1); fi
