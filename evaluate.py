@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import tasks
-from model import Cache, generate, load_model, pad_rows, save_model, write_atomically, write_json
+from model import Cache, generate, load_model, pack_images, pad_rows, save_model, write_atomically, write_json
 
 # ---------------------------------------------------------------- 1. Episodes and rollout
 
@@ -44,6 +44,7 @@ class Episode:
     response_mask  1 where the policy sampled the token, its stop token included; 0 elsewhere
     log_probs      log-probability under the policy that sampled it; 0.0 where the mask is 0
     turns          one dict per answer: response, outcome, reward, feedback
+    seen           (ImageContext of the rollout, its set of this episode), or None for text
     """
 
     problem: object
@@ -51,6 +52,7 @@ class Episode:
     response_mask: list = field(default_factory=list)
     log_probs: list = field(default_factory=list)
     turns: list = field(default_factory=list)
+    seen: tuple = None
 
     def read(self, ids):
         """Append tokens that the policy did not choose."""
@@ -89,19 +91,42 @@ def rollout(model, tokenizer, problems, group=1, max_new_tokens=64, temperature=
 
     problems: fresh task instances (each is copied, so they stay unused). rows: episodes computed side by side. The
     prompt is computed once for its whole group, the KV cache lives through all turns, and solved episodes leave the
-    batch between turns. Returns a list of P lists of G Episodes.
+    batch between turns. A picture is encoded once, for its group's rollouts, all their turns and the training pass.
+    Returns a list of P lists of G Episodes.
     """
-    groups = []
-    for first in range(0, len(problems), max(1, rows // group)):
-        groups += _rollout_batch(model, tokenizer, problems[first : first + max(1, rows // group)], group,
-                                 max_new_tokens, temperature, generator)
+    groups, seen, size = [], see(model, problems), max(1, rows // group)
+    for first in range(0, len(problems), size):
+        part = problems[first : first + size]
+        image = seen and seen.select(torch.arange(first, first + len(part), device=model.device))
+        groups += _rollout_batch(model, tokenizer, part, group, max_new_tokens, temperature, generator, image)
+    for i, members in enumerate(groups):
+        for episode in members:
+            episode.seen = seen and (seen, i)
     return groups
 
 
-def _rollout_batch(model, tokenizer, problems, group, max_new_tokens, temperature, generator):
+@torch.no_grad()
+def see(model, problems):
+    """The pictures of problems as the decoder sees them (an ImageContext with a set for each problem), None without any.
+    Not for training the tower: nothing here has a gradient."""
+    if all(p.image is None for p in problems):
+        return None
+    pictures = [[] if p.image is None else [p.image] for p in problems]
+    return model.see(*pack_images(pictures, model.config.vision.image_size))
+
+
+def seen_by(episodes):
+    """The ImageContext for a batch of episodes of one rollout, in their order; None for text."""
+    if not episodes[0].seen:
+        return None
+    context = episodes[0].seen[0]
+    return context.select(torch.tensor([e.seen[1] for e in episodes], device=context.rows.device))
+
+
+def _rollout_batch(model, tokenizer, problems, group, max_new_tokens, temperature, generator, image):
     prompts = [tokenizer.prompt(p.prompt, image=p.image is not None) for p in problems]
     ids, lengths = pad_rows(prompts, tokenizer.pad, model.device)
-    cache = Cache(model, len(problems), ids.shape[1] + max_new_tokens)
+    cache = Cache(model, len(problems), ids.shape[1] + max_new_tokens, image)
     logits = model.extend(cache, ids, lengths)
     rows = torch.arange(len(problems), device=model.device).repeat_interleave(group)
     cache.select(rows)
@@ -761,6 +786,11 @@ def limits_of(study):
            f"{min(300 / n, 100):.1f} points away, or more."]                                          # the rule of three
     if spent and max(spent) > 1.05 * min(spent):
         out.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: compare the curves, not the ends.")
+    rates = {arm: next(iter(study[arm].values()))[-1]["args"].get("lr") for arm in arms_of(study)}
+    if len(set(rates.values()) - {None}) > 1:
+        out.append("The arms have different peak learning rates (" + ", ".join(f"{name_of(arm)} {lr}" for arm, lr in rates.items()) + "). "
+                   "How far an arm leaves its start depends much on that rate, so a difference between these two runs is one between "
+                   "settings; only the same comparison over rates says what the method does.")
     if len(paper) > 1 and all(paper.values()):
         out.append("Compute counts what was computed here, with a KV cache and prompts read once per group; by the paper's formula, which "
                    "has neither, " + " and ".join(f"{name_of(arm)} spent {si(flops)}" for arm, flops in paper.items()) + ".")

@@ -18,7 +18,7 @@ import time
 import torch
 
 import tasks
-from evaluate import Parser, micro_batches, rollout, run_main, show_episode, to_batch, truncated
+from evaluate import Parser, micro_batches, rollout, run_main, seen_by, show_episode, to_batch, truncated
 from model import adapters_off, load_model, text_flops, training_flops
 from train_sft import evaluate_run, finish, finish_arguments, save_run, set_up, shared_arguments, update, warn_truncated
 
@@ -101,12 +101,13 @@ def rl_backward(model, episodes, advantage, args, pad, reference=None):
     sums = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "ratio_error": 0.0}
     for part in micro_batches(episodes, args.micro_batch):
         ids, chosen, old = to_batch(part, pad, model.device)
-        log_probs, _ = model.log_probs(ids, chosen, args.temperature)
+        image = seen_by(part)
+        log_probs, _ = model.log_probs(ids, chosen, args.temperature, image)
         per_row = torch.tensor([advantage_of[id(e)] for e in part], device=ids.device)
         weight = token_weights(chosen, args.estimator, count, args.attempts * args.max_new_tokens)[chosen]
         loss, clipped = policy_loss(log_probs, old[chosen], per_row[:, None].expand(chosen.shape)[chosen], weight, args.clip_eps)
         if reference is not None:
-            kl = kl_to_reference(log_probs, reference(ids, chosen))
+            kl = kl_to_reference(log_probs, reference(ids, chosen, image))
             loss = loss + args.kl_coef * (weight * kl).sum()
             sums["kl"] += kl.detach().sum().item() / tokens
         loss.backward()
@@ -120,16 +121,16 @@ def rl_backward(model, episodes, advantage, args, pad, reference=None):
 
 
 def make_reference(model, args):
-    """A function (ids, chosen) -> log-probs of the start's policy: the adapter off, or the start's weights."""
+    """A function (ids, chosen, image) -> log-probs of the start's policy: the adapter off, or the start's weights."""
     if args.lora_rank:
-        def reference(ids, chosen):
+        def reference(ids, chosen, image=None):
             with torch.no_grad(), adapters_off(model):
-                return model.log_probs(ids, chosen, args.temperature)[0]
+                return model.log_probs(ids, chosen, args.temperature, image)[0]
         return reference
     start, _ = load_model(args.init_path, torch.float32, model.device)
-    def reference(ids, chosen):
+    def reference(ids, chosen, image=None):
         with torch.no_grad():
-            return start.log_probs(ids, chosen, args.temperature)[0]
+            return start.log_probs(ids, chosen, args.temperature, image)[0]
     return reference
 
 

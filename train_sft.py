@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 import tasks
 from evaluate import (Episode, Parser, answer_length, check_limits, clean, device_and_dtype, evaluate, find_model, micro_batches, run_main,
-                      summary, to_batch)
+                      see, seen_by, summary, to_batch)
 from model import (SIZES, LlamaVision, add_lora, count_parameters, init_weights, load_model, merge_lora, read_json, save_adapter,
                    save_model,
                    text_flops, train_tokenizer, training_flops, write_atomically, write_json)
@@ -500,7 +500,7 @@ def sft_backward(model, episodes, pad, size):
     tokens, loss = sum(sum(e.response_mask) for e in episodes), 0.0
     for part in micro_batches(episodes, size):
         ids, chosen, _ = to_batch(part, pad, model.device)
-        log_probs, _ = model.log_probs(ids, chosen)
+        log_probs, _ = model.log_probs(ids, chosen, image=seen_by(part))
         part_loss = -log_probs.sum() / tokens
         part_loss.backward()
         loss += part_loss.item()
@@ -530,6 +530,9 @@ def main(argv=None):
     while not (progress.done() or progress.stuck or run.stopping):
         began, lr, first = time.time(), progress.lr(), progress.step * args.batch
         episodes = [demonstration(args, tokenizer, first + i) for i in range(args.batch)]
+        if seen := see(model, [e.problem for e in episodes]):
+            for i, episode in enumerate(episodes):
+                episode.seen = seen, i
         with run.keeping(progress.step + 1, episodes):
             loss, tokens = sft_backward(model, episodes, tokenizer.pad, args.micro_batch)
             norm = update(model, optimizer, lr, args.max_grad_norm, progress)

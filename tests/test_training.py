@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 import evaluate as E
 import model as M
@@ -74,6 +75,36 @@ def test_rollout_log_probs_are_training_log_probs(model, tokenizer):
             other, _ = model.log_probs(ids, chosen, 1.0)
         assert (log_probs - old[chosen]).abs().max() < 1e-4
         assert (other - old[chosen]).abs().max() > 1e-2
+
+
+def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model, tokenizer, monkeypatch):
+    """Pictures on two of four problems: rollout and training log-probs agree, over three turns, and see the right picture."""
+    pictures, encoded = {}, []
+    monkeypatch.setattr(tasks.GeneralPoints, "image", property(lambda self: pictures.get(self.prompt)))
+    for i, shade in ((0, 40), (2, 200)):
+        noise = random.Random(shade).randbytes(3 * 30 * 20)
+        pictures[problem(i).prompt] = Image.frombytes("RGB", (30, 20), noise)
+    real = M.VisionTower.forward
+    monkeypatch.setattr(M.VisionTower, "forward", lambda self, tiles, *rest: encoded.append(len(tiles)) or real(self, tiles, *rest))
+    for name, p in model.named_parameters():
+        if "gate" in name:
+            p.data.fill_(0.5)
+    groups = random_rollout(model, tokenizer)
+    assert encoded == [2]
+    episodes = [e for g in groups for e in g]
+    assert [M.IMAGE in [tokenizer.bpe.id_to_token(i) for i in e.ids] for e in episodes] == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
+    for part in (episodes, episodes[6:9], episodes[2:8], list(reversed(episodes))):
+        ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
+        with torch.no_grad():
+            assert (model.log_probs(ids, chosen, 0.8, E.seen_by(part))[0] - old[chosen]).abs().max() < 1e-4
+            for e in part:
+                e.swapped, e.seen = e.seen, (e.seen[0], 2 - e.seen[1] if e.seen[1] % 2 == 0 else e.seen[1])
+            other = model.log_probs(ids, chosen, 0.8, E.seen_by(part))[0] - old[chosen]
+            for e in part:
+                e.seen = e.swapped
+        shown = torch.tensor([e.seen[1] % 2 == 0 for e in part])[:, None].expand_as(chosen)[chosen]
+        assert other[shown].abs().max() > 1e-3 and (other[~shown].abs() < 1e-4).all()
+    assert encoded == [2]
 
 
 def test_trained_ids_are_sampled_ids(model, tokenizer):
@@ -285,7 +316,7 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, tiny_run, es
     with torch.no_grad():
         for p in start.parameters():
             p.add_(0.01)
-    reference = lambda ids, chosen: start.log_probs(ids, chosen, 0.8)[0].detach()
+    reference = lambda ids, chosen, image: start.log_probs(ids, chosen, 0.8)[0].detach()
     for size in (1, 2, 12):
         model.zero_grad()
         args = rl_args(estimator=estimator, micro_batch=size, kl_coef=0.1)
