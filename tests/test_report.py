@@ -330,7 +330,6 @@ def test_seeds_and_unequal_compute_are_said(tmp_path):
     assert "There are 3 seeds" in " ".join(report.limits_of(study)) and "not equal" not in " ".join(report.limits_of(study))
     study["rl"][0][-1]["flops"] *= 2
     assert "Compute is not equal" in " ".join(report.limits_of(study))
-    assert "different peak learning rates" not in " ".join(report.limits_of(study))
     for arm, lr, paper in (("sft", 3e-4, 1e12), ("rl", 3e-5, 4e12)):
         for evals in study[arm].values():
             evals[-1] |= {"args": {"lr": lr}, "flops_paper": paper}
