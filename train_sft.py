@@ -111,7 +111,9 @@ class Run:
 
     def point_to(self, name):
         """Make a checkpoint the one that others find."""
-        write_atomically(self.path / "latest", lambda p: p.write_text(name + "\n"))
+        pointer = self.path / "latest"
+        if not pointer.is_file() or pointer.read_bytes() != f"{name}\n".encode():
+            write_atomically(pointer, lambda p: p.write_text(name + "\n"))
 
     def resume_point(self):
         """(directory, state) of the newest checkpoint that is whole; (None, None) if none has been written yet.

@@ -314,8 +314,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_with_the_batch_saved(script
     monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: real(self, text)._replace(reward=float(len(text) % 5)))
     log_probs = M.LlamaVision.log_probs
 
-    def broken(self, *args):
-        values, entropy = log_probs(self, *args)
+    def broken(self, *args, **kwargs):
+        values, entropy = log_probs(self, *args, **kwargs)
         if what == "loss":
             return values * math.nan, entropy
         if values.requires_grad:
@@ -338,7 +338,7 @@ def test_no_group_with_signal_ends_the_run_with_a_save(start, tmp_path):
 
 def test_parameters_that_do_not_move_end_the_run(start, tmp_path, monkeypatch):
     log_probs = M.LlamaVision.log_probs
-    monkeypatch.setattr(M.LlamaVision, "log_probs", lambda self, *args: [0 * x for x in log_probs(self, *args)])
+    monkeypatch.setattr(M.LlamaVision, "log_probs", lambda self, *a, **k: [0 * x for x in log_probs(self, *a, **k)])
     with pytest.raises(ValueError, match="no trained parameter moved.*--lr"):
         SFT.main([*start, *"--batch 2".split()])
     assert step_of(tmp_path / "run") == "step-000010"
