@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -1409,12 +1409,12 @@ def training_flops(forward, frozen=False, recompute=False):
 
 def parameter_parts(model):
     """{part of the model: (parameters, tensors)}, adapters apart."""
-    parts = {}
+    parts, cross = {}, model.config.text.cross_attention_layers
     for name, p in model.named_parameters():
         keys = name.split(".")
         part = keys[-2] if keys[0] == "language_model" else keys[0]
-        if keys[2:3] == ["layers"] and keys[0] == "language_model":
-            part = "cross layers" if int(keys[3]) in model.config.text.cross_attention_layers else "self layers"
+        if keys[0::2][:2] == ["language_model", "layers"]:
+            part = "cross layers" if int(keys[3]) in cross else "self layers"
         part = "adapters" if ".lora_" in name else part
         parts[part] = tuple(map(sum, zip(parts.get(part, (0, 0)), (p.numel(), 1))))
     return parts
@@ -1428,8 +1428,8 @@ class Meter(TorchDispatchMode):
         self.live, self.peak, self.seen = 0, 0, WeakIdKeyDictionary({t.untyped_storage(): None for t in known})
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default:  # a check of values, which tensors without data pass
-            return False
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return False  # "is any value wrong?" of tensors that have none
         out = function(*args, **(kwargs or {}))
         for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
             if storage not in self.seen:
@@ -1442,64 +1442,58 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-# AdamW: bytes of state per trained parameter. float32: two moments (and a float32 master copy of bfloat16 weights, 4 more).
+# AdamW: bytes of state per trained parameter. float32: two moments, and a float32 master copy of trained bfloat16 weights.
 OPTIMIZER = {"float32": 8, "bfloat16": 4, "bfloat16-kahan": 6}
 
 
-def estimate_memory(config, a, recompute=False):
-    """Bytes by use of a training pass and of a rollout: two dicts. `a` holds the flags of parse_args.
+def estimate_memory(config, a):
+    """{"training", "recompute", "rollout": {use: bytes}}; `a` holds the flags of parse_args.
 
     What stays is a product of sizes. Activations are counted: this file's own forward and backward run on tensors
     without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: fragmentation of
     the allocator, the CUDA context, workspaces of kernels.
     """
-    c, dtype, before = config.text, getattr(torch, a.dtype), torch.get_default_dtype()
-    shown = [_sets(config, a, rows) for rows in (a.micro_batch, a.batch // a.group)]  # made while tensors still have data
+    c, dtype, columns = config.text, getattr(torch, a.dtype), {}
+    with torch.device("meta"):
+        model = LlamaVision(config).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.set_default_dtype(dtype)
-        try:
-            model = LlamaVision(config)
-        finally:
-            torch.set_default_dtype(before)
+        model.to_empty(device="cpu")
         if a.lora_rank:
             add_lora(model, a.lora_rank, 1.0)
-        model.recompute(recompute)
         trained, parts = [p for p in model.parameters() if p.requires_grad], parameter_parts(model)
         for p in trained:
             p.grad = torch.zeros_like(p)  # they stay from one micro-batch to the next
-        with Meter([*model.parameters(), *(p.grad for p in trained)]) as training:
-            kept = _trace(model, a, a.micro_batch, a.prompt_tokens + a.new_tokens, a.new_tokens, training, shown[0])
-        with torch.no_grad(), Meter(model.parameters()) as prefill:  # the images and prompts of all groups
-            _trace(model, a, a.batch // a.group, a.prompt_tokens, 1, prefill, shown[1])
-    adapters, count = parts.pop("adapters", (0, 0))[0], sum(p.numel() for p in trained)
-    state = OPTIMIZER[a.optimizer_state] + 4 * (a.optimizer_state == "float32" and trained[0].dtype != torch.float32)
+        gradients = sum(p.grad.nbytes for p in trained)
+        for name in ("training", "recompute"):
+            model.recompute(name == "recompute")
+            with Meter([*model.parameters(), *(p.grad for p in trained)]) as meter:
+                kept = _trace(model, a, a.micro_batch, a.prompt_tokens + a.new_tokens, a.new_tokens, meter)
+            columns[name] = {"gradients": gradients, "kept for backward": kept, "other activations": meter.peak - kept}
+        with torch.no_grad(), Meter(model.parameters()) as meter:  # the images and prompts of all groups at once
+            _trace(model, a, a.batch // a.group, a.prompt_tokens, 1, meter)
     pair = 2 * c.num_key_value_heads * c.head_dim * dtype.itemsize  # a key and a value of one token in one layer
-    seen = a.batch // a.group * a.images * config.vision.max_num_tiles * config.vision.tokens  # image tokens, each image once
-    cross = len(c.cross_attention_layers)
-    both = {"weights": sum(n for n, _ in parts.values()) * dtype.itemsize, "adapters": adapters * 4, "optimizer": count * state}
-    image = {"cross-attention K/V": seen * cross * pair, "image features": seen * c.hidden_size * dtype.itemsize}
-    return (both | {"gradients": sum(p.grad.nbytes for p in trained), "kept for backward": kept,
-                    "other activations": training.peak - kept},
-            both | {"KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair} | image
-            | {"other activations": prefill.peak - sum(image.values())})
+    seen, cross = a.batch // a.group * a.images * config.vision.max_num_tiles * config.vision.tokens, len(c.cross_attention_layers)
+    columns["rollout"] = image = {"cross-attention K/V": seen * cross * pair, "image features": seen * c.hidden_size * dtype.itemsize}
+    image |= {"other activations": meter.peak - image["image features"],
+              "KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair}
+    state = OPTIMIZER[a.optimizer_state] + 4 * (a.optimizer_state == "float32" and trained[0].dtype != torch.float32)
+    adapters = parts.pop("adapters", (0, 0))[0]
+    both = {"weights": sum(n for n, _ in parts.values()) * dtype.itemsize, "adapters": adapters * 4,
+            "optimizer": sum(p.numel() for p in trained) * state}
+    return {name: both | column for name, column in columns.items()}
 
 
-def _sets(config, a, rows):
-    """The ImageContext of rows of text, whose features are still to come; None without images."""
-    prompts = max(1, rows // a.group)
-    tiles = torch.ones(prompts, a.images, config.vision.max_num_tiles, dtype=torch.bool)
-    return ImageContext(None, tiles, torch.arange(prompts).repeat_interleave(rows // prompts)) if a.images else None
-
-
-def _trace(model, a, rows, length, scored, meter, image):
+def _trace(model, a, rows, length, scored, meter):
     """Forward pass of rows of `length` tokens, backward too when gradients are on. Returns the bytes alive in between."""
-    if image:
-        v, count = model.config.vision, image.tiles.shape[0] * a.images
-        tiles = torch.zeros(count, v.max_num_tiles, 3, v.image_size, v.image_size)
-        with torch.set_grad_enabled(model.vision_model.class_embedding.requires_grad and torch.is_grad_enabled()):
-            features = model.image_features(tiles.to(model.vision_model.class_embedding.dtype),
-                                            torch.zeros(count, dtype=torch.long), torch.zeros(tiles.shape[:2]))
-        image.features = features.unflatten(0, (-1, a.images)).flatten(1, 2)
+    v, gate, image = model.config.vision, model.vision_model.class_embedding, None
+    if a.images:
+        tiles = gate.new_zeros(max(1, rows // a.group) * a.images, v.max_num_tiles, 3, v.image_size, v.image_size)
+        with torch.set_grad_enabled(gate.requires_grad and torch.is_grad_enabled()):
+            features = model.image_features(tiles, torch.zeros(len(tiles), dtype=torch.long), torch.zeros(tiles.shape[:2]))
+        features = features.unflatten(0, (-1, a.images)).flatten(1, 2)
+        with unset_fake_temporarily():  # which row has which set must be known
+            real = (torch.arange(v.max_num_tiles) < a.tiles).expand(len(features), a.images, -1)
+            image = ImageContext(features, real, torch.arange(rows) * len(features) // rows)
     hidden = model(torch.zeros(rows, length, dtype=torch.long), image=image)
     log_p = model.logits(hidden[:, -scored:]).log_softmax(-1)
     loss, kept = log_p[..., 0].sum() - (log_p.exp() * log_p).sum(), meter.live
@@ -1511,22 +1505,22 @@ def _trace(model, a, rows, length, scored, meter, image):
 # ---------------------------------------------------------------- 11. Command line
 
 COUNTS = {"batch": (64, 1, 4096, "rows of a rollout"), "micro-batch": (8, 1, 4096, "rows of a training pass"),
-          "group": (1, 1, 4096, "rows that share a prompt and its images"), "prompt-tokens": (256, 1, 2**17, "tokens of a prompt"),
-          "new-tokens": (64, 1, 2**17, "tokens of an answer"), "images": (1, 0, 16, "images of a prompt"),
-          "lora-rank": (32, 0, 4096, "rank of adapters on the decoder; 0: full fine-tuning")}
+          "group": (1, 1, 4096, "rows that share a prompt and its images"), "images": (1, 0, 16, "images of a prompt"),
+          "tiles": (4, 1, 4, "tiles of an image; all 4 slots are kept"), "prompt-tokens": (256, 1, 2**17, "tokens of a prompt"),
+          "new-tokens": (64, 1, 2**17, "tokens of an answer"), "lora-rank": (32, 0, 4096, "rank of adapters, 0: full fine-tuning")}
 
 
 def parse_args(argv=None):
     """Flags of `python model.py`. Raises ValueError with one sentence for numbers out of range."""
-    parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part and memory by use, estimated without a GPU.")
-    parser.add_argument("--dry-run", action="store_true", required=True, help="print the estimate; no weights are made or read")
+    parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part, memory by use: an estimate without a GPU.")
+    parser.add_argument("--dry-run", action="store_true", required=True, help="no weights are made or read")
     parser.add_argument("--size", choices=SIZES, default="11b", help="architecture (default 11b)")
     for name, (default, _, _, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing only (default: without and with)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default bfloat16)")
-    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32", help="AdamW's moments; bfloat16 needs "
-                        "stochastic rounding of weights, bfloat16-kahan keeps their rounding errors (default float32)")
+    parser.add_argument("--recompute", action="store_true", help="leave out the column without gradient checkpointing")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32", help="AdamW's moments: bfloat16 needs "
+                        "stochastic rounding of the weights, bfloat16-kahan keeps their rounding errors")
     a = parser.parse_args(argv)
     for name, (_, least, most, _) in COUNTS.items():
         if not least <= getattr(a, name.replace("-", "_")) <= most:
@@ -1538,24 +1532,24 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """The dry run: prints the estimate and returns {column: {use: bytes}}."""
-    a, columns = parse_args(argv), {}
+    a = parse_args(argv)
     with torch.device("meta"):
         parts = parameter_parts(LlamaVision(SIZES[a.size]))
     for part, (count, tensors) in (parts | {"all": tuple(map(sum, zip(*parts.values())))}).items():
         print(f"{part:24}{count:>16,} parameters in {tensors:>3} tensors")
-    for name in ("recompute",) if a.recompute else ("training", "recompute"):
-        columns[name], rollout = estimate_memory(SIZES[a.size], a, name == "recompute")
-    columns["rollout"] = rollout
-    print("\nGB (10^9 bytes) with", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(a).items()
-                                             if name not in ("dry_run", "recompute")))
-    lines = {"": columns} | {use: [f"{c.get(use, 0) / 1e9:.3f}" for c in columns.values()] for use in rollout | columns["recompute"]}
+    print("\nGB (10^9 bytes) with", ", ".join(f"{name} {value}" for name, value in vars(a).items() if type(value) is not bool))
+    columns = estimate_memory(SIZES[a.size], a)
+    if a.recompute:
+        del columns["training"]
     totals = [sum(column.values()) / 1e9 for column in columns.values()]
+    lines = {"": columns} | {use: [f"{c.get(use, 0) / 1e9:.3f}" for c in columns.values()]
+                             for use in columns["recompute"] | columns["rollout"]}
     lines |= {"all": [f"{total:.3f}" for total in totals]}
     lines |= {f"fits in {limit} GB": ["yes" if total <= limit else "no" for total in totals] for limit in (80, 141)}
     for label, cells in lines.items():
         print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
-    print("An estimate, not measured on a GPU. Not counted: fragmentation, the CUDA context, kernels' workspaces; a board\n"
-          "holds about 6 % more than its name says, which is left for these.")
+    print("An estimate, not measured on a GPU: fragmentation, the CUDA context and kernels' workspaces are not counted. A\n"
+          "board holds about 6 % more than its name says, which is left for these.")
     return columns
 
 

@@ -521,7 +521,8 @@ def test_parts_of_the_11b():
 
 def test_estimate_against_real_tensors(model):
     a = flags("--dtype float32 --batch 4 --group 2 --prompt-tokens 9 --new-tokens 5 --images 2 --lora-rank 3 --micro-batch 2")
-    training, rollout = M.estimate_memory(model.config, a)
+    estimate = M.estimate_memory(model.config, a)
+    training, rollout = estimate["training"], estimate["rollout"]
     M.add_lora(model, 3, 1.0)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert training["adapters"] == training["gradients"] == sum(p.nbytes for p in trained)
@@ -537,6 +538,7 @@ def test_estimate_against_real_tensors(model):
     keys, values = model.language_model.model.layers[2].cross_attn.keys_values(features)
     assert rollout["cross-attention K/V"] == keys.nbytes + values.nbytes
     assert rollout["image features"] == features.nbytes
+    assert all(size >= 0 for column in estimate.values() for size in column.values())
 
 
 @pytest.mark.parametrize("line", ["--lora-rank 4 --images 1", "--lora-rank 0 --images 1", "--lora-rank 4 --images 0",
@@ -545,7 +547,7 @@ def test_estimate_against_real_tensors(model):
 def test_traced_activations_are_those_that_autograd_keeps(line, recompute):
     """Storages that the backward pass of a real run holds on to, against the count on tensors without data."""
     config, a = M.SIZES["tiny"], flags(f"--size tiny --dtype float32 --prompt-tokens 30 --new-tokens 10 --micro-batch 4 --group 2 {line}")
-    estimate = M.estimate_memory(config, a, recompute)[0]
+    estimate = M.estimate_memory(config, a)["recompute" if recompute else "training"]
     model = M.init_weights(M.LlamaVision(config), 0)
     if a.lora_rank:
         M.add_lora(model, a.lora_rank, 1.0)
@@ -562,7 +564,7 @@ def test_traced_activations_are_those_that_autograd_keeps(line, recompute):
         live = 0
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        M._trace(model, a, 4, 40, 10, Nothing, M._sets(config, a, 4))
+        M._trace(model, a, 4, 40, 10, Nothing)
     real = sum(s.nbytes() for s in kept.values())
     # The count is of all that is alive: autograd's and what variables hold (masks, features), which weighs more beside
     # the little that recompute keeps.
