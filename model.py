@@ -196,16 +196,17 @@ def _rope(text, rope):
     """`text` with the entries of rope_parameters or rope_scaling. Absent means plain RoPE, as in transformers."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3") or (kind == "llama3" and ROPE.keys() - rope.keys()):
-        raise ValueError(f"config.json: the RoPE entry must be of type \"default\", or \"llama3\" with {', '.join(ROPE)}.")
-    names = (ROPE if kind == "llama3" else {}) | ({"rope_theta": "rope_theta"} if "rope_theta" in rope else {})
-    read = {ours: _number(f"config.json: {theirs}", rope[theirs], type(getattr(text, ours))) for theirs, ours in names.items()}
+        raise ValueError(f"config.json: the RoPE entry must be \"default\", or \"llama3\" with {', '.join(ROPE)}.")
+    names = (ROPE if kind == "llama3" else {}) | {"rope_theta": "rope_theta"}
+    read = {ours: _number(f"config.json: {theirs}", rope[theirs], type(getattr(text, ours)))
+            for theirs, ours in names.items() if theirs in rope}
     return replace(text, **{"rope_factor": 1.0} | read)
 
 
 def _check_config(config):
     """Refuse sizes that cannot be meant before memory is taken for them."""
     text, vision = config.text, config.vision
-    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads or text.head_dim % 2:
+    if text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads:
         raise ValueError("config.json: the heads of the decoder do not divide its hidden size.")
     if vision.hidden_size % vision.attention_heads or vision.image_size % vision.patch_size:
         raise ValueError("config.json: the heads or patches of the vision tower do not divide its sizes.")
@@ -213,8 +214,8 @@ def _check_config(config):
         raise ValueError('config.json: vision_taps must be "input" or "output", mask_prefix_attention true or false.')
     if max((text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)) > 200:
         raise ValueError("config.json: more than 200 layers, which is out of range.")
-    for name, indices, layers in (("cross_attention_layers", text.cross_attention_layers, text.num_hidden_layers),
-                                  ("intermediate_layers_indices", vision.intermediate_layers_indices, vision.num_hidden_layers)):
+    for part, name in ((text, "cross_attention_layers"), (vision, "intermediate_layers_indices")):
+        layers, indices = part.num_hidden_layers, getattr(part, name)
         if list(indices) != sorted(set(indices)) or max(indices, default=0) >= layers:
             raise ValueError(f"config.json: {name} must be rising numbers below {layers}, the number of layers.")
     if vision.tokens * vision.hidden_size > 2**36 or text.rope_high <= text.rope_low:
@@ -1091,7 +1092,7 @@ def train_tokenizer(texts, vocab_size=480):
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# How names begin in memory since transformers 4.52, and on the hub. transformers writes the latter, PEFT what is in memory.
+# How names begin in memory since transformers 4.52 (PEFT writes these), and on the hub (transformers writes those).
 LAYOUTS = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
            ("model.vision_model.", "vision_model."), ("model.multi_modal_projector.", "multi_modal_projector."))
 NOT_BUILT = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
@@ -1211,8 +1212,8 @@ def read_header(path):
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             if kind not in DTYPES:
-                raise ValueError(f"tensor {name[:120]!r} is of type {str(kind)[:20]!r}, but only {', '.join(DTYPES)} are weights "
-                                 "here: use the model from before it was quantized")
+                raise ValueError(f"tensor {name[:120]!r} is of type {str(kind)[:20]!r}, not {', '.join(DTYPES)}: take the "
+                                 "model from before it was quantized")
             whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
             if not whole or start != end or stop - start != math.prod(shape) * DTYPES[kind].itemsize:
                 raise ValueError(f"tensor {name[:120]!r} does not lie where its type and shape put it")
@@ -1262,7 +1263,7 @@ def load_tokenizer(directory):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception for a damaged file, and panics at some
-        raise ValueError(f"{path} cannot be used as the tokenizer ({str(error)[:120]}); copy or download it again.") from None
+        raise ValueError(f"{path} cannot be used as a tokenizer ({str(error)[:120]}); copy it again.") from None
 
 
 def find_weights(directory, file=WEIGHTS):
@@ -1285,7 +1286,7 @@ def find_weights(directory, file=WEIGHTS):
                              f"{INDEX}; copy or download both again.")
         for name in header:
             if hub_name(name) in seen:
-                raise ValueError(f"{path} has tensor {name[:120]!r}, which {seen[hub_name(name)]} has too; keep one of the two.")
+                raise ValueError(f"{path} has tensor {name[:120]!r}, as has {seen[hub_name(name)]}; keep one of the two.")
             seen[hub_name(name)] = file
         found[path] = {hub_name(name): entry for name, entry in header.items()}
     return found
@@ -1297,11 +1298,11 @@ def _check_tensors(files, wanted):
     for name in sorted(wanted.keys() ^ found.keys()):
         if name in found:
             raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; it belongs to another model.")
-        raise ValueError(f"{next(iter(files)).parent} lacks tensor {name!r}, which its configuration asks for; copy or download it again.")
+        raise ValueError(f"{next(iter(files)).parent} lacks tensor {name!r} of its configuration; copy or download it again.")
     for name, shape in wanted.items():
         if found[name][1] != shape:
-            raise ValueError(f"{found[name][0]}: tensor {name} has shape {found[name][1]}, but the configuration asks for "
-                             f"{shape}; take both from the same model.")
+            raise ValueError(f"{found[name][0]}: tensor {name} has shape {found[name][1]}, but the configuration asks "
+                             f"for {shape}; take both from the same model.")
 
 
 def read_adapter(directory):
@@ -1311,8 +1312,8 @@ def read_adapter(directory):
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
     for name in [name for name in NOT_BUILT if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none"):
-        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and load the merged model.")
-    rank, alpha = (_number(f"{path}: {name}", config.get(name), kind) for name, kind in (("r", int), ("lora_alpha", float)))
+        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and load the result.")
+    rank, alpha = (_number(f"{path}: {key}", config.get(key), kind) for key, kind in (("r", int), ("lora_alpha", float)))
     modules, base = config.get("target_modules"), config.get("base_model_name_or_path")
     if not isinstance(modules, (str, list)) or not all(isinstance(m, str) for m in modules):
         raise ValueError(f"{path}: target_modules must be a text or a list of module names.")
@@ -1322,7 +1323,8 @@ def read_adapter(directory):
     if not base:
         raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base model; download that, "
                          "and put its path there.")
-    return rank, alpha * (rank**0.5 if config.get("use_rslora") is True else 1), set(map(hub_name, modules)), Path(base[0])
+    alpha *= rank**0.5 if config.get("use_rslora") is True else 1
+    return rank, alpha, set(map(hub_name, modules)), Path(base[0])
 
 
 def load_model(directory, dtype=torch.float32, device="cpu"):
@@ -1342,7 +1344,7 @@ def load_model(directory, dtype=torch.float32, device="cpu"):
     config = config_from_json(read_json(_file(directory, "config.json")))
     tokenizer = load_tokenizer(directory)
     if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
-        raise ValueError(f"{directory / 'tokenizer.json'} has more tokens than the embedding has rows; it is another model's.")
+        raise ValueError(f"{directory / 'tokenizer.json'} has more tokens than the embedding has rows; take this model's.")
     with torch.device("meta"):
         model = LlamaVision(config).to(dtype)
     files, adapters = find_weights(directory), [find_weights(place, ADAPTER) for place, *_ in chain]
@@ -1442,7 +1444,7 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-# AdamW: bytes of state per trained parameter. float32: two moments, and a float32 master copy of trained bfloat16 weights.
+# AdamW: bytes of state per trained parameter. float32: two moments, and a float32 copy of bfloat16 weights.
 OPTIMIZER = {"float32": 8, "bfloat16": 4, "bfloat16-kahan": 6}
 
 
@@ -1450,8 +1452,8 @@ def estimate_memory(config, a):
     """{"training", "recompute", "rollout": {use: bytes}}; `a` holds the flags of parse_args.
 
     What stays is a product of sizes. Activations are counted: this file's own forward and backward run on tensors
-    without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: fragmentation of
-    the allocator, the CUDA context, workspaces of kernels.
+    without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: sampling,
+    fragmentation of the allocator, the CUDA context, workspaces of kernels.
     """
     c, dtype, columns = config.text, getattr(torch, a.dtype), {}
     with torch.device("meta"):
@@ -1472,10 +1474,11 @@ def estimate_memory(config, a):
         with torch.no_grad(), Meter(model.parameters()) as meter:  # the images and prompts of all groups at once
             _trace(model, a, a.batch // a.group, a.prompt_tokens, 1, meter)
     pair = 2 * c.num_key_value_heads * c.head_dim * dtype.itemsize  # a key and a value of one token in one layer
-    seen, cross = a.batch // a.group * a.images * config.vision.max_num_tiles * config.vision.tokens, len(c.cross_attention_layers)
-    columns["rollout"] = image = {"cross-attention K/V": seen * cross * pair, "image features": seen * c.hidden_size * dtype.itemsize}
-    image |= {"other activations": meter.peak - image["image features"],
-              "KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair}
+    seen = a.batch // a.group * a.images * config.vision.max_num_tiles * config.vision.tokens  # image tokens, each image once
+    cross, features = len(c.cross_attention_layers), seen * c.hidden_size * dtype.itemsize
+    columns["rollout"] = {"KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair,
+                          "cross-attention K/V": seen * cross * pair, "image features": features,
+                          "other activations": meter.peak - features}
     state = OPTIMIZER[a.optimizer_state] + 4 * (a.optimizer_state == "float32" and trained[0].dtype != torch.float32)
     adapters = parts.pop("adapters", (0, 0))[0]
     both = {"weights": sum(n for n, _ in parts.values()) * dtype.itemsize, "adapters": adapters * 4,
@@ -1489,7 +1492,8 @@ def _trace(model, a, rows, length, scored, meter):
     if a.images:
         tiles = gate.new_zeros(max(1, rows // a.group) * a.images, v.max_num_tiles, 3, v.image_size, v.image_size)
         with torch.set_grad_enabled(gate.requires_grad and torch.is_grad_enabled()):
-            features = model.image_features(tiles, torch.zeros(len(tiles), dtype=torch.long), torch.zeros(tiles.shape[:2]))
+            ids = torch.zeros(len(tiles), dtype=torch.long)
+            features = model.image_features(tiles, ids, torch.zeros(tiles.shape[:2]))
         features = features.unflatten(0, (-1, a.images)).flatten(1, 2)
         with unset_fake_temporarily():  # which row has which set must be known
             real = (torch.arange(v.max_num_tiles) < a.tiles).expand(len(features), a.images, -1)
@@ -1506,13 +1510,13 @@ def _trace(model, a, rows, length, scored, meter):
 
 COUNTS = {"batch": (64, 1, 4096, "rows of a rollout"), "micro-batch": (8, 1, 4096, "rows of a training pass"),
           "group": (1, 1, 4096, "rows that share a prompt and its images"), "images": (1, 0, 16, "images of a prompt"),
-          "tiles": (4, 1, 4, "tiles of an image; all 4 slots are kept"), "prompt-tokens": (256, 1, 2**17, "tokens of a prompt"),
-          "new-tokens": (64, 1, 2**17, "tokens of an answer"), "lora-rank": (32, 0, 4096, "rank of adapters, 0: full fine-tuning")}
+          "tiles": (4, 1, 4, "tiles of an image; all 4 slots are kept"), "prompt-tokens": (256, 1, 2**17, "of a prompt"),
+          "new-tokens": (64, 1, 2**17, "of an answer"), "lora-rank": (32, 0, 4096, "of the adapters; 0: full fine-tuning")}
 
 
 def parse_args(argv=None):
     """Flags of `python model.py`. Raises ValueError with one sentence for numbers out of range."""
-    parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part, memory by use: an estimate without a GPU.")
+    parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part, memory by use: an estimate.")
     parser.add_argument("--dry-run", action="store_true", required=True, help="no weights are made or read")
     parser.add_argument("--size", choices=SIZES, default="11b", help="architecture (default 11b)")
     for name, (default, _, _, text) in COUNTS.items():
@@ -1537,7 +1541,7 @@ def main(argv=None):
         parts = parameter_parts(LlamaVision(SIZES[a.size]))
     for part, (count, tensors) in (parts | {"all": tuple(map(sum, zip(*parts.values())))}).items():
         print(f"{part:24}{count:>16,} parameters in {tensors:>3} tensors")
-    print("\nGB (10^9 bytes) with", ", ".join(f"{name} {value}" for name, value in vars(a).items() if type(value) is not bool))
+    print("\nGB (10^9 bytes) with", ", ".join(f"{key} {value}" for key, value in vars(a).items() if type(value) is not bool))
     columns = estimate_memory(SIZES[a.size], a)
     if a.recompute:
         del columns["training"]
@@ -1548,8 +1552,8 @@ def main(argv=None):
     lines |= {f"fits in {limit} GB": ["yes" if total <= limit else "no" for total in totals] for limit in (80, 141)}
     for label, cells in lines.items():
         print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
-    print("An estimate, not measured on a GPU: fragmentation, the CUDA context and kernels' workspaces are not counted. A\n"
-          "board holds about 6 % more than its name says, which is left for these.")
+    print("An estimate, not measured on a GPU: fragmentation, the CUDA context and kernels' workspaces are not counted.\n"
+          "A board holds about 6 % more than its name says, which is left for these.")
     return columns
 
 
