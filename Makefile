@@ -15,7 +15,7 @@ RL_LR ?= 3e-5
 SEED ?= 0
 S ?=
 
-.PHONY: demo arms test study grid grid-sft grid-rl base clean
+.PHONY: demo arms test study grid grid-sft grid-rl base smoke clean
 
 demo: arms
 	$(PY) evaluate.py --report $(STUDY)
@@ -63,6 +63,19 @@ base: .venv/ready
 	$(PY) evaluate.py runs/base/habits --export assets/tiny-gp-l
 base_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
 	else $(PY) train_sft.py $(2) $(BASE) --out runs/base/$(1); fi
+
+# For those who have weights: a picture, a question, an answer; then one step of SFT and one of RL.
+#   make smoke MODEL=directory-as-the-hub-has-it IMAGE=picture ASK="What does it show?"
+MODEL ?= assets/tiny-gp-l
+IMAGE ?= runs/smoke/picture.png
+ASK ?= What does the picture show?
+SMOKE = --model $(MODEL) --lora-rank 16 --recompute --steps 1 --evals 0 --max-new-tokens 64
+smoke: .venv/ready
+	rm -rf runs/smoke && mkdir -p runs/smoke
+	$(PY) -c "from PIL import Image; Image.radial_gradient('L').save('runs/smoke/picture.png')"
+	$(PY) evaluate.py $(MODEL) --image "$(IMAGE)" --ask "$(ASK)"
+	$(PY) train_sft.py $(SMOKE) --batch 8 --micro-batch 4 --out runs/smoke/sft
+	$(PY) train_rl.py $(SMOKE) --problems 2 --group 4 --micro-batch 4 --out runs/smoke/rl
 
 test: .venv/ready
 	$(PY) -m pytest -q tests

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import tasks
-from model import Cache, generate, load_model, pack_images, pad_rows, save_model, write_atomically, write_json
+from model import Cache, generate, load_model, open_image, pack_images, pad_rows, save_model, write_atomically, write_json
 
 # ---------------------------------------------------------------- 1. Episodes and rollout
 
@@ -898,6 +898,8 @@ def parse_args(argv=None):
     parser.add_argument("--max-new-tokens", type=int, help="tokens per answer (default: 64 tiny, 256 else)")
     parser.add_argument("--rows", type=int, default=256, help="episodes computed side by side")
     parser.add_argument("--out", help="run directory to put evals/000000.json into, for a report")
+    parser.add_argument("--ask", metavar="TEXT", help="print the model's likeliest answer to this, and do nothing else")
+    parser.add_argument("--image", metavar="FILE", help="a picture that goes with --ask")
     parser.add_argument("--export", metavar="DIR", help="write the model there as the hub has it, adapters merged, in bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
@@ -905,8 +907,19 @@ def parse_args(argv=None):
         raise ValueError("give one of: a model to evaluate, --report and a study directory, --choose and a grid of runs.")
     if args.suite not in tasks.SUITES:
         raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
+    if args.image and not args.ask:
+        raise ValueError("--image goes with --ask: give a question about the picture.")
     check_limits(args)
     return args
+
+
+def ask(model, tokenizer, text, image, max_new_tokens):
+    """Greedy answer to one question about a picture (a path or None). ValueError for a picture that cannot be read."""
+    seen = model.see(*pack_images([[open_image(image)]], model.config.vision.image_size)) if image else None
+    ids, lengths = pad_rows([tokenizer.prompt(text, image=bool(image))], tokenizer.pad, model.device)
+    cache = Cache(model, 1, ids.shape[1] + max_new_tokens, seen)
+    (answer,), _ = generate(model, cache, model.extend(cache, ids, lengths), max_new_tokens, tokenizer.stop_ids, 0.0)
+    return tokenizer.decode(answer)
 
 
 def write_study(directory):
@@ -932,6 +945,10 @@ def main(argv=None):
         print(f"written: {clean(args.export)}")
         return {}
     args.max_new_tokens = args.max_new_tokens or answer_length(tokenizer)
+    if args.ask:
+        with torch.no_grad():
+            print(clean(ask(model, tokenizer, args.ask, args.image, args.max_new_tokens)))
+        return {}
     result = evaluate(model, tokenizer, args.suite, args.n, args.attempts, args.split, args.max_new_tokens, args.rows)
     print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % [95 % interval]")
     print(result_table(result))

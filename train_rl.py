@@ -127,7 +127,7 @@ def make_reference(model, args):
             with torch.no_grad(), adapters_off(model):
                 return model.log_probs(ids, chosen, args.temperature, image)[0]
         return reference
-    start, _ = load_model(args.init_path, torch.float32, model.device)
+    start, _ = load_model(args.init_path, model.language_model.lm_head.weight.dtype, model.device)
     def reference(ids, chosen, image=None):
         with torch.no_grad():
             return start.log_probs(ids, chosen, args.temperature, image)[0]

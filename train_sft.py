@@ -301,9 +301,10 @@ def set_up(args):
     start, state = run.resume_point() if args.resume else (None, None)
     if args.fresh and not start:
         model, tokenizer = fresh_model(args)
-        model = model.to(device)
+        model = model.to(device, torch.bfloat16 if args.optimizer == "adamw16" else torch.float32)
     else:
-        model, tokenizer = load_model(start or args.init_path, dtype if args.lora_rank else torch.float32, device)
+        dtype = torch.bfloat16 if args.optimizer == "adamw16" else dtype if args.lora_rank else torch.float32
+        model, tokenizer = load_model(start or args.init_path, dtype, device)
     args.max_new_tokens = args.max_new_tokens or answer_length(tokenizer)
     if not start:
         merge_lora(model)  # an adapter that --init brings belongs to the start, not to what is trained now
@@ -336,7 +337,7 @@ def make_optimizer(model, args):
     """AdamW on what is trained: the adapters, or with rank 0 all of the text path.
 
     --optimizer muon orthogonalises the updates of the layers' matrices (Jordan et al., 2024, as in torch.optim.Muon) and
-    leaves the rest to AdamW: about twice as fast where a model learns from nothing.
+    leaves the rest to AdamW: about twice as fast where a model learns from nothing. --optimizer adamw16: see AdamW16.
     """
     if not args.lora_rank:
         freeze_unused(model)
@@ -344,12 +345,52 @@ def make_optimizer(model, args):
     if not trained:
         raise ValueError("no parameter would be trained; give --lora-rank 1 or more, or 0 for full fine-tuning.")
     adamw = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
-    if getattr(args, "optimizer", "adamw") == "adamw":
+    if args.optimizer == "adamw":
         return torch.optim.AdamW(trained.values(), **adamw)
+    if args.optimizer == "adamw16":
+        return AdamW16(trained.values(), **adamw)
     matrices = [name for name, p in trained.items() if ".layers." in name and p.dim() == 2]
     return Pair(torch.optim.Muon([trained[n] for n in matrices], lr=args.lr, weight_decay=args.weight_decay, momentum=0.95,
                                  adjust_lr_fn="match_rms_adamw"),
                 torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], **adamw))
+
+
+class AdamW16(torch.optim.Optimizer):
+    """AdamW with everything in bfloat16: 8 bytes a parameter with its gradient instead of 16 (or 18 with master weights).
+
+    The step is computed in float32, tensor by tensor, and weight and second moment are rounded up or down at random, in
+    proportion to the nearness: a step smaller than bfloat16's spacing (1/256 of the value) would else be lost every time, and
+    a slow moment would never move (Zamirai et al., arXiv 2010.06192).
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state |= {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                state["step"] += 1
+                t, grad = state["step"].item(), p.grad.float()
+                m = state["m"].float().lerp_(grad, 1 - beta1)
+                v = state["v"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                change = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt_() + group["eps"])
+                round_at_random(p, p.float().mul_(1 - lr * group["weight_decay"]).sub_(change, alpha=lr))
+                state["m"].copy_(m)
+                round_at_random(state["v"], v)
+
+
+def round_at_random(target, value):
+    """Write float32 `value` into `target`; for bfloat16 up or down at random so that the mean is `value`."""
+    if target.dtype == torch.bfloat16:  # its bits are the upper half of float32's: noise in the lower half carries over
+        noise = torch.randint_like(value, 2**16, dtype=torch.int32)
+        value = (value.view(torch.int32) + noise & -(2**16)).view(torch.float32)
+    target.copy_(value)
 
 
 class Pair:
@@ -567,6 +608,8 @@ def shared_arguments(parser, **defaults):
     g.add_argument("--flops", type=float, default=0.0, help="training FLOPs of this run, rollouts included (0: --steps)")
     g = parser.add_argument_group("optimisation")
     g.add_argument("--lr", type=float, default=defaults["lr"], help="peak learning rate of AdamW")
+    g.add_argument("--optimizer", choices=("adamw", "adamw16", "muon"), default="adamw", help="adamw16: weights and state in bfloat16, "
+                   "full fine-tuning in little memory; muon: for training from scratch")
     g.add_argument("--schedule", choices=("cosine", "constant"), default=defaults["schedule"])
     g.add_argument("--lr-warmup", type=int, default=10, help="steps of linear learning-rate warm-up")
     g.add_argument("--lr-end", type=float, default=0.1, help="last learning rate as a share of the peak")
@@ -636,7 +679,6 @@ def parse_args(argv=None):
                    help=f"mixture of demonstrators: {', '.join(tasks.KINDS)}")
     g.add_argument("--split", choices=("train", "base"), default="train", help="base: as train, but with rules under which "
                    "face cards give a hand the numbers of a held-out one; it stands in for pretraining")
-    g.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for training from scratch")
     g.add_argument("--fresh", action="store_true", help="random weights and a new tokenizer for --model tiny or small")
     args = finish_arguments(parser, argv)
     args.rules = args.rules or [args.rule]

@@ -400,6 +400,34 @@ def test_an_update_uses_its_rate_and_clips(model):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())) and progress.idle["update"] == 1
 
 
+def test_adamw16_is_adamw_where_nothing_is_rounded():
+    torch.manual_seed(0)
+    p = torch.randn(40, requires_grad=True)
+    q = p.detach().clone().requires_grad_()
+    ours, theirs = SFT.AdamW16([p], 0.1, weight_decay=0.1), torch.optim.AdamW([q], 0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(20):
+        p.grad = torch.randn(40)
+        q.grad = p.grad.clone()
+        ours.step(), theirs.step()
+    assert torch.allclose(p, q, atol=1e-5)
+
+
+def test_random_rounding_is_right_on_average_and_steps_below_the_spacing_add_up():
+    torch.manual_seed(0)
+    value = torch.tensor([1 + 1 / 512, -3.14159, 1e-8, 0.0]).repeat(20000, 1)
+    target = torch.empty_like(value, dtype=torch.bfloat16)
+    SFT.round_at_random(target, value)
+    assert torch.allclose(target.float().mean(0), value[0], rtol=3e-4) and (target[:, 3] == 0).all()
+    assert ((target.float() - value).abs() <= value.abs() / 128).all()
+    p = torch.ones(5000, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = SFT.AdamW16([p], 1e-4)
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert p.float().mean().item() == pytest.approx(0.99, abs=5e-4)  # rounded to nearest it would stay at 1
+    assert {v.dtype for k, v in optimizer.state[p].items() if k != "step"} == {torch.bfloat16}
+
+
 def test_budget_in_flops_ends_a_run():
     args = SFT.parse_args("--fresh --flops 95 --evals 3".split())
     progress, due = SFT.Progress(args), 0
@@ -491,6 +519,7 @@ def test_sft_run_directory(tiny_run):
     (SFT, "--batch 8 --steps 6"),
     (SFT, "--batch 8 --steps 6 --lora-rank 2 --recompute"),
     (SFT, "--batch 8 --steps 6 --optimizer muon"),
+    (SFT, "--batch 8 --steps 6 --optimizer adamw16"),
     (RL, "--problems 2 --group 3 --attempts 2 --max-new-tokens 6 --steps 6 --estimator reinforce --kl-coef 0.1"),
     (RL, "--problems 2 --group 3 --max-new-tokens 6 --steps 6 --estimator reinforce --lora-rank 2 --epochs 2 --clip-eps 0.2"),
 ])
@@ -596,6 +625,16 @@ def test_an_adapter_given_as_the_start_is_merged_into_it(tiny_run, tmp_path, une
         ids = torch.arange(20)[None]
         assert torch.equal(wanted.logits(wanted(ids)), again.logits(again(ids)))
         assert not torch.allclose(start.logits(start(ids)), again.logits(again(ids)), atol=1e-3)
+
+
+def test_a_question_about_a_picture(tiny_run, tmp_path, capsys):
+    Image.new("RGB", (50, 20), "red").save(tmp_path / "red.png")
+    E.main([str(tiny_run), "--ask", "What is it?", "--image", str(tmp_path / "red.png"), "--max-new-tokens", "4"])
+    E.main([str(tiny_run), "--ask", "What is it?", "--max-new-tokens", "4"])
+    assert "success" not in capsys.readouterr().out
+    for flags, words in ((["--ask", "?", "--image", str(tmp_path / "no.png")], "no.png"), (["--image", "x.png"], "--ask")):
+        with pytest.raises(ValueError, match=words):
+            E.main([str(tiny_run), *flags])
 
 
 def test_every_rl_option_runs_together(tiny_run, tmp_path, capsys, uneven_rewards):
