@@ -1469,10 +1469,11 @@ def estimate_memory(config, a):
         for name in ("training", "recompute"):
             model.recompute(name == "recompute")
             with Meter([*model.parameters(), *(p.grad for p in trained)]) as meter:
-                kept = _trace(model, a, a.micro_batch, a.prompt_tokens + a.new_tokens, a.new_tokens, meter)
+                prompts = max(1, a.micro_batch // a.group)
+                kept = _trace(model, a, a.micro_batch, prompts, a.prompt_tokens + a.new_tokens, a.new_tokens, meter)
             columns[name] = {"gradients": gradients, "kept for backward": kept, "other activations": meter.peak - kept}
         with torch.no_grad(), Meter(model.parameters()) as meter:  # the images and prompts of all groups at once
-            _trace(model, a, a.batch // a.group, a.prompt_tokens, 1, meter)
+            _trace(model, a, a.batch // a.group, a.batch // a.group, a.prompt_tokens, 1, meter)
     pair = 2 * c.num_key_value_heads * c.head_dim * dtype.itemsize  # a key and a value of one token in one layer
     seen = a.batch // a.group * a.images * config.vision.max_num_tiles * config.vision.tokens  # image tokens, each image once
     cross, features = len(c.cross_attention_layers), seen * c.hidden_size * dtype.itemsize
@@ -1486,11 +1487,12 @@ def estimate_memory(config, a):
     return {name: both | column for name, column in columns.items()}
 
 
-def _trace(model, a, rows, length, scored, meter):
-    """Forward pass of rows of `length` tokens, backward too when gradients are on. Returns the bytes alive in between."""
+def _trace(model, a, rows, prompts, length, scored, meter):
+    """Forward pass of rows of `length` tokens with the images of `prompts` prompts, backward too when gradients are on.
+    Returns the bytes alive in between."""
     v, gate, image = model.config.vision, model.vision_model.class_embedding, None
     if a.images:
-        tiles = gate.new_zeros(max(1, rows // a.group) * a.images, v.max_num_tiles, 3, v.image_size, v.image_size)
+        tiles = gate.new_zeros(prompts * a.images, v.max_num_tiles, 3, v.image_size, v.image_size)
         with torch.set_grad_enabled(gate.requires_grad and torch.is_grad_enabled()):
             ids = torch.zeros(len(tiles), dtype=torch.long)
             features = model.image_features(tiles, ids, torch.zeros(tiles.shape[:2]))

@@ -564,11 +564,18 @@ def test_traced_activations_are_those_that_autograd_keeps(line, recompute):
         live = 0
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        M._trace(model, a, 4, 40, 10, Nothing)
+        M._trace(model, a, 4, 2, 40, 10, Nothing)
     real = sum(s.nbytes() for s in kept.values())
     # The count is of all that is alive: autograd's and what variables hold (masks, features), which weighs more beside
     # the little that recompute keeps.
     assert real <= estimate["kept for backward"] <= real * (1.5 if recompute else 1.05)
+
+
+def test_activations_of_a_rollout_grow_with_its_images():
+    """Every prompt's image is encoded in the rollout, however large its group."""
+    peaks = {group: M.estimate_memory(M.SIZES["tiny"], flags(f"--size tiny --batch 32 --group {group} --images 1"))["rollout"]
+             ["other activations"] for group in (2, 4, 8)}
+    assert peaks[8] > 0 and peaks[2] == pytest.approx(4 * peaks[8], rel=0.1) and peaks[4] == pytest.approx(2 * peaks[8], rel=0.1)
 
 
 def test_dry_run_says_whether_it_fits(capsys):
