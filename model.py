@@ -233,7 +233,7 @@ class Linear(nn.Linear):
         super().__init__(*args, **kwargs)
         self.register_module("lora_A", None)
         self.register_module("lora_B", None)
-        self.lora_scale, self.lora_on = 0.0, True
+        self.lora_scale, self.lora_on, self.joint = 0.0, True, None
 
     def add_lora(self, rank, alpha):
         """Freeze W and add A (rank, in), B (out, rank)."""
@@ -245,11 +245,13 @@ class Linear(nn.Linear):
         self.lora_scale = alpha / rank
 
     def forward(self, x):
+        if self.joint is not None:
+            return F.linear(x, self.joint, self.bias)
         y = F.linear(x, self.weight, self.bias)
         if self.lora_A is None or not self.lora_on:
             return y
         low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return y + self.lora_scale * F.linear(low, self.lora_B.weight.to(x.dtype))
+        return y + F.linear(self.lora_scale * low, self.lora_B.weight.to(x.dtype))
 
     def merged(self):
         """W + (alpha / rank) B A in W's type, summed in float32 so that it rounds once."""
@@ -293,6 +295,29 @@ def adapters_off(model):
             layer.lora_on = True
 
 
+def together(x, *layers):
+    """(B, T, D) -> the outputs of several Linear layers side by side, by one product within `joined`."""
+    return layers[0](x) if layers[0].joint is not None else torch.cat([layer(x) for layer in layers], -1)
+
+
+@contextmanager
+def joined(model):
+    """For rollouts: within this context the decoder computes with a copy of its weights in which adapters are merged and
+    matrices that read the same input (q, k, v; gate, up) are one. It does not follow changes and has no gradient."""
+    modules = list(model.language_model.modules())
+    groups = [(m.q_proj, m.k_proj, m.v_proj) for m in modules if isinstance(m, SelfAttention)]
+    groups += [(m.gate_proj, m.up_proj) for m in modules if isinstance(m, MLP)]
+    grouped = {layer for layers in groups for layer in layers}
+    groups += [(m,) for m in modules if isinstance(m, Linear) and m.lora_A is not None and m not in grouped]
+    for layers in groups:
+        layers[0].joint = torch.cat([layer.merged().detach() for layer in layers])
+    try:
+        yield
+    finally:
+        for layers in groups:
+            layers[0].joint = None
+
+
 # ---------------------------------------------------------------- 3. Text decoder
 
 
@@ -304,7 +329,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
 def rope_frequencies(c):
@@ -317,17 +344,15 @@ def rope_frequencies(c):
 
 
 def rope_table(c, positions):
-    """cos and sin (B, 1, T, E) in float32 for positions (B, T)."""
-    angles = positions[..., None].float() * rope_frequencies(c).to(positions.device)  # (B, T, E/2)
-    angles = torch.cat([angles, angles], -1)[:, None]
-    return angles.cos(), angles.sin()
+    """cos and sin (B, 1, T, E) in float32 for positions (B, T); the first half of sin has the minus of `rotate`."""
+    angles = (positions[..., None].float() * rope_frequencies(c).to(positions.device))[:, None]  # (B, 1, T, E/2)
+    return angles.cos().repeat(1, 1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
 def rotate(x, table):
     """RoPE on x (B, heads, T, E): the two halves of a head are the real and imaginary parts ("rotate_half")."""
-    cos, sin = (t.to(x.dtype) for t in table)
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    cos, sin = table
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def split_heads(x, heads):
@@ -341,6 +366,9 @@ def grouped_attention(q, k, v, mask):
     B, H, T, E = q.shape
     share = H // k.shape[1]
     q = q.reshape(B, k.shape[1], share * T, E)
+    if T == 1 and mask is not None and q.device.type == "cpu":  # torch's kernel is slow for so few queries
+        scores = (q @ k.mT * E**-0.5).masked_fill(~mask, torch.finfo(q.dtype).min)
+        return (scores.softmax(-1) @ v).reshape(B, 1, H * E)
     if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, share, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -360,9 +388,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, rope, mask=None, store=None):
         """x (B, T, D). mask None: causal among the T tokens. `store` puts k, v into the cache and returns all of it."""
-        q = rotate(split_heads(self.q_proj(x), self.heads), rope)
-        k = rotate(split_heads(self.k_proj(x), self.kv_heads), rope)
-        v = split_heads(self.v_proj(x), self.kv_heads)
+        both = self.heads + self.kv_heads
+        qkv = split_heads(together(x, self.q_proj, self.k_proj, self.v_proj), both + self.kv_heads)
+        q, k = rotate(qkv[:, :both], rope).split([self.heads, self.kv_heads], 1)
+        v = qkv[:, both:]
         if store is not None:
             k, v = store(k, v)
         if mask is not None:
@@ -404,7 +433,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class SelfLayer(nn.Module):
@@ -457,7 +487,8 @@ class TextModel(nn.Module):
 
     def forward(self, ids, positions, mask, image=None, cache=None):
         """ids, positions (B, T); mask (B, 1, T, S) or None; image: ImageContext or None (a cache has its own)."""
-        h, rope = self.embed_tokens(ids), rope_table(self.config, positions)
+        h = self.embed_tokens(ids)
+        rope = [t.to(h.dtype) for t in (rope_table(self.config, positions) if cache is None else cache.rope())]
         image = image if cache is None else cache.image
         if image is not None:
             shown = ids == self.config.vocab_size  # <|image|> has the first row behind the vocabulary
@@ -828,11 +859,13 @@ class LlamaVision(nn.Module):
         Returns logits (B, V) float32 behind the last real token of each row. A pad writes to a slot beyond the row's
         end, which no query sees before a later token has overwritten it.
         """
+        first = cache.used == 0
         slots = cache.open(ids.shape[1])  # (B, T)
-        mask = torch.arange(cache.used, device=ids.device) <= slots[..., None]  # (B, T, used)
-        hidden = self.language_model.model(ids, slots, mask[:, None], cache=cache)
+        # (B, 1, T, used); the first tokens of all rows are causal among themselves, which needs no mask
+        mask = None if first else (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
+        hidden = self.language_model.model(ids, slots, mask, cache=cache)
         cache.length = cache.length + lengths
-        last = hidden[torch.arange(len(ids), device=ids.device), (lengths - 1).clamp(min=0)]
+        last = hidden[cache.rows[:, 0], (lengths - 1).clamp(min=0)] if ids.shape[1] > 1 else hidden[:, 0]
         return self.logits(last)
 
     def log_probs(self, ids, chosen, temperature=1.0, image=None):
@@ -883,12 +916,13 @@ class Cache:
     def __init__(self, model, rows, slots, image=None):
         c, weight = model.config.text, model.language_model.lm_head.weight
         self.layers = [i for i in range(c.num_hidden_layers) if i not in c.cross_attention_layers]
-        shape = (rows, slots, c.num_key_value_heads, c.head_dim)
+        self.config, shape = c, (rows, c.num_key_value_heads, slots, c.head_dim)
         self.k = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
         self.v = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
         self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.shown = torch.zeros(rows, slots, dtype=torch.bool, device=weight.device)  # where <|image|> stands
         self.slots, self.used, self.image, self.cross = slots, 0, image, {}
+        self.rows, self.table = torch.arange(rows, device=weight.device)[:, None], ()
 
     def reserve(self, count):
         """Make sure that `count` more tokens fit into every row. Call it between turns: it asks the device."""
@@ -896,7 +930,7 @@ class Cache:
         extra = self.used + count - self.slots
         if extra > 0:
             for kept in (self.k, self.v):
-                kept.update({i: F.pad(t, (0, 0, 0, 0, 0, extra)) for i, t in kept.items()})
+                kept.update({i: F.pad(t, (0, 0, 0, extra)) for i, t in kept.items()})
             self.shown = F.pad(self.shown, (0, extra))
             self.slots += extra
         return self
@@ -911,14 +945,18 @@ class Cache:
 
     def writer(self, i):
         """A function that stores k, v (B, K, T, E) of layer i in the opened slots and returns all slots in use."""
-        rows = torch.arange(len(self.at), device=self.at.device)[:, None]
-
         def store(k, v):
             for kept, new in ((self.k[i], k), (self.v[i], v)):
-                kept[rows, self.at] = new.transpose(1, 2)
-            return (kept[:, : self.used].transpose(1, 2) for kept in (self.k[i], self.v[i]))
+                kept[self.rows, :, self.at] = new.transpose(1, 2)
+            return self.k[i][:, :, : self.used], self.v[i][:, :, : self.used]
 
         return store
+
+    def rope(self):
+        """`rope_table` of the opened slots, looked up in one of all slots."""
+        if not self.table or self.table[0].shape[2] < self.slots:
+            self.table = rope_table(self.config, torch.arange(self.slots, device=self.at.device)[None])
+        return [t[0, 0, self.at][:, None] for t in self.table]
 
     def mark(self, shown):
         """Note where <|image|> stands in the opened slots (B, T) -> where it stands in all slots in use."""
@@ -950,6 +988,7 @@ class Cache:
         """Keep, drop or repeat rows (a LongTensor): one prompt becomes a group of episodes, solved ones leave."""
         for i in self.layers:
             self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
+        self.rows = torch.arange(len(rows), device=rows.device)[:, None]
         self.length, self.shown = self.length[rows], self.shown[rows]
         if self.image is not None:
             before, sets = len(self.image.tiles), self.image.rows[rows].unique()
@@ -965,13 +1004,14 @@ def sample(logits, temperature, generator=None):
     log_p = (logits / (temperature or 1.0)).log_softmax(-1)
     if temperature == 0:
         token = log_p.argmax(-1)
-    else:  # argmax of p / Exp(1) is a draw from p, and needs no answer from the device
-        noise = torch.empty_like(log_p).exponential_(generator=generator)
-        token = (log_p.exp() / noise).argmax(-1)
+    else:  # one uniform number a row, looked up in the cumulated probabilities: much cheaper than noise for all V
+        total = log_p.exp().cumsum(-1, dtype=torch.float64)
+        point = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator) * total[:, -1:]
+        token = torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return token, log_p.gather(1, token[:, None])[:, 0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, cache, logits, max_new_tokens, stop_ids, temperature=1.0, generator=None):
     """Sample a response for every row of `cache`, whose next-token logits (B, V) are given.
 
@@ -986,7 +1026,7 @@ def generate(model, cache, logits, max_new_tokens, stop_ids, temperature=1.0, ge
     for step in range(max_new_tokens):
         token, log_p = sample(logits, temperature, generator)
         tokens.append(token), log_probs.append(log_p), alive.append(running)
-        running = running & ~torch.isin(token, stops)
+        running = running & (token[:, None] != stops).all(1)
         # Asking the device whether all rows are done costs a wait; every fourth token is often enough.
         if step + 1 == max_new_tokens or (step % 4 == 3 and not running.any()):
             break
