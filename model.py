@@ -233,7 +233,7 @@ class Linear(nn.Linear):
         super().__init__(*args, **kwargs)
         self.register_module("lora_A", None)
         self.register_module("lora_B", None)
-        self.lora_scale, self.lora_on, self.joint = 0.0, True, None
+        self.lora_scale, self.lora_on = 0.0, True
 
     def add_lora(self, rank, alpha):
         """Freeze W and add A (rank, in), B (out, rank)."""
@@ -245,8 +245,6 @@ class Linear(nn.Linear):
         self.lora_scale = alpha / rank
 
     def forward(self, x):
-        if self.joint is not None:
-            return F.linear(x, self.joint, self.bias)
         y = F.linear(x, self.weight, self.bias)
         if self.lora_A is None or not self.lora_on:
             return y
@@ -295,29 +293,6 @@ def adapters_off(model):
             layer.lora_on = True
 
 
-def together(x, *layers):
-    """(B, T, D) -> the outputs of several Linear layers side by side, by one product within `joined`."""
-    return layers[0](x) if layers[0].joint is not None else torch.cat([layer(x) for layer in layers], -1)
-
-
-@contextmanager
-def joined(model):
-    """For rollouts: within this context the decoder computes with a copy of its weights in which adapters are merged and
-    matrices that read the same input (q, k, v; gate, up) are one. It does not follow changes and has no gradient."""
-    modules = list(model.language_model.modules())
-    groups = [(m.q_proj, m.k_proj, m.v_proj) for m in modules if isinstance(m, SelfAttention)]
-    groups += [(m.gate_proj, m.up_proj) for m in modules if isinstance(m, MLP)]
-    grouped = {layer for layers in groups for layer in layers}
-    groups += [(m,) for m in modules if isinstance(m, Linear) and m.lora_A is not None and m not in grouped]
-    for layers in groups:
-        layers[0].joint = torch.cat([layer.merged().detach() for layer in layers])
-    try:
-        yield
-    finally:
-        for layers in groups:
-            layers[0].joint = None
-
-
 # ---------------------------------------------------------------- 3. Text decoder
 
 
@@ -362,17 +337,26 @@ def split_heads(x, heads):
 
 def grouped_attention(q, k, v, mask):
     """Attention of q (B, H, T, E) over k, v (B, K, S, E), H a multiple of K, without repeating k and v: the query
-    heads that share a key head become more queries of it. mask (B, 1, T or 1, S), True where seen. -> (B, T, H * E)"""
+    heads that share a key head become more queries of it. mask (B, 1, T or 1, S), True where seen; None: all of them.
+    -> (B, T, H * E)"""
     B, H, T, E = q.shape
     share = H // k.shape[1]
     q = q.reshape(B, k.shape[1], share * T, E)
     if T == 1 and mask is not None and q.device.type == "cpu":  # torch's kernel is slow for so few queries
         scores = (q @ k.mT * E**-0.5).masked_fill(~mask, torch.finfo(q.dtype).min)
-        return (scores.softmax(-1) @ v).reshape(B, 1, H * E)
+        return (scores.softmax(-1) @ v).view(B, 1, H * E)
     if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, share, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.reshape(B, H, T, E).transpose(1, 2).flatten(2)
+
+
+def causal_attention(q, k, v, mask):
+    """The same where mask None means causal among the T tokens, which needs none."""
+    if mask is not None:
+        return grouped_attention(q, k, v, mask)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -388,16 +372,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x, rope, mask=None, store=None):
         """x (B, T, D). mask None: causal among the T tokens. `store` puts k, v into the cache and returns all of it."""
-        both = self.heads + self.kv_heads
-        qkv = split_heads(together(x, self.q_proj, self.k_proj, self.v_proj), both + self.kv_heads)
-        q, k = rotate(qkv[:, :both], rope).split([self.heads, self.kv_heads], 1)
-        v = qkv[:, both:]
-        if store is not None:
-            k, v = store(k, v)
-        if mask is not None:
-            return self.o_proj(grouped_attention(q, k, v, mask))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        q = rotate(split_heads(self.q_proj(x), self.heads), rope)
+        k = rotate(split_heads(self.k_proj(x), self.kv_heads), rope)
+        v = split_heads(self.v_proj(x), self.kv_heads)
+        return self.o_proj(causal_attention(q, *(store(k, v) if store else (k, v)), mask))
 
 
 class CrossAttention(nn.Module):
@@ -433,8 +411,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        gate, up = together(x, self.gate_proj, self.up_proj).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class SelfLayer(nn.Module):
@@ -446,9 +423,38 @@ class SelfLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
+        self.joint = None
+
+    def join(self):
+        """For rollouts: from now on use copies of the weights, with adapters merged and those that read the same input
+        (q, k, v; gate, up) as one matrix. They do not follow changes and have no gradient."""
+        a, m = self.self_attn, self.mlp
+        self.joint = [torch.cat([layer.merged().detach() for layer in layers]) for layers in (
+            (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))]
+
     def forward(self, h, rope, mask=None, store=None):
-        h = h + self.self_attn(self.input_layernorm(h), rope, mask, store)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        if self.joint is None:
+            h = h + self.self_attn(self.input_layernorm(h), rope, mask, store)
+            return h + self.mlp(self.post_attention_layernorm(h))
+        (qkv, o, gate_up, down), a = self.joint, self.self_attn
+        x = split_heads(F.linear(self.input_layernorm(h), qkv), a.heads + 2 * a.kv_heads)
+        q, k = rotate(x[:, : -a.kv_heads], rope).split([a.heads, a.kv_heads], 1)
+        h = h + F.linear(causal_attention(q, *store(k, x[:, -a.kv_heads :]), mask), o)
+        gate, up = F.linear(self.post_attention_layernorm(h), gate_up).chunk(2, -1)
+        return h + F.linear(F.silu(gate) * up, down)
+
+
+@contextmanager
+def joined(model):
+    """Within this context, which is for rollouts, the self-attention layers are joined (`SelfLayer.join`)."""
+    layers = [m for m in model.modules() if isinstance(m, SelfLayer)]
+    for layer in layers:
+        layer.join()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.joint = None
 
 
 class CrossLayer(nn.Module):
@@ -865,7 +871,7 @@ class LlamaVision(nn.Module):
         mask = None if first else (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
         hidden = self.language_model.model(ids, slots, mask, cache=cache)
         cache.length = cache.length + lengths
-        last = hidden[cache.rows[:, 0], (lengths - 1).clamp(min=0)] if ids.shape[1] > 1 else hidden[:, 0]
+        last = hidden[torch.arange(len(ids), device=ids.device), (lengths - 1).clamp(min=0)] if ids.shape[1] > 1 else hidden[:, 0]
         return self.logits(last)
 
     def log_probs(self, ids, chosen, temperature=1.0, image=None):
@@ -922,7 +928,7 @@ class Cache:
         self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.shown = torch.zeros(rows, slots, dtype=torch.bool, device=weight.device)  # where <|image|> stands
         self.slots, self.used, self.image, self.cross = slots, 0, image, {}
-        self.rows, self.table = torch.arange(rows, device=weight.device)[:, None], ()
+        self.table = ()
 
     def reserve(self, count):
         """Make sure that `count` more tokens fit into every row. Call it between turns: it asks the device."""
@@ -946,9 +952,8 @@ class Cache:
     def writer(self, i):
         """A function that stores k, v (B, K, T, E) of layer i in the opened slots and returns all slots in use."""
         def store(k, v):
-            for kept, new in ((self.k[i], k), (self.v[i], v)):
-                kept[self.rows, :, self.at] = new.transpose(1, 2)
-            return self.k[i][:, :, : self.used], self.v[i][:, :, : self.used]
+            index = self.at[:, None, :, None].expand_as(k)
+            return [kept[i].scatter_(2, index, new)[:, :, : self.used] for kept, new in ((self.k, k), (self.v, v))]
 
         return store
 
@@ -988,7 +993,6 @@ class Cache:
         """Keep, drop or repeat rows (a LongTensor): one prompt becomes a group of episodes, solved ones leave."""
         for i in self.layers:
             self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
-        self.rows = torch.arange(len(rows), device=rows.device)[:, None]
         self.length, self.shown = self.length[rows], self.shown[rows]
         if self.image is not None:
             before, sets = len(self.image.tiles), self.image.rows[rows].unique()
