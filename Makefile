@@ -1,6 +1,7 @@
 # Every target sets up .venv by itself and goes on where it was stopped.
 #   make demo    the study with one seed                  make test    the tests
 #   make study   learning-rate grid, then three seeds     make base    the shipped tiny base, from nothing
+#   make bench   speed and memory, a table (three minutes)
 PY := .venv/bin/python
 PYTHON ?= python3
 
@@ -15,7 +16,7 @@ RL_LR ?= 3e-5
 SEED ?= 0
 S ?=
 
-.PHONY: demo arms test study grid grid-sft grid-rl base smoke clean
+.PHONY: demo arms test bench study grid grid-sft grid-rl base smoke clean
 
 demo: arms
 	$(PY) evaluate.py --report $(STUDY)
@@ -79,6 +80,10 @@ smoke: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+# Beside transformers and peft where $(PY) has them: make bench PY=other/venv/bin/python
+bench: .venv/ready
+	$(PY) tests/benchmark.py --out tests/results/tiny-cpu.md
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

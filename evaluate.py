@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 import tasks
-from model import Cache, generate, load_model, open_image, pack_images, pad_rows, save_model, write_atomically, write_json
+from model import (Cache, generate, joined, load_model, open_image, pack_images, pad_rows, save_model, write_atomically,
+                   write_json)
 
 # ---------------------------------------------------------------- 1. Episodes and rollout
 
@@ -98,7 +99,8 @@ def rollout(model, tokenizer, problems, group=1, max_new_tokens=64, temperature=
     for first in range(0, len(problems), size):
         part = problems[first : first + size]
         image = seen and seen.select(torch.arange(first, first + len(part), device=model.device))
-        groups += _rollout_batch(model, tokenizer, part, group, max_new_tokens, temperature, generator, image)
+        with joined(model):
+            groups += _rollout_batch(model, tokenizer, part, group, max_new_tokens, temperature, generator, image)
     for i, members in enumerate(groups):
         for episode in members:
             episode.seen = seen and (seen, i)

@@ -446,8 +446,9 @@ class SelfLayer(nn.Module):
 
 @contextmanager
 def joined(model):
-    """Within this context, which is for rollouts, the self-attention layers are joined (`SelfLayer.join`)."""
-    layers = [m for m in model.modules() if isinstance(m, SelfLayer)]
+    """Within this context, which is for rollouts, self-attention layers are joined (`SelfLayer.join`), where that pays:
+    on the CPU. A GPU would gain little and has to hold the weights twice."""
+    layers = [m for m in model.modules() if isinstance(m, SelfLayer) and model.device.type == "cpu"]
     for layer in layers:
         layer.join()
     try:
@@ -882,8 +883,8 @@ class LlamaVision(nn.Module):
         sampled from, so that the ratio to `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
         """
         hidden = self(ids[:, :-1], image=image)
-        logits = self.logits(hidden[chosen[:, 1:]]) / temperature
-        log_p = logits.log_softmax(-1)
+        logits = self.logits(hidden[chosen[:, 1:]])
+        log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         picked = log_p.gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
         return picked, -(log_p.exp() * log_p).sum(-1)
 
@@ -1005,10 +1006,10 @@ class Cache:
 def sample(logits, temperature, generator=None):
     """One token for each row of logits (B, V), and its log-probability, both (B,). temperature 0: the likeliest, with
     its log-probability at temperature 1."""
-    log_p = (logits / (temperature or 1.0)).log_softmax(-1)
+    log_p = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         token = log_p.argmax(-1)
-    else:  # one uniform number a row, looked up in the cumulated probabilities: much cheaper than noise for all V
+    else:  # one uniform number a row, looked up in the cumulated probabilities, needs no answer from the device
         total = log_p.exp().cumsum(-1, dtype=torch.float64)
         point = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator) * total[:, -1:]
         token = torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.shape[1] - 1)

@@ -17,11 +17,11 @@ over the measured rate of a large matrix product, whichever is more. Peak memory
 
 import argparse
 import copy
+import ctypes
 import datetime
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -53,7 +53,7 @@ RANK, RATIO_2X2 = 8, 6  # LoRA rank; the aspect ratio of four tiles
 # text: (rows, group) of the generation rows without and with an image; lengths in tokens
 SIZES = {
     "tiny": dict(text=[(1, 1), (8, 1), (64, 1), (256, 1), (16, 16)], image=[(1, 1), (8, 1), (64, 1), (16, 16)],
-                 prompt=19, new=25, train=128, problems=16, group=16, micro=256, encode=8, seconds=5.0),
+                 prompt=19, new=25, train=128, problems=16, group=16, micro=256, encode=8, seconds=4.0),
     "11b": dict(text=[(1, 1), (8, 1), (64, 1), (256, 1), (16, 16)], image=[(1, 1), (8, 1), (32, 1), (16, 16)],
                 prompt=250, new=60, train=16, problems=4, group=16, micro=8, encode=4, seconds=8.0),
 }
@@ -126,13 +126,9 @@ class Theirs:
                 transformers.MllamaConfig(**data), dtype=model.language_model.lm_head.weight.dtype)
         self.hf.load_state_dict({hf_name(k): v for k, v in model.state_dict().items()}, strict=True, assign=True)
         self.model, self.tokenizer, self.s = self.hf.eval(), tokenizer, s
-        self.attention, self.cache = "sdpa", None
+        self.settings = [(a, c) for a in ("sdpa", "eager") for c in (None, "static")]  # the fastest is taken
 
-    def settings(self):
-        """Every combination that may be the fastest."""
-        return [(a, c) for a in ("sdpa", "eager") for c in (None, "static")]
-
-    def use(self, attention, cache=None):
+    def use(self, attention, cache):
         self.hf.set_attn_implementation(attention)
         self.attention, self.cache = attention, cache
 
@@ -224,11 +220,12 @@ def peak_bytes(call):
         return torch.cuda.max_memory_allocated() - before
     status = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        ctypes.CDLL(None).malloc_trim(0)  # hand back what earlier calls freed
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = status("VmRSS")
         call()
         return status("VmHWM") - before
-    except OSError:
+    except (OSError, AttributeError):  # not Linux with glibc
         call()
         return None
 
@@ -239,13 +236,12 @@ def compare(sides, call, budget):
     result = {}
     for side in list(sides):
         try:
-            setting = ""
-            if hasattr(side, "settings"):
-                trials = {}
-                for attention, cache in side.settings():
-                    side.use(attention, cache)
-                    call(side)
-                    trials[attention, cache] = seconds(lambda: call(side))
+            setting, trials = "", {}
+            for setting in getattr(side, "settings", ()):
+                side.use(*setting)
+                call(side)
+                trials[setting] = min(seconds(lambda: call(side)) for _ in range(2))
+            if trials:
                 side.use(*min(trials, key=trials.get))
                 setting = f"{side.attention} {side.cache or 'dynamic'}"
             call(side)
@@ -318,7 +314,7 @@ def benchmark(args):
     model, tokenizer = M.load_model(Path(__file__).resolve().parents[1] / "assets/tiny-gp-l")
     if args.size != "tiny":
         model = random_model(M.SIZES[args.size], device)
-    dtype, c, side_of = model.language_model.lm_head.weight.dtype, model.config, {}
+    dtype, c = model.language_model.lm_head.weight.dtype, model.config
     bandwidth, rate = measured_limits(device, dtype)
     limit = Limit(model, bandwidth, rate)
     ours = Ours(model, tokenizer, s)
@@ -326,8 +322,8 @@ def benchmark(args):
     P, N = s["prompt"], s["new"]
     yield f"measured: {bandwidth / 1e9:.1f} GB/s read, {rate / 1e12:.3f} TFLOP/s {str(dtype).removeprefix('torch.')} matrix product"
 
-    def row(name, unit, count, call, least, budget=s["seconds"], only=None):
-        figures = compare(only or sides, call, budget)
+    def row(name, unit, count, call, least):
+        figures = compare(sides, call, s["seconds"])
         return name, unit, count, [figures.get(side) for side in sides], least
 
     def texts(n, length, image=False):
@@ -349,15 +345,8 @@ def benchmark(args):
     for side in sides:
         side.add_lora()
         side.model.train()
+        side.settings = [setting for setting in getattr(side, "settings", ()) if not setting[1]]  # the cache: dynamic
     assert len({sum(p.numel() for p in side.trained) for side in sides}) == 1
-    if len(sides) > 1:
-        trials = {}
-        for attention in ("sdpa", "eager"):
-            sides[1].use(attention)
-            sides[1].train(texts(s["train"], P + N), P)
-            trials[attention] = seconds(lambda: sides[1].train(texts(s["train"], P + N), P))
-        sides[1].use(min(trials, key=trials.get))
-        sides[1].settings = lambda: [(sides[1].attention, None)]
     ids = texts(s["train"], P + N)
     yield row(f"LoRA training step, {s['train']} x {P + N} tokens", "tokens/s", ids.numel(), lambda side: side.train(ids, P),
               limit.train(s["train"], P + N, N))
@@ -368,6 +357,20 @@ def benchmark(args):
     least = limit.generate(len(problems), G, P, N, False) + limit.train(B, P + N, N)
     yield row(f"GRPO step, {len(problems)} problems x {G}", "episodes/s", B, lambda side: side.grpo(problems, G, N, pattern), least)
     yield row("GRPO step, rewards as they come", "episodes/s", B, lambda side: side.grpo(problems, G, N, None), least)
+    if args.size == "11b":
+        yield from check_11b(model, tokenizer, device)
+
+
+def check_11b(model, tokenizer, device):
+    """Saving and loading of the whole model, and what the dry run says of its memory."""
+    M.merge_lora(model)
+    with tempfile.TemporaryDirectory() as folder:
+        M.save_model(model, tokenizer, folder)
+        size = sum(p.stat().st_size for p in Path(folder).iterdir())
+        took = seconds(lambda: M.load_model(folder, model.language_model.lm_head.weight.dtype, device))
+    yield f"load: {size / 1e9:.2f} GB in {took:.1f} s ({size / 1e9 / took:.2f} GB/s, files in the page cache)"
+    dry = subprocess.run([sys.executable, M.__file__, "--size", "11b", "--dry-run"], capture_output=True, text=True)
+    yield "dry run:\n\n```\n" + (dry.stdout or dry.stderr) + "```"
 
 
 def random_model(config, device):
@@ -407,8 +410,10 @@ def machine():
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice; 1 where the machine is shared)")
     parser.add_argument("--out", help="write the table there as markdown")
     args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     warnings.simplefilter("ignore")
     began = time.time()
     if peft:
@@ -419,11 +424,11 @@ def main(argv=None):
         lines.append(line)
         print(line, flush=True)
 
-    say(f"- command: `python tests/benchmark.py --size {args.size}`, {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC")
+    say(f"- command: `python tests/benchmark.py --size {args.size} --threads {torch.get_num_threads()}`, {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC")
     for line in machine():
         say(line)
     for row in benchmark(args):
-        say("- " + row + "\n\n" + HEAD if isinstance(row, str) else show(row))
+        say(show(row) if isinstance(row, tuple) else f"- {row}" + (f"\n\n{HEAD}" if row.startswith("measured") else ""))
     say(f"\n{time.time() - began:.0f} s in all")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
