@@ -327,7 +327,7 @@ def rope_table(c, positions):
 def rotate(x, table):
     """RoPE on x (B, heads, T, E): the two halves of a head are the real and imaginary parts ("rotate_half")."""
     cos, sin = table
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def split_heads(x, heads):
@@ -426,21 +426,24 @@ class SelfLayer(nn.Module):
         self.joint = None
 
     def join(self):
-        """For rollouts: from now on use copies of the weights, with adapters merged and those that read the same input
-        (q, k, v; gate, up) as one matrix. They do not follow changes and have no gradient."""
-        a, m = self.self_attn, self.mlp
-        self.joint = [torch.cat([layer.merged().detach() for layer in layers]) for layers in (
-            (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))]
+        """For rollouts: from now on use copies of the weights in which adapters and the norms' weights are merged and
+        those that read the same input (q, k, v; gate, up) are one matrix. They do not follow changes."""
+        a, m, norm, D = self.self_attn, self.mlp, self.input_layernorm, self.input_layernorm.weight.numel()
+        self.joint = [w.detach() for w in (
+            torch.cat([layer.merged() for layer in (a.q_proj, a.k_proj, a.v_proj)]) * (norm.weight * D**0.5), a.o_proj.merged(),
+            torch.cat([m.gate_proj.merged(), m.up_proj.merged()]) * (self.post_attention_layernorm.weight * D**0.5),
+            m.down_proj.merged(), norm.weight.new_tensor(D * norm.eps).sqrt())]
 
     def forward(self, h, rope, mask=None, store=None):
         if self.joint is None:
             h = h + self.self_attn(self.input_layernorm(h), rope, mask, store)
             return h + self.mlp(self.post_attention_layernorm(h))
-        (qkv, o, gate_up, down), a = self.joint, self.self_attn
-        x = split_heads(F.linear(self.input_layernorm(h), qkv), a.heads + 2 * a.kv_heads)
+        (qkv, o, gate_up, down, floor), a = self.joint, self.self_attn
+        normed = lambda h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True).hypot(floor)  # RMSNorm but for factors
+        x = split_heads(F.linear(normed(h), qkv), a.heads + 2 * a.kv_heads)
         q, k = rotate(x[:, : -a.kv_heads], rope).split([a.heads, a.kv_heads], 1)
         h = h + F.linear(causal_attention(q, *store(k, x[:, -a.kv_heads :]), mask), o)
-        gate, up = F.linear(self.post_attention_layernorm(h), gate_up).chunk(2, -1)
+        gate, up = F.linear(normed(h), gate_up).chunk(2, -1)
         return h + F.linear(F.silu(gate) * up, down)
 
 

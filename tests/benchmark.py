@@ -53,7 +53,7 @@ RANK, RATIO_2X2 = 8, 6  # LoRA rank; the aspect ratio of four tiles
 # text: (rows, group) of the generation rows without and with an image; lengths in tokens
 SIZES = {
     "tiny": dict(text=[(1, 1), (8, 1), (64, 1), (256, 1), (16, 16)], image=[(1, 1), (8, 1), (64, 1), (16, 16)],
-                 prompt=19, new=25, train=128, problems=16, group=16, micro=256, encode=8, seconds=4.0),
+                 prompt=19, new=25, train=128, problems=16, group=16, micro=256, encode=8, seconds=2.5),
     "11b": dict(text=[(1, 1), (8, 1), (64, 1), (256, 1), (16, 16)], image=[(1, 1), (8, 1), (32, 1), (16, 16)],
                 prompt=250, new=60, train=16, problems=4, group=16, micro=8, encode=4, seconds=8.0),
 }
