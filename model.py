@@ -450,8 +450,10 @@ class SelfLayer(nn.Module):
 @contextmanager
 def joined(model):
     """Within this context, which is for rollouts, self-attention layers are joined (`SelfLayer.join`), where that pays:
-    on the CPU. A GPU would gain little and has to hold the weights twice."""
-    layers = [m for m in model.modules() if isinstance(m, SelfLayer) and model.device.type == "cpu"]
+    on the CPU in float32. A GPU would gain little and has to hold the weights twice; bfloat16 would round the products."""
+    weight = model.language_model.lm_head.weight
+    pays = weight.device.type == "cpu" and weight.dtype == torch.float32
+    layers = [m for m in model.modules() if isinstance(m, SelfLayer) and pays]
     for layer in layers:
         layer.join()
     try:
