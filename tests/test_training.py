@@ -637,6 +637,44 @@ def test_a_question_about_a_picture(tiny_run, tmp_path, capsys):
             E.main([str(tiny_run), *flags])
 
 
+def test_the_kl_pulls_back_to_the_reference(model, tokenizer, tiny_run):
+    """With no advantage at all, a step against the gradient brings the policy nearer to where the reference is."""
+    rl_args.run = tiny_run
+    start = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    episodes = [e for g in random_rollout(model, tokenizer, group=8) for e in g]
+    reference = lambda ids, chosen, image: start.log_probs(ids, chosen, 0.8)[0].detach()
+    distance = lambda: RL.rl_backward(model, episodes, [0.0] * len(episodes), rl_args(kl_coef=1.0, estimator="grpo", group=8),
+                                      tokenizer.pad, reference)["kl"]
+    before = distance()
+    with torch.no_grad():
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
+        for p in (p for p in model.parameters() if p.grad is not None):
+            p.sub_(p.grad, alpha=0.02 / norm)
+    assert 0 < distance() < before
+
+
+def test_returns_are_discounted_and_repeats_are_counted(tiny_run, tmp_path, monkeypatch, tokenizer):
+    rewards = iter([-3.0, 5.0] * 100)
+    monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: tasks.Step(r := next(rewards), r > 0, "No.", "illegal"))
+    monkeypatch.setattr(E, "generate", lambda model, cache, logits, *rest: ([[tokenizer.eot]] * len(logits), [[-1.0]] * len(logits)))
+    for discount, reward in ((1.0, 2.0), (0.5, -0.5)):
+        RL.main(f"--init {tiny_run} --out {tmp_path / str(discount)} --steps 1 --problems 1 --group 2 --attempts 2 --max-new-tokens 4 "
+                f"--evals 0 --discount {discount}".split())
+    def answers(*texts):
+        e = E.Episode(problem())
+        e.read([1])
+        e.respond([2], [-0.5])
+        e.turns = [{"response": text, "outcome": "illegal", "reward": -3.0} for text in texts]
+        return e
+    groups = [[answers("a", "a", "b"), answers("a")], [answers("a", "b", "a"), answers("c", "c")]]
+    metrics = RL.rollout_metrics(groups, torch.tensor([[1.0, 2.0], [3.0, 3.0]]), tokenizer)
+    assert metrics["repeat"] == 3 / 5 and metrics["signal"] == 0.5 and metrics["reward"] == 2.25 and metrics["entropy"] == 0.5
+    assert metrics["truncated"] == 1.0
+
+
 def test_every_rl_option_runs_together(tiny_run, tmp_path, capsys, uneven_rewards):
     for estimator in RL.ESTIMATORS:
         out = tmp_path / estimator
