@@ -657,12 +657,16 @@ def test_the_kl_pulls_back_to_the_reference(model, tokenizer, tiny_run):
 
 
 def test_returns_are_discounted_and_repeats_are_counted(tiny_run, tmp_path, monkeypatch, tokenizer):
-    rewards = iter([-3.0, 5.0] * 100)
-    monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: tasks.Step(r := next(rewards), r > 0, "No.", "illegal"))
+    def step(self, text):
+        self.attempt += 1
+        return tasks.Step(5.0 if self.attempt == 2 else -3.0, self.attempt == 2, "No.", "illegal")
+    monkeypatch.setattr(tasks.GeneralPoints, "step", step)
     monkeypatch.setattr(E, "generate", lambda model, cache, logits, *rest: ([[tokenizer.eot]] * len(logits), [[-1.0]] * len(logits)))
     for discount, reward in ((1.0, 2.0), (0.5, -0.5)):
         RL.main(f"--init {tiny_run} --out {tmp_path / str(discount)} --steps 1 --problems 1 --group 2 --attempts 2 --max-new-tokens 4 "
                 f"--evals 0 --discount {discount}".split())
+        assert lines(tmp_path / str(discount))[0]["reward"] == reward
+
     def answers(*texts):
         e = E.Episode(problem())
         e.read([1])
