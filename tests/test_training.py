@@ -469,6 +469,19 @@ def test_evaluation_reports_what_was_said_where_it_was_said(tokenizer, model, mo
     assert [share[f"{row}/sampled/episode"] for row in E.ROWS] == [1, 1, 0]
 
 
+def test_pass_at_k_samples_k_answers_at_temperature_1(tokenizer, model, monkeypatch):
+    def rollout(model, tokenizer, problems, group, max_new_tokens, temperature, generator, rows):
+        assert (group, temperature, rows) == (4, 1.0, 9)
+        groups = [[E.Episode(copy.copy(p)) for _ in range(group)] for p in problems]
+        for i, members in enumerate(groups):
+            for j, e in enumerate(members):
+                e.turns = [{"outcome": "correct" if j < i else "illegal"}]  # 0, 1 and 2 of 4 are right
+        return groups
+    monkeypatch.setattr(E, "rollout", rollout)
+    curve = E.pass_at_1_to_k(model, tokenizer, "gp-l", 3, 4, "val", 5, 9)["id"]
+    assert curve == pytest.approx([(0 + 1 / 4 + 1 / 2) / 3, (0 + 1 / 2 + 5 / 6) / 3, (0 + 3 / 4 + 1) / 3, 2 / 3])
+
+
 def test_every_probe_has_intervals_over_its_own_classes(tokenizer, model):
     result = E.evaluate(model, tokenizer, "gp-l-probes", 6, max_new_tokens=2)
     for name, rule, _ in tasks.SUITES["gp-l-probes"]:
