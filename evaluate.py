@@ -90,8 +90,8 @@ class Episode:
 def rollout(model, tokenizer, problems, group=1, max_new_tokens=64, temperature=1.0, generator=None, rows=256):
     """Play `group` episodes of every problem with the verifier in the loop.
 
-    problems: fresh task instances (each is copied, so they stay unused). rows: episodes computed side by side. The
-    prompt is computed once for its whole group, the KV cache lives through all turns, and solved episodes leave the
+    problems: fresh task instances (each is copied, so they stay unused). rows: episodes computed side by side, at least
+    one group. The prompt is computed once for its whole group, the KV cache lives through all turns, and solved episodes leave the
     batch between turns. A picture is encoded once, for its group's rollouts, all their turns and the training pass.
     Returns a list of P lists of G Episodes.
     """
@@ -307,6 +307,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message}; --help lists the flags.")
 
+    def parse_args(self, argv=None, namespace=None):
+        args = super().parse_args(argv, namespace)
+        for name, value in vars(args).items():
+            if value == "" or isinstance(value, str) and UNSAFE.search(value):
+                raise ValueError(f"--{name.replace('_', '-')} is empty or holds characters that no name or text has.")
+        return args
+
 
 LIMITS = {"steps": (1, 1e8), "batch": (1, 1e5), "problems": (1, 1e5), "group": (1, 1e4), "epochs": (1, 100), "micro_batch": (1, 1e6), "rows": (1, 1e6),
           "attempts": (1, 100), "max_new_tokens": (1, 1e5), "n": (1, 1e5), "eval_n": (1, 1e5), "k": (0, 1000), "evals": (0, 1e4),
@@ -321,7 +328,7 @@ def check_limits(args):
     for name, (low, high) in LIMITS.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value:g} must lie from {low:g} to {high:g}.")
+            raise ValueError(f"--{name.replace('_', '-')} {str(value)[:20]} must lie from {low:g} to {high:g}.")
 
 
 def run_main(main):
@@ -332,7 +339,11 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        if isinstance(error, (MemoryError, RuntimeError)):
+            error = "out of memory; lower --micro-batch, --rows or --max-new-tokens, or give --recompute. Checkpoints are as they were."
         if isinstance(error, OSError):
             error = f"{error.filename or 'a file'} could not be read or written: {error.strerror}. What was there is as it was."
         print(f"error: {' '.join(clean(error).split())}", file=sys.stderr)
@@ -895,7 +906,7 @@ def parse_args(argv=None):
     parser.add_argument("--suite", default="gp-l", help=f"one of {', '.join(tasks.SUITES)}")
     parser.add_argument("--n", type=int, default=500, help="held-out problems per row")
     parser.add_argument("--attempts", type=int, default=1, help="answers an episode may have")
-    parser.add_argument("--split", choices=("val", "test"), default="test")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="val chooses settings, test is for claims")
     parser.add_argument("--k", type=int, default=0, help="also sample K answers per problem and print pass@1 .. pass@K")
     parser.add_argument("--max-new-tokens", type=int, help="tokens per answer (default: 64 tiny, 256 else)")
     parser.add_argument("--rows", type=int, default=256, help="episodes computed side by side")
@@ -909,6 +920,8 @@ def parse_args(argv=None):
         raise ValueError("give one of: a model to evaluate, --report and a study directory, --choose and a grid of runs.")
     if args.suite not in tasks.SUITES:
         raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
+    if args.out and (Path(args.out).is_file() or (Path(args.out) / "args.json").exists() or (Path(args.out) / "evals/000000.json").exists()):
+        raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     if args.image and not args.ask:
         raise ValueError("--image goes with --ask: give a question about the picture.")
     check_limits(args)

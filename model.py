@@ -1495,7 +1495,7 @@ class Meter(TorchDispatchMode):
 
 
 # AdamW: bytes of state per trained parameter. float32: two moments, and a float32 copy of bfloat16 weights.
-OPTIMIZER = {"float32": 8, "bfloat16": 4, "bfloat16-kahan": 6}
+OPTIMIZER = {"float32": 8, "bfloat16": 4}
 
 
 def estimate_memory(config, a):
@@ -1566,17 +1566,22 @@ COUNTS = {"batch": (64, 1, 4096, "rows of a rollout"), "micro-batch": (8, 1, 409
           "new-tokens": (64, 1, 2**17, "of an answer"), "lora-rank": (32, 0, 4096, "of the adapters; 0: full fine-tuning")}
 
 
+def _refuse(message):
+    raise ValueError(f"{message}; --help lists the flags.")
+
+
 def parse_args(argv=None):
     """Flags of `python model.py`. Raises ValueError with one sentence for numbers out of range."""
     parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part, memory by use: an estimate.")
+    parser.error = _refuse
     parser.add_argument("--dry-run", action="store_true", required=True, help="no weights are made or read")
     parser.add_argument("--size", choices=SIZES, default="11b", help="architecture (default 11b)")
     for name, (default, _, _, text) in COUNTS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--recompute", action="store_true", help="leave out the column without gradient checkpointing")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
-    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32", help="AdamW's moments: bfloat16 needs "
-                        "stochastic rounding of the weights, bfloat16-kahan keeps their rounding errors")
+    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32", help="AdamW's moments; bfloat16: as "
+                        "train_sft.py --optimizer adamw16 has them")
     a = parser.parse_args(argv)
     for name, (_, least, most, _) in COUNTS.items():
         if not least <= getattr(a, name.replace("-", "_")) <= most:

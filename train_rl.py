@@ -202,6 +202,8 @@ def main(argv=None):
 
         seconds = time.time() - began
         progress.add(*step_flops(model, groups, [e for e, _ in trained], args), seconds)
+        progress.wasted("signal", not trained, f"no group had unequal returns (success {100 * record['success']:.0f} %), so nothing "
+                        "could be learned: raise --group or --temperature, or give a better (or a less perfect) --init.")
         record |= {"lr": lr, "rollout_seconds": rollout_seconds, "update_seconds": seconds - rollout_seconds}
         print(progress.line({k: record[k] for k in SHOWN if k in record}), flush=True)
         due = progress.eval_due()
@@ -212,8 +214,6 @@ def main(argv=None):
         if due or (args.save_every and progress.step % args.save_every == 0):
             save_run(run, model, tokenizer, optimizer, generator, progress, args)
         warn_truncated(run, progress, "sampled", record["truncated"], args)
-        progress.wasted("signal", not trained, f"no group had unequal returns (success {100 * record['success']:.0f} %), so nothing "
-                        "could be learned: raise --group or --temperature, or give a better (or a less perfect) --init.")
     finish(run, model, tokenizer, optimizer, generator, progress, args)
     return scores
 

@@ -11,6 +11,8 @@ Contents
   5. Training loop and command line
 """
 
+import argparse
+import fcntl
 import json
 import math
 import os
@@ -37,6 +39,7 @@ from model import (SIZES, LlamaVision, add_lora, count_parameters, init_weights,
 
 
 CHECKSUMS = "checksums.json"
+LOCKS = {}  # of this process's runs, held until it ends
 
 
 class Run:
@@ -47,12 +50,16 @@ class Run:
     step-NNNNNN/       a checkpoint: a model directory as the hub has it (or an adapter as PEFT has it), the checksums of
                        its files and, in the two newest, state.pt: optimizer, step, random states; plain values only
     latest             the name of the newest complete checkpoint, written last
+    start.json         sizes and checksums (of the last MB) of the weights that it began from
     source/            a copy of the five files, since people edit them
     Whatever is written under another name first (.NAME.tmp) and renamed is either whole or absent.
     """
 
     def __init__(self, args):
-        self.path, self.stopping, self.saved, self.warned = Path(args.out), False, -1, {}
+        plain = Path(args.out).name and not os.path.islink(args.out)  # a link or "." cannot be renamed to
+        self.path, self.stopping, self.saved, self.warned = Path(args.out if plain else os.path.realpath(args.out)), False, -1, {}
+        if args.resume:
+            self.lock()
         if not args.resume:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise ValueError(f"{self.path} is there already and not empty; choose another --out, or go on with "
@@ -67,10 +74,21 @@ class Run:
                 for name in ("train_sft", "train_rl", "evaluate", "model", "tasks"):
                     shutil.copy(Path(__file__).parent / f"{name}.py", fresh / "source")
                 write_json(fresh / "args.json", vars(args))
+            self.lock()
         for stale in self.path.glob(".*.tmp"):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
         for folder in ("evals", "samples"):
             (self.path / folder).mkdir(exist_ok=True)
+
+    def lock(self):
+        """Keep other processes from continuing this run; the lock ends with the process, however it ends."""
+        file = open(self.path / "args.json")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS[str(self.path.absolute())] = file
+        except BlockingIOError:
+            if str(self.path.absolute()) not in LOCKS:
+                raise ValueError(f"{self.path} is being written by another process; wait for it or stop it.") from None
 
     def catch_signals(self):
         """Ctrl-C and SIGTERM finish the step and save; a second one exits at once."""
@@ -106,8 +124,12 @@ class Run:
             raise ValueError(f"the checkpoint of step {state['step']} could not be written to {self.path} ({str(error)[:120]}); "
                              f"those before it are as they were. Make room, then --resume {self.path}.") from None
         self.saved = state["step"]
-        for old in sorted(self.path.glob("step-*/state.pt"))[:-2]:  # two to continue from; of the others the weights
+        for old in self.states()[:-2]:  # two to continue from; of the others the weights
             old.unlink()
+
+    def states(self):
+        """The files state.pt of the run's checkpoints, oldest first."""
+        return sorted(self.path.glob("step-[0-9]*/state.pt"), key=lambda path: int(path.parent.name[5:]))
 
     def point_to(self, name):
         """Make a checkpoint the one that others find."""
@@ -121,9 +143,10 @@ class Run:
         What the run wrote after it is taken back: later lines of the metrics and later evaluations come again.
         """
         directory, state = None, None
-        for path in sorted(self.path.glob("step-*/state.pt"), reverse=True):
+        for path in reversed(self.states()):
             try:
-                if read_json(path.parent / CHECKSUMS) != checksums(path.parent):
+                written = read_json(path.parent / CHECKSUMS)
+                if "state.pt" not in written or written != checksums(path.parent, written):
                     raise ValueError("a file is not as it was written")
                 directory, state = path.parent, torch.load(path, map_location="cpu", weights_only=True)
                 break
@@ -135,11 +158,12 @@ class Run:
         if directory:
             self.point_to(directory.name)
         self.saved = step = state["step"] if state else 0
-        lines = (self.path / "metrics.jsonl").read_text().splitlines() if (self.path / "metrics.jsonl").is_file() else []
+        metrics = self.path / "metrics.jsonl"
+        lines = metrics.read_text("utf-8", "replace").split("\n") if metrics.is_file() else []
         kept = [line for line in lines if step_of(line) <= step]
-        write_atomically(self.path / "metrics.jsonl", lambda p: p.write_text("".join(line + "\n" for line in kept)))
+        write_atomically(metrics, lambda p: p.write_text("".join(line + "\n" for line in kept)))
         for path in [*self.path.glob("evals/*.json"), *self.path.glob("samples/*.json")]:
-            if path.stem.isdigit() and int(path.stem) > step:
+            if path.stem.isdecimal() and int(path.stem) > step:
                 path.unlink()
         return directory, state
 
@@ -152,8 +176,9 @@ class Run:
             path = self.path / f"not-finite-{step:06d}.json"
             write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids, "response_mask": e.response_mask,
                                "log_probs": e.log_probs} for e in episodes])
-            raise ValueError(f"step {step}: {error}, so nothing was updated; its batch is in {path}. Start a new run with "
-                             f"--init {self.path} and a lower --lr.") from None
+            start = self.path if self.saved > 0 else "and the same start"
+            raise ValueError(f"step {step}: {error}, so this update was not made; its batch is in {path}. Start a new run with "
+                             f"--init {start} and a lower --lr or --max-grad-norm.") from None
 
 
 @contextmanager
@@ -171,24 +196,25 @@ def replaced(path):
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def checksums(directory):
-    """{file name: [bytes, CRC-32]} of a checkpoint's files."""
+def checksums(directory, names=None, most=None):
+    """{file name: [bytes, CRC-32]} of files in a directory, by default of all; with `most`, of their last bytes only."""
     found = {}
-    for path in directory.iterdir():
-        if path.name != CHECKSUMS:
-            crc = 0
-            with open(path, "rb") as file:
-                while block := file.read(1 << 24):
-                    crc = zlib.crc32(block, crc)
-            found[path.name] = [path.stat().st_size, crc]
+    for name in sorted(names or (path.name for path in directory.iterdir())):
+        with open(directory / name, "rb") as file:
+            size, crc = os.fstat(file.fileno()).st_size, 0
+            file.seek(max(0, size - most) if most else 0)
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+        found[name] = [size, crc]
     return found
 
 
 def step_of(line):
-    """The step of a line of the metrics; infinity for one that was cut off."""
+    """The step of a line of the metrics; infinity for one that was cut off or damaged."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, TypeError, KeyError):
+        step = json.loads(line)["step"]
+        return step if type(step) is int else math.inf
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
 
 
@@ -233,7 +259,7 @@ class Progress:
     def wasted(self, what, wasted, sentence, limit=50):
         """Note whether a step was wasted in some way; `limit` of them in a row end the run, after a save."""
         self.idle[what] = self.idle.get(what, 0) + 1 if wasted else 0
-        if self.idle[what] == limit:
+        if self.idle[what] and self.idle[what] % limit == 0:
             self.stuck = f"stopped after {limit} steps in a row in which {sentence}"
 
     def line(self, record):
@@ -245,7 +271,7 @@ class Progress:
 
     def state(self):
         """Plain values for a checkpoint."""
-        return {k: getattr(self, k) for k in ("step", "flops", "flops_paper", "seconds", "eval_seconds", "evals_done")}
+        return {k: getattr(self, k) for k in ("step", "flops", "flops_paper", "seconds", "eval_seconds", "evals_done", "idle")}
 
     def restore(self, state):
         """The reverse of `state`."""
@@ -313,16 +339,30 @@ def set_up(args):
     model.recompute(args.recompute)
     optimizer = make_optimizer(model, args)
     run.open(args)
+    check_start(run, args)
     if start:
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError):
+            raise ValueError(f"{start} holds the state of another optimizer or model than {run.path}/args.json asks for.") from None
         restore_random_states(state["random"], generator)
         progress.restore(state["progress"])
     sizes = count_parameters(model)
-    print(f"{run.path}: {sizes['decoder']:,} decoder + {sizes['vision']:,} vision parameters, {sizes['trained']:,} "
+    print(f"{clean(run.path)}: {sizes['decoder']:,} decoder + {sizes['vision']:,} vision parameters, {sizes['trained']:,} "
           f"trained ({'LoRA rank %d' % args.lora_rank if args.lora_rank else 'full fine-tuning'}), {device}, "
           f"{torch.get_num_threads()} threads" + (f", continued at step {progress.step}" if args.resume else ""), flush=True)
     run.catch_signals()
     return model, tokenizer, optimizer, generator, progress, run
+
+
+def check_start(run, args):
+    """A resumed run needs the very weights it began from where these are its base or its reference."""
+    weights = [path.name for path in Path(args.init_path).glob("*.safetensors")] if args.init_path else []
+    now, kept = weights and checksums(Path(args.init_path), weights, most=1 << 20), run.path / "start.json"
+    if not args.resume:
+        write_json(kept, now)
+    elif (args.lora_rank or getattr(args, "kl_coef", 0)) and kept.exists() and read_json(kept) != now:
+        raise ValueError(f"{args.init_path} holds other weights than when {run.path} began from it; put those back to continue.")
 
 
 def freeze_unused(model):
@@ -350,6 +390,8 @@ def make_optimizer(model, args):
     if args.optimizer == "adamw16":
         return AdamW16(trained.values(), **adamw)
     matrices = [name for name, p in trained.items() if ".layers." in name and p.dim() == 2]
+    if args.lora_rank:
+        raise ValueError("--optimizer muon is for training from scratch: leave out --lora-rank, or use adamw.")
     return Pair(torch.optim.Muon([trained[n] for n in matrices], lr=args.lr, weight_decay=args.weight_decay, momentum=0.95,
                                  adjust_lr_fn="match_rms_adamw"),
                 torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], **adamw))
@@ -358,8 +400,8 @@ def make_optimizer(model, args):
 class AdamW16(torch.optim.Optimizer):
     """AdamW with everything in bfloat16: 8 bytes a parameter with its gradient instead of 16 (or 18 with master weights).
 
-    The step is computed in float32, tensor by tensor, and weight and second moment are rounded up or down at random, in
-    proportion to the nearness: a step smaller than bfloat16's spacing (1/256 of the value) would else be lost every time, and
+    The step is computed in float32, piece by piece, and weight and second moment (the first is rounded to nearest) are rounded
+    up or down at random, in proportion to the nearness: a step smaller than bfloat16's spacing (1/256 of the value) would else be lost every time, and
     a slow moment would never move (Zamirai et al., arXiv 2010.06192).
     """
 
@@ -376,13 +418,15 @@ class AdamW16(torch.optim.Optimizer):
                 if not state:
                     state |= {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
                 state["step"] += 1
-                t, grad = state["step"].item(), p.grad.float()
-                m = state["m"].float().lerp_(grad, 1 - beta1)
-                v = state["v"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                change = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt_() + group["eps"])
-                round_at_random(p, p.float().mul_(1 - lr * group["weight_decay"]).sub_(change, alpha=lr))
-                state["m"].copy_(m)
-                round_at_random(state["v"], v)
+                t, all_of = state["step"].item(), (p.data, p.grad, state["m"], state["v"])
+                for w, g, m16, v16 in zip(*(x.reshape(-1).split(2**24) for x in all_of)):  # 0.5 GB of float32 at a time
+                    grad = g.float()
+                    m = m16.float().lerp_(grad, 1 - beta1)
+                    v = v16.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                    change = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt_() + group["eps"])
+                    round_at_random(w, w.float().mul_(1 - lr * group["weight_decay"]).sub_(change, alpha=lr))
+                    m16.copy_(m)
+                    round_at_random(v16, v)
 
 
 def round_at_random(target, value):
@@ -437,8 +481,8 @@ def finish(run, model, tokenizer, optimizer, generator, progress, args):
         save_run(run, model, tokenizer, optimizer, generator, progress, args)
     if progress.stuck:
         raise ValueError(progress.stuck)
-    print(f"stopped at step {progress.step}; go on with --resume {run.path}" if run.stopping and not progress.done() else
-          f"done: {run.path}", flush=True)
+    print(f"stopped at step {progress.step}; go on with --resume {clean(run.path)}" if run.stopping and not progress.done() else
+          f"done: {clean(run.path)}", flush=True)
 
 
 def update(model, optimizer, lr, max_grad_norm, progress):
@@ -610,15 +654,16 @@ def shared_arguments(parser, **defaults):
     g.add_argument("--lr", type=float, default=defaults["lr"], help="peak learning rate of AdamW")
     g.add_argument("--optimizer", choices=("adamw", "adamw16", "muon"), default="adamw", help="adamw16: weights and state in bfloat16, "
                    "full fine-tuning in little memory; muon: for training from scratch")
-    g.add_argument("--schedule", choices=("cosine", "constant"), default=defaults["schedule"])
+    g.add_argument("--schedule", choices=("cosine", "constant"), default=defaults["schedule"], help="of the rate after the warm-up")
     g.add_argument("--lr-warmup", type=int, default=10, help="steps of linear learning-rate warm-up")
     g.add_argument("--lr-end", type=float, default=0.1, help="last learning rate as a share of the peak")
-    g.add_argument("--weight-decay", type=float, default=0.0)
+    g.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's, per step as a share of --lr")
     g.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    g.add_argument("--micro-batch", type=int, default=256, help="episodes per forward pass; changes memory, not the result")
+    g.add_argument("--micro-batch", type=int, default=256, help="episodes per forward pass: memory, not the result (but "
+                   "adamw16 adds gradients in bfloat16: 4 or more there)")
     g.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, one more forward pass")
     g = parser.add_argument_group("evaluation along the way")
-    g.add_argument("--evals", type=int, default=2, help="evaluations spread over the run, start and end included")
+    g.add_argument("--evals", type=int, default=2, help="evaluations spread over the run, start and end included; 1: the start")
     g.add_argument("--eval-n", type=int, default=200, help="held-out hands")
     g.add_argument("--eval-split", choices=("val", "test"), default="val", help="val chooses settings, test is for claims")
     g.add_argument("--eval-suite", default=None, help="suite to evaluate (default: the task's)")
@@ -638,7 +683,9 @@ def finish_arguments(parser, argv):
     if args.resume:
         if args.init:
             raise ValueError("--init starts a run and --resume continues one: give only one of them.")
-        stored, given = stored_arguments(args, parser), {k: v for k, v in vars(args).items() if v != parser.get_default(k)}
+        unset = dict.fromkeys(vars(args), parser)  # a value that no flag has: what still has it was not given
+        given = {k: v for k, v in vars(parser.parse_args(argv, argparse.Namespace(**unset))).items() if v is not parser}
+        stored = stored_arguments(args, parser)
         if wrong := given.keys() - {"resume", "device", "threads"}:
             raise ValueError(f"--resume takes the arguments of the run it continues: leave out --{min(wrong).replace('_', '-')}.")
         vars(args).update(stored | given, out=args.resume)
@@ -660,11 +707,14 @@ def stored_arguments(args, parser):
     stored, flags = read_json(path), vars(args).keys() - {"resume"} | {"init_path"}
     if not isinstance(stored, dict) or flags - stored.keys():
         raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the script that began it.")
-    for name in flags - {"init_path"}:
-        default, value = parser.get_default(name), stored[name]
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        if default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
-            raise ValueError(f"{path}: {name} cannot be {clean(json.dumps(value))[:60]}.")
+    for action in (action for action in parser._actions if action.dest in flags):
+        value, kind = stored[action.dest], action.type or (bool if action.nargs == 0 else str)
+        right = all(type(v) in ((int, float) if kind is float else (kind,)) for v in (value if action.nargs == "+" else [value])) \
+            if isinstance(value, list) == (action.nargs == "+") else False
+        if value is None and action.default is not None or value is not None and (not right or action.choices and value not in action.choices):
+            raise ValueError(f"{path}: {action.dest} cannot be {clean(json.dumps(value))[:60]}.")
+    if not isinstance(stored["init_path"], (str, type(None))):
+        raise ValueError(f"{path}: init_path cannot be {clean(json.dumps(stored['init_path']))[:60]}.")
     return stored
 
 
@@ -683,6 +733,8 @@ def parse_args(argv=None):
     args = finish_arguments(parser, argv)
     args.rules = args.rules or [args.rule]
     draw(args, random.Random(0))
+    if args.fresh and (args.lora_rank or args.init):
+        raise ValueError("--fresh trains all of a new model: leave out --lora-rank and --init.")
     if args.fresh and args.model not in ("tiny", "small"):
         raise ValueError("--fresh makes a model from nothing: --model must be tiny or small.")
     return args

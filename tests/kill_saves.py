@@ -43,7 +43,8 @@ def whole(run):
     """The step of the newest checkpoint, after loading every part of it. Raises ValueError when there is none."""
     place = E.latest_checkpoint(run)
     M.load_model(place)
-    if M.read_json(place / SFT.CHECKSUMS) != SFT.checksums(place):
+    written = M.read_json(place / SFT.CHECKSUMS)
+    if written != SFT.checksums(place, written):
         raise ValueError(f"{place} is not as it was written")
     return torch.load(place / "state.pt", weights_only=True)["step"]
 

@@ -590,17 +590,13 @@ def test_dry_run_says_whether_it_fits(capsys):
 @pytest.mark.parametrize("line", ["--batch 0", "--batch -3", "--batch 10000000", "--lora-rank -1", "--group 3", "--group 1000",
                                   "--images 99", "--batch x", "--size 12b", "--optimizer-state int1", "--nothing"])
 def test_bad_flags_are_one_sentence(line, capsys):
-    try:
+    with pytest.raises(ValueError) as refused:
         flags(line)
-        pytest.fail("accepted")
-    except ValueError as error:
-        assert str(error).endswith(".") and "\n" not in str(error)
-    except SystemExit as stop:  # argparse's own
-        assert stop.code == 2 and "error: argument" in capsys.readouterr().err or "unrecognized" in line or line == "--nothing"
+    assert str(refused.value).endswith(".") and "\n" not in str(refused.value)
 
 
 def test_command_line_exits_with_2():
     for line in ("--dry-run --batch 0", ""):
         done = subprocess.run([sys.executable, ROOT / "model.py", *line.split()], capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
-        assert "error: " in done.stderr.splitlines()[-1]
+        assert "error: " in done.stderr and len(done.stderr.splitlines()) == 1

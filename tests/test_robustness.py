@@ -72,6 +72,10 @@ def place(tiny_run, tmp_path_factory):
     edit(copy("nan")[0] / "args.json", lambda a: a.update(lr=math.nan))
     edit(copy("flagless")[0] / "args.json", lambda a: a.pop("batch"))
     edit(copy("task")[0] / "args.json", lambda a: a.update(task="chess"))
+    for name, change in (("vast", {"steps": 10**400}), ("words_for", {"max_new_tokens": "64"}), ("rules_of", {"rules": [1]}),
+                         ("begun", {"init_path": 5}), ("sgd", {"optimizer": "sgd"}), ("other_state", {"optimizer": "muon"}),
+                         ("linear", {"schedule": "linear"}), ("on_train", {"eval_split": "train"})):
+        edit(copy(name)[0] / "args.json", lambda a: a.update(change))
     (copy("text")[0] / "args.json").write_text("{")
     (copy("list")[0] / "args.json").write_text("[]")
     (copy("empty_args")[0] / "args.json").write_text("")
@@ -104,6 +108,17 @@ BAD = [  # script, flags, words of the sentence
         ("absent", "absent holds no run"), ("file", "file holds no run"), ("empty", "empty holds no run"),
         ("typed", "steps cannot be"), ("nan", "--lr"), ("flagless", "flagless/args.json was not written by"), ("task", "chess"), ("text", "not JSON"),
         ("list", "args.json"), ("empty_args", "not JSON"), ("cut", "no checkpoint of cut"), ("stateless", "no checkpoint of stateless"))],
+    *[(SFT, ["--resume", name], words) for name, words in (
+        ("vast", "--steps"), ("words_for", "max_new_tokens cannot be"), ("rules_of", "rules cannot be"), ("begun", "init_path cannot be"),
+        ("sgd", "optimizer cannot be"), ("other_state", "another optimizer"), ("linear", "schedule cannot be"), ("on_train", "eval_split"))],
+    (SFT, ["--resume", "run", "--lr", "3e-4"], "leave out --lr"),
+    *[(SFT, argv, words) for argv, words in (
+        (["--resume", ""], "--resume is empty"), (["--init", "", "--out", "new"], "--init is empty"), (["--model", "tiny", "--out", "o\udcff"], "--out"),
+        (["--model", "tiny", "--out", "o\x1b[31m"], "--out"), (["--steps", "9" * 400, *NEW], "--steps"), (["--optimizer", "muon", "--lora-rank", "2", *NEW], "muon"),
+        (["--fresh", "--lora-rank", "2", "--out", "new"], "--fresh"), (["--fresh", "--init", "run", "--out", "new"], "--fresh"))],
+    (E, ["run", "--ask", "\udcff"], "--ask"),
+    (E, ["run", "--ask", "x", "--image", ""], "--image"),
+    (E, ["run", "--out", "run"], "holds a run"),
     (RL, ["--resume", "run"], "continue the run with the script that began it"),
     (SFT, ["--resume", "run", "--init", "run"], "only one"),
     (SFT, ["--resume", "run", "--lr", "1e-3"], "leave out --lr"),
@@ -199,6 +214,64 @@ def test_a_run_that_never_saved_starts_again(whole_run, tmp_path, capsys):
     assert "continued at step 0" in capsys.readouterr().out
     assert (run / "step-000006" / M.WEIGHTS).read_bytes() == (whole_run / "step-000006" / M.WEIGHTS).read_bytes()
     assert [SFT.step_of(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_files_that_others_leave_do_no_harm(whole_run, tmp_path, capsys):
+    """A file manager's note in a checkpoint, lines of any kind in the metrics, odd names among the evaluations."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    (run / "step-000006" / ".DS_Store").write_text("x")
+    (run / "step-000006" / "evals").mkdir()
+    (run / "evals" / "\u00b2000001.json").write_text("{}")
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": "x"}\n{"step": null}\n' + b"[" * 100_000 + b"\n\xff\n7\n")
+    SFT.main(["--resume", str(run)])
+    assert "continued at step 6" in capsys.readouterr().out
+    assert [SFT.step_of(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_are_sorted_as_numbers(whole_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    os.rename(run / "step-000004", run / "step-999999")
+    os.rename(run / "step-000006", run / "step-1000000")
+    args = SFT.parse_args(["--resume", str(run)])
+    assert [path.parent.name for path in SFT.Run(args).states()] == ["step-999999", "step-1000000"]
+
+
+def test_only_one_process_may_continue_a_run(tiny_run, tmp_path):
+    flags = "--batch 8 --evals 0 --steps 100000 --save-every 0 --device cpu --threads 1".split()
+    run = subprocess.Popen([sys.executable, ROOT / "train_sft.py", "--init", tiny_run, "--out", tmp_path / "run", *flags],
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while "step" not in run.stdout.readline():
+        assert run.poll() is None
+    try:
+        with pytest.raises(ValueError, match="another process"):
+            SFT.main(["--resume", str(tmp_path / "run")])
+    finally:
+        run.kill()
+        run.communicate()
+    assert SFT.Run(SFT.parse_args(["--resume", str(tmp_path / "run")])).resume_point() == (None, None)
+
+
+def test_a_lora_run_wants_the_base_that_it_began_from(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "base")
+    train(tmp_path / "run", tmp_path / "base", "--lora-rank", "2")
+    weights = E.latest_checkpoint(tmp_path / "base") / M.WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="other weights"):
+        SFT.main(["--resume", str(tmp_path / "run")])
+
+
+def test_memory_that_does_not_suffice_is_a_sentence(start, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(SFT, "sft_backward", full)
+    with pytest.raises(SystemExit):
+        E.run_main(lambda: SFT.main([*start, "--batch", "2"]))
+    assert re.fullmatch("error: out of memory; lower --micro-batch.*", capsys.readouterr().err.strip())
 
 
 def test_what_came_after_the_checkpoint_is_taken_back(whole_run, tmp_path):
@@ -332,7 +405,11 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_with_the_batch_saved(script
 def test_no_group_with_signal_ends_the_run_with_a_save(start, tmp_path):
     """An untrained model that never solves anything: after 50 such steps the run says which knobs there are."""
     with pytest.raises(ValueError, match="no group had unequal returns.*--group.*--temperature.*--init"):
-        RL.main([*start, *RL_FLAGS])
+        RL.main([*start, *RL_FLAGS, "--save-every", "30"])
+    assert step_of(tmp_path / "run") == "step-000050"
+    shutil.rmtree(tmp_path / "run" / "step-000050")
+    with pytest.raises(ValueError, match="no group had unequal returns"):  # a resume does not begin to count again
+        RL.main(["--resume", str(tmp_path / "run")])
     assert step_of(tmp_path / "run") == "step-000050"
 
 
