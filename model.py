@@ -359,8 +359,8 @@ def causal_attention(q, k, v, mask):
     return out.transpose(1, 2).flatten(2)
 
 
-class SelfAttention(nn.Module):
-    """Causal grouped-query attention with RoPE."""
+class Attention(nn.Module):
+    """The projections of grouped-query attention: H query heads over K key and value heads of size E."""
 
     def __init__(self, c):
         super().__init__()
@@ -369,6 +369,10 @@ class SelfAttention(nn.Module):
         self.k_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+
+
+class SelfAttention(Attention):
+    """Causal grouped-query attention with RoPE."""
 
     def forward(self, x, rope, mask=None, store=None):
         """x (B, T, D). mask None: causal among the T tokens. `store` puts k, v into the cache and returns all of it."""
@@ -378,16 +382,11 @@ class SelfAttention(nn.Module):
         return self.o_proj(causal_attention(q, *(store(k, v) if store else (k, v)), mask))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attention):
     """Text queries over image keys: no RoPE, not causal, an RMSNorm on every query and key head."""
 
     def __init__(self, c):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = Linear(c.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        super().__init__(c)
         self.q_norm, self.k_norm = RMSNorm(self.head_dim, c.rms_norm_eps), RMSNorm(self.head_dim, c.rms_norm_eps)
 
     def keys_values(self, features):
@@ -422,8 +421,7 @@ class SelfLayer(nn.Module):
         self.self_attn, self.mlp = SelfAttention(c), MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-        self.joint = None
+        self.joint = None  # what `join` made, while a rollout runs
 
     def join(self):
         """For rollouts: from now on use copies of the weights in which adapters and the norms' weights are merged and
@@ -891,7 +889,9 @@ class LlamaVision(nn.Module):
         logits = self.logits(hidden[chosen[:, 1:]])
         log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
         picked = log_p.gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
-        return picked, -(log_p.exp() * log_p).sum(-1)
+        with torch.no_grad():  # a measure, not a loss: no graph over the whole vocabulary for it
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        return picked, entropy
 
 
 def init_weights(model, seed):
@@ -1293,14 +1293,6 @@ def read_tensors(path, header, targets):
                     part.copy_(buffer)
 
 
-def load_tensors(path):
-    """All tensors of a safetensors file. Raises ValueError with one sentence when it is missing or damaged."""
-    header = read_header(path)
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _) in header.items()}
-    read_tensors(path, header, tensors)
-    return tensors
-
-
 def load_tokenizer(directory):
     """The Tokenizer of a model directory."""
     path = _file(Path(directory), "tokenizer.json")
@@ -1546,13 +1538,14 @@ def _trace(model, a, rows, prompts, length, scored, meter):
         with torch.set_grad_enabled(gate.requires_grad and torch.is_grad_enabled()):
             ids = torch.zeros(len(tiles), dtype=torch.long)
             features = model.image_features(tiles, ids, torch.zeros(tiles.shape[:2]))
+        del tiles  # as `see` lets them go
         features = features.unflatten(0, (-1, a.images)).flatten(1, 2)
         with unset_fake_temporarily():  # which row has which set must be known
             real = (torch.arange(v.max_num_tiles) < a.tiles).expand(len(features), a.images, -1)
             image = ImageContext(features, real, torch.arange(rows) * len(features) // rows)
     hidden = model(torch.zeros(rows, length, dtype=torch.long), image=image)
-    log_p = model.logits(hidden[:, -scored:]).log_softmax(-1)
-    loss, kept = log_p[..., 0].sum() - (log_p.exp() * log_p).sum(), meter.live
+    loss = model.logits(hidden[:, -scored:]).log_softmax(-1)[..., 0].sum()
+    kept = meter.live
     if loss.requires_grad:
         loss.backward()
     return kept

@@ -60,10 +60,8 @@ class Run:
         self.path, self.stopping, self.saved, self.warned = Path(args.out if plain else os.path.realpath(args.out)), False, -1, {}
         if args.resume:
             self.lock()
-        if not args.resume:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise ValueError(f"{self.path} is there already and not empty; choose another --out, or go on with "
-                                 f"--resume {self.path}.")
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"{self.path} is there already and not empty; choose another --out, or go on with --resume {self.path}.")
 
     def open(self, args):
         """Write what a run begins with (all at once, once the model is there), or clear what a killed one left."""
@@ -400,9 +398,9 @@ def make_optimizer(model, args):
 class AdamW16(torch.optim.Optimizer):
     """AdamW with everything in bfloat16: 8 bytes a parameter with its gradient instead of 16 (or 18 with master weights).
 
-    The step is computed in float32, piece by piece, and weight and second moment (the first is rounded to nearest) are rounded
-    up or down at random, in proportion to the nearness: a step smaller than bfloat16's spacing (1/256 of the value) would else be lost every time, and
-    a slow moment would never move (Zamirai et al., arXiv 2010.06192).
+    The step is computed in float32, piece by piece; weight and second moment are then rounded up or down at random, the
+    nearer the likelier (the first moment to nearest). Rounded to nearest, a step below bfloat16's spacing, 1/256 of the
+    value, would be lost every time, and a slow moment would never move (Zamirai et al., arXiv 2010.06192).
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
@@ -707,15 +705,21 @@ def stored_arguments(args, parser):
     stored, flags = read_json(path), vars(args).keys() - {"resume"} | {"init_path"}
     if not isinstance(stored, dict) or flags - stored.keys():
         raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the script that began it.")
-    for action in (action for action in parser._actions if action.dest in flags):
-        value, kind = stored[action.dest], action.type or (bool if action.nargs == 0 else str)
-        right = all(type(v) in ((int, float) if kind is float else (kind,)) for v in (value if action.nargs == "+" else [value])) \
-            if isinstance(value, list) == (action.nargs == "+") else False
-        if value is None and action.default is not None or value is not None and (not right or action.choices and value not in action.choices):
-            raise ValueError(f"{path}: {action.dest} cannot be {clean(json.dumps(value))[:60]}.")
+    for action in parser._actions:
+        if action.dest in flags and not could_give(action, stored[action.dest]):
+            raise ValueError(f"{path}: {action.dest} cannot be {clean(json.dumps(stored[action.dest]))[:60]}.")
     if not isinstance(stored["init_path"], (str, type(None))):
         raise ValueError(f"{path}: init_path cannot be {clean(json.dumps(stored['init_path']))[:60]}.")
     return stored
+
+
+def could_give(action, value):
+    """Whether a flag (an argparse action) could have given this value."""
+    if value is None or isinstance(value, list) != (action.nargs == "+"):
+        return value is None and action.default is None
+    kinds = (int, float) if action.type is float else (action.type or (bool if action.nargs == 0 else str),)
+    return all(type(v) in kinds for v in (value if isinstance(value, list) else [value])) and (
+        not action.choices or value in action.choices)
 
 
 def parse_args(argv=None):

@@ -28,6 +28,14 @@ def tokenizer():
     return M.train_tokenizer(texts, 400)
 
 
+def load_tensors(path):
+    """All tensors of a safetensors file by name, read as model.py reads them."""
+    header = M.read_header(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape, _) in header.items()}
+    M.read_tensors(path, header, tensors)
+    return tensors
+
+
 def small_config(tokenizer):
     """A config of a few thousand parameters with every mechanism in it: grouped heads, a cross layer, stretched RoPE."""
     text = M.TextConfig(tokenizer.bpe.get_vocab_size() - 1, 32, 48, 4, 4, 2, (2,), rope_theta=100.0, rope_factor=2.0,

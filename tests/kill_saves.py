@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import evaluate as E  # noqa: E402
 import model as M  # noqa: E402
@@ -53,7 +54,7 @@ def tensors(run):
     """Weights and optimizer moments of the newest checkpoint, by name."""
     place = E.latest_checkpoint(run)
     moments = torch.load(place / "state.pt", weights_only=True)["optimizer"]["state"]
-    return M.load_tensors(place / M.WEIGHTS) | {f"{i}/{k}": v for i, s in moments.items() for k, v in s.items()}
+    return load_file(place / M.WEIGHTS) | {f"{i}/{k}": v for i, s in moments.items() for k, v in s.items()}
 
 
 def main(argv=None):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import model as M
-from conftest import ROOT, small_config
+from conftest import ROOT, load_tensors, small_config
 
 NORM, Q = "language_model.model.norm.weight", "language_model.model.layers.0.self_attn.q_proj"
 TOKENIZER = "tokenizer.json"
@@ -110,7 +110,7 @@ def entry(name=NORM, **fields):
 def tensors(change, file=M.WEIGHTS):
     """change(state), and the file written anew."""
     def damage(directory):
-        state = M.load_tensors(directory / file)
+        state = load_tensors(directory / file)
         change(state)
         save_file(state, directory / file)
     return damage
@@ -371,7 +371,7 @@ def rename(file, layouts):
     """Names of a file's tensors from the hub's layout into that of memory."""
     def damage(directory):
         state = {}
-        for name, t in M.load_tensors(directory / file).items():
+        for name, t in load_tensors(directory / file).items():
             prefix = "base_model.model." if name.startswith("base_model.model.") else ""
             hub = name.removeprefix(prefix)
             state[prefix + next(new + hub[len(old):] for new, old in layouts if hub.startswith(old))] = t
@@ -442,7 +442,7 @@ def test_types_are_converted_as_they_are_read(stored, wanted, saved, tokenizer, 
 def test_large_tensors_are_read_in_pieces(tmp_path):
     big = torch.randn(2**22 + 5).to(torch.bfloat16)
     save_file({"a": big, "b": torch.tensor(3.0), "c": torch.zeros(0, 4)}, tmp_path / "x")
-    back = M.load_tensors(tmp_path / "x")
+    back = load_tensors(tmp_path / "x")
     assert torch.equal(back["a"], big) and back["b"] == 3.0 and back["c"].shape == (0, 4)
     target = {"a": torch.empty(2**22 + 5)}
     M.read_tensors(tmp_path / "x", {"a": M.read_header(tmp_path / "x")["a"]}, target)

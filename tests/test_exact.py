@@ -1,7 +1,7 @@
 """model.py against transformers 5.23 with Meta's semantics and with its own; the fixtures are made by make_fixtures.py."""
 
+import importlib.util
 import io
-import types
 from dataclasses import replace
 from functools import cache
 
@@ -423,14 +423,16 @@ def test_tokenizer_without_a_needed_token_says_so():
 
 # ---- the tests bite: each change of model.py's text must be noticed
 
-def mutant(*changes):
-    """model.py with pieces of its text replaced, as a module of its own."""
+def mutant(folder, *changes):
+    """model.py with pieces of its text replaced, written into a folder and imported from there under a name of its own."""
     source = (FIXTURES.parents[1] / "model.py").read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"the mutation no longer fits model.py, adapt it: {old}"
         source = source.replace(old, new)
-    module = types.ModuleType("mutant")
-    exec(compile(source, "mutant", "exec"), module.__dict__)
+    (folder / "mutant.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("mutant", folder / "mutant.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -480,12 +482,12 @@ MUTATIONS = {
 }
 
 
-def test_the_text_unchanged_passes_as_a_mutant():
-    module = mutant()
+def test_the_text_unchanged_passes_as_a_mutant(tmp_path):
+    module = mutant(tmp_path)
     assert forward("grouped")(module) <= 1 and cached("grouped")(module) <= 1 and pictures(module) == 0
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_mutations_are_noticed(name):
+def test_mutations_are_noticed(name, tmp_path):
     check, changes = MUTATIONS[name]
-    assert check(mutant(*changes)) > 1
+    assert check(mutant(tmp_path, *changes)) > 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model as M
-from conftest import ROOT, small_config
+from conftest import ROOT, load_tensors, small_config
 
 
 def ids_of(tokenizer, count, seed=0):
@@ -165,7 +165,7 @@ def test_lora_goes_out_and_comes_in_with_pefts_names(model, tokenizer, tmp_path)
     back, _ = M.load_model(tmp_path / "adapter")
     ids = torch.tensor([ids_of(tokenizer, 8)])
     assert torch.equal(back(ids), model(ids))
-    names = M.load_tensors(tmp_path / "adapter" / M.ADAPTER).keys()
+    names = load_tensors(tmp_path / "adapter" / M.ADAPTER).keys()
     assert "base_model.model.language_model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
 
 
@@ -355,7 +355,7 @@ def test_config_that_cannot_be_meant(change, words):
 
 def test_wrong_tensors_are_named(model, tokenizer, tmp_path):
     M.save_model(model, tokenizer, tmp_path)
-    state = M.load_tensors(tmp_path / M.WEIGHTS)
+    state = load_tensors(tmp_path / M.WEIGHTS)
     name = "language_model.model.norm.weight"
     for damage, words in ((lambda s: s.pop(name), "lacks"), (lambda s: s.update(extra=torch.zeros(1)), "unknown"),
                           (lambda s: s.update({name: torch.zeros(3)}), "shape")):

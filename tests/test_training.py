@@ -15,6 +15,7 @@ import model as M
 import tasks
 import train_rl as RL
 import train_sft as SFT
+from conftest import load_tensors
 
 
 def problem(index=0, attempts=3, rule="10"):
@@ -551,11 +552,11 @@ def test_resumed_equals_uninterrupted(script, extra, tiny_run, tmp_path, uneven_
         for key, moments in one["state"].items():
             assert all(torch.equal(v, other["state"][key][k]) for k, v in moments.items())
     weights = M.ADAPTER if "lora" in extra else M.WEIGHTS
-    a, b = (M.load_tensors(tmp_path / n / "step-000006" / weights) for n in ("whole", "parts"))
+    a, b = (load_tensors(tmp_path / n / "step-000006" / weights) for n in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     timeless = lambda run: [{k: v for k, v in r.items() if "seconds" not in k} for r in lines(run)]
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
-    start = M.load_tensors(E.find_model(str(tiny_run), "gp-l") / M.WEIGHTS)
+    start = load_tensors(E.find_model(str(tiny_run), "gp-l") / M.WEIGHTS)
     if "lora" not in extra:
         assert any(not torch.equal(a[k], start[k]) for k in a)
 
