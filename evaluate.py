@@ -458,6 +458,11 @@ def any_eval(study):
     return next(iter(next(iter(study.values())).values()))[-1]
 
 
+def any_args(study, arm):
+    """The flags of one of an arm's runs, for what is the same in all of them."""
+    return next(iter(study[arm].values()))[-1]["args"]
+
+
 def arms_of(study):
     """The arms that are compared, SFT and RL first."""
     return [arm for arm in study if arm not in ("base", "warmup")]
@@ -767,7 +772,8 @@ def story(study, view=("greedy", "first")):
     points = {key: f"({' '.join(percent(x, '+'))} points)" for key, x in d.items()}
     sft_id, rl_id, sft, rl, gap, best, fake = COMPARED
     rates = [f"{100 * _solved(stage['start'][1], row, view).mean():.1f} %" for row in ("id", "rule")]
-    out = [verdict(sign[sft], sign[rl], sign[gap], sign[rl_id]),
+    differ = len({any_args(study, arm).get("lr") for arm in ("sft", "rl")}) > 1
+    out = [verdict(sign[sft], sign[rl], sign[gap], sign[rl_id]) + differ * " The arms' learning rates differ: see below.",
            f"Scores are the share of {len(any_eval(study)['classes'])} held-out {things} that are solved ({view_name(view)}) under "
            f"the rule of training (ID: {trained}) and under one that only the prompt states (rule OOD: {other}).",
            f"Both arms start from the same checkpoint, which solves {rates[0]} (ID) and {rates[1]} (rule OOD)."]
@@ -799,7 +805,7 @@ def limits_of(study):
            f"{min(300 / n, 100):.1f} points away, or more."]                                          # the rule of three
     if spent and max(spent) > 1.05 * min(spent):
         out.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: compare the curves, not the ends.")
-    rates = {arm: next(iter(study[arm].values()))[-1]["args"].get("lr") for arm in arms_of(study)}
+    rates = {arm: any_args(study, arm).get("lr") for arm in arms_of(study)}
     if len(set(rates.values()) - {None}) > 1:
         out.append("The arms have different peak learning rates (" + ", ".join(f"{name_of(arm)} {lr}" for arm, lr in rates.items()) + "). "
                    "How far an arm leaves its start depends much on that rate, so a difference between these two runs is one between "
