@@ -15,9 +15,11 @@ Shapes: P problems, G episodes of one problem (a group), B = P * G rows.
 """
 
 import argparse
+import base64
 import copy
 import functools
 import html
+import io
 import json
 import math
 import os
@@ -70,7 +72,8 @@ class Episode:
     def judge(self, tokenizer, text):
         """Let the verifier judge the response just appended; its words open the next turn. -> done"""
         step = self.problem.step(text)
-        self.turns.append({"response": text, "outcome": step.outcome, "reward": step.reward, "feedback": step.feedback})
+        self.turns.append({"response": text, "outcome": step.outcome, "reward": step.reward, "feedback": step.feedback,
+                           "read": step.read})
         if not step.done:
             if self.ids[-1] not in tokenizer.stop_ids:  # cut off at max_new_tokens: close the message, unsampled
                 self.read([tokenizer.eot])
@@ -107,22 +110,26 @@ def rollout(model, tokenizer, problems, group=1, max_new_tokens=64, temperature=
     return groups
 
 
-@torch.no_grad()
 def see(model, problems):
-    """The pictures of problems as the decoder sees them (an ImageContext with a set for each problem), None without any.
-    Not for training the tower: nothing here has a gradient."""
-    if all(p.image is None for p in problems):
+    """The pictures of problems as the decoder sees them: an ImageContext with a row for each problem, None without any.
+    A picture that several problems share is encoded once."""
+    shown = [id(p if p.image is None else p.image) for p in problems]
+    sets = {key: [] if p.image is None else [p.image] for key, p in zip(shown, problems)}
+    if not any(sets.values()):
         return None
-    pictures = [[] if p.image is None else [p.image] for p in problems]
-    return model.see(*pack_images(pictures, model.config.vision.image_size))
+    place = {key: i for i, key in enumerate(sets)}
+    return model.see(*pack_images(list(sets.values()), model.config.vision.image_size),
+                     torch.tensor([place[key] for key in shown], device=model.device))
 
 
-def seen_by(episodes):
-    """The ImageContext for a batch of episodes of one rollout, in their order; None for text."""
-    if not episodes[0].seen:
-        return None
-    context = episodes[0].seen[0]
-    return context.select(torch.tensor([e.seen[1] for e in episodes], device=context.rows.device))
+def seen_by(model, episodes):
+    """The ImageContext for a batch of episodes, in their order; None for text. While tower or projector are trained their
+    pictures are encoded here, with gradient; else what the rollout has encoded is used again."""
+    if episodes[0].seen and not model.learns_to_see:
+        context = episodes[0].seen[0]
+        return context.select(torch.tensor([e.seen[1] for e in episodes], device=context.rows.device))
+    with torch.set_grad_enabled(model.learns_to_see and torch.is_grad_enabled()):
+        return see(model, [e.problem for e in episodes])
 
 
 def _rollout_batch(model, tokenizer, problems, group, max_new_tokens, temperature, generator, image):
@@ -186,56 +193,80 @@ def micro_batches(episodes, size):
 # ---------------------------------------------------------------- 2. Evaluation
 
 
-def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_tokens=64, rows=256, samples=4):
-    """Success of a model on the rows of a suite, 0/1 for every hand.
+def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_tokens=64, rows=256, samples=4, only=None):
+    """How a model does on the rows of a suite (or on those that `only` names), a number for every hand.
 
     Rows whose rules have the same target and number of cards deal the same n held-out hands. "greedy" is temperature 0,
-    "sampled" temperature 1; "first" counts the first answer, "episode" any of the `attempts`. A row with a judge of its own
-    ("fake rule") judges the answers of the row with the same prompt once more, by the other rule.
+    "sampled" temperature 1; "first" counts the first answer, "episode" any of the `attempts`, both 0 or 1; "read" is the share
+    of the cards that the first answer names rightly. A row with a judge of its own ("fake rule") judges the answers of the row
+    with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand.
     """
-    began, result, episodes, classes = time.time(), {}, {}, {}
-    for name, rule, judge in tasks.SUITES[suite]:
-        problems = suite_problems(tokenizer, suite, rule, judge, n, attempts, split)
-        result[name], classes[name] = {}, [p.cls for p in problems]
+    began, result, turns, classes, shown, cut = time.time(), {}, {}, {}, [], []
+    suite_rows = [row for row in tasks.SUITES[suite] if not only or row.name in only]
+    for row in suite_rows:
+        problems = suite_problems(model, tokenizer, suite, row, n, attempts, split)
+        result[row.name], classes[row.name] = {}, [p.cls for p in problems]
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            if judge is None:
-                generator = torch.Generator(model.device).manual_seed(0)
-                played = rollout(model, tokenizer, problems, 1, max_new_tokens, temperature, generator, rows)
-                episodes[rule, mode] = played = [group[0] for group in played]
-                first, whole = [e.solved(1) for e in played], [e.solved() for e in played]
-            else:
-                right = [[copy.copy(p).step(turn["response"]).outcome == "correct" for turn in e.turns]
-                         for p, e in zip(problems, episodes[rule, mode])]
-                first, whole = [answers[0] for answers in right], [any(answers) for answers in right]
-            result[name][mode] = {"first": [int(x) for x in first], "episode": [int(x) for x in whole]}
-    shown = [show_episode(name, e) for name, rule, judge in tasks.SUITES[suite] if judge is None
-             for e in episodes[rule, "greedy"][:samples]]
+            if row.judge is None:
+                played = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows)
+                played = [episode for group in played for episode in group]
+                shown += [show_episode(row.name, e) for e in played[: samples * (mode == "greedy")]]
+                cut.append(truncated(played, tokenizer))
+                turns[row.name, mode] = [e.turns for e in played]  # without the pictures
+            asked = next(r.name for r in suite_rows if (r.rule, r.visual, r.judge) == (row.rule, row.visual, None))
+            answers = turns[row.name if row.judge is None else asked, mode]
+            right = [[copy.copy(p).step(turn["response"]).outcome == "correct" if row.judge else turn["outcome"] == "correct"
+                      for turn in answer] for p, answer in zip(problems, answers)]
+            result[row.name][mode] = {"first": [int(r[0]) for r in right], "episode": [int(any(r)) for r in right],
+                                      "read": [round(answer[0]["read"], 4) for answer in answers]}
     return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": next(iter(classes.values())),
-            "row_classes": classes, "truncated": max(truncated(played, tokenizer) for played in episodes.values()),
-            "rows": result, "samples": shown, "eval_seconds": round(time.time() - began, 2)}
+            "row_classes": classes, "truncated": max(cut), "rows": result, "samples": shown,
+            "eval_seconds": round(time.time() - began, 2)}
 
 
-def suite_problems(tokenizer, suite, rule, judge, n, attempts, split):
-    """The n problems of one row of a suite, in the prompt style of the tokenizer's model."""
-    style = "short" if tokenizer.short else "full"
-    return [tasks.make(suite.removesuffix("-probes"), rule, split=split, index=i, attempts=attempts, style=style,
-                       judge=judge) for i in range(n)]
+def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows):
+    """`rollout` with its own random stream, and the pictures of a few problems at a time in memory."""
+    generator, size = torch.Generator(model.device).manual_seed(0), max(1, rows // group)
+    return [members for first in range(0, len(problems), size) for members in
+            rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows)]
+
+
+def shown_to(model, tokenizer):
+    """How problems are put to a model: short prompts for the tiny tokenizer, pictures of its own tiles' size."""
+    return {"style": "short" if tokenizer.short else "full", "tile": model.config.vision.image_size}
+
+
+def suite_problems(model, tokenizer, suite, row, n, attempts, split):
+    """The n problems of one row of a suite, as they are put to this model."""
+    problems = [tasks.make(suite.removesuffix("-probes"), row.rule, row.visual, split, i, attempts, judge=row.judge,
+                           **shown_to(model, tokenizer)) for i in range(n)]
+    if row.name == SHUFFLED:
+        pictures = [p.image for p in problems]
+        for p, picture in zip(problems, pictures[1:] + pictures[:1]):
+            p.image = picture
+    return problems
+
+
+SHUFFLED = "shuffled"  # the control: a model that reads scores by chance here, one that guesses scores as always
 
 
 def show_episode(row, episode):
-    """An Episode as plain data for samples/ and the report."""
-    return {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns, "reward": episode.total()}
+    """An Episode as plain data for samples/ and the report; the picture as PNG in base64."""
+    problem, shown = episode.problem, {}
+    if problem.image is not None:
+        problem.image.save(file := io.BytesIO(), "PNG")
+        shown = {"picture": base64.b64encode(file.getvalue()).decode()}
+    return {"row": row, "prompt": problem.prompt, "turns": episode.turns, "reward": episode.total()} | shown
 
 
 def pass_at_1_to_k(model, tokenizer, suite, n, k, split="test", max_new_tokens=64, rows=256):
     """pass@1 .. pass@k at temperature 1 for every row of a suite: {row: [pass@1, ..., pass@k]}."""
     result = {}
-    for name, rule, judge in tasks.SUITES[suite]:
-        problems = suite_problems(tokenizer, suite, rule, judge, n, 1, split)
-        generator = torch.Generator(model.device).manual_seed(0)
-        groups = rollout(model, tokenizer, problems, k, max_new_tokens, 1.0, generator, rows)
+    for row in tasks.SUITES[suite]:
+        problems = suite_problems(model, tokenizer, suite, row, n, 1, split)
+        groups = play(model, tokenizer, problems, k, max_new_tokens, 1.0, rows)
         right = [sum(e.solved() for e in g) for g in groups]
-        result[name] = [float(np.mean([pass_at_k(k, c, j) for c in right])) for j in range(1, k + 1)]
+        result[row.name] = [float(np.mean([pass_at_k(k, c, j) for c in right])) for j in range(1, k + 1)]
     return result
 
 
@@ -367,22 +398,26 @@ def _draws(kinds, reps, seed):
     return rng.multinomial(kinds, np.full(kinds, 1 / kinds), size=reps).astype(float)
 
 
-def bootstrap(values, classes, reps=2000, seed=0):
+def bootstrap(values, classes, reps=2000, seed=0, among=None):
     """Mean and 95 % percentile interval, by resampling whole classes with replacement: (mean, low, high).
 
     Hands of one class are nearly the same problem, so the class is the unit that is drawn (cluster bootstrap, Davison &
     Hinkley 1997, section 3.8). values: (n,), or (S, n) for the same hands under S seeds; seeds are then resampled too
     (hierarchical). classes: n names. With one class, or all values equal, the interval has no width: not certainty.
+    among: 0/1 of the same shape, the hands that are averaged over (default: all; NaN where there is none).
     """
     values = np.atleast_2d(np.asarray(values, float))                       # (S, n)
     if values.size == 0 or values.shape[1] != len(classes):
         raise ValueError(f"An interval needs hands, and a class for each: got {values.shape[1]} and {len(classes)}.")
     names, member = np.unique(np.asarray(classes, str), return_inverse=True)
-    sums = np.stack([np.bincount(member, v, len(names)) for v in values])   # (S, C)
+    among = np.ones_like(values) if among is None else np.atleast_2d(np.asarray(among, float))
+    if not among.any(1).all():
+        return math.nan, math.nan, math.nan
+    sums, counts = (np.stack([np.bincount(member, row, len(names)) for row in of]) for of in (values * among, among))  # (S, C)
     draws = _draws(len(names), reps, seed)                                  # (reps, C)
-    means = draws @ sums.T / (draws @ np.bincount(member))[:, None]         # (reps, S): classes differ in size
+    means = draws @ sums.T / np.maximum(draws @ counts.T, 1e-9)             # (reps, S): classes differ in size
     means = (means * _draws(len(values), reps, seed + 1)).mean(1)           # the draws of a resample sum to S
-    return float(values.mean()), *np.percentile(means, [2.5, 97.5]).tolist()
+    return float((sums.sum(1) / counts.sum(1)).mean()), *np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def paired(a, b, classes, reps=2000, seed=0):
@@ -413,17 +448,18 @@ def _read(path, check):
 
 
 def _check_eval(e):
-    """An evaluation, with "solved": {(row, decoding, part): n floats, 0 or 1} made from its rows."""
+    """An evaluation, with "solved": {(row, decoding, part): n floats, 0 or 1, of part "read" shares} made from its rows."""
     e["step"], e["flops"], e["attempts"] = int(e["step"]), float(e["flops"]), int(e["attempts"])
     n, e["solved"] = len(e["classes"]), {}
     if n == 0 or not 0 <= e["flops"] < math.inf:
         raise ValueError("it has no hands, or its flops are not a count")
-    for row, mode, part in ((row, mode, part) for row in ROWS for mode in MODES for part in PARTS):
+    for row, mode, part in ((row, mode, part) for row in (*ROWS, *e["rows"]) for mode in MODES for part in (*PARTS, "read")):
         e["solved"][row, mode, part] = solved = np.asarray(e["rows"][row][mode][part], float)
-        if solved.shape != (n,) or not np.isin(solved, (0, 1)).all():
-            raise ValueError(f"{row} {mode} {part} is not a list of {n} times 0 or 1")
+        if solved.shape != (n,) or not ((0 <= solved) & (solved <= 1)).all() or part != "read" and (solved % 1).any():
+            raise ValueError(f"{row} {mode} {part} is not a list of {n} times " + ("0 to 1" if part == "read" else "0 or 1"))
     for sample in e["samples"]:
         sample["row"], sample["prompt"], sample["reward"], [turn["response"] for turn in sample["turns"]]
+        base64.b64decode(sample.get("picture", ""), validate=True)
     return e
 
 
@@ -576,6 +612,47 @@ def table_rows(study, view):
              for (a, b, row), d in differences(study, view).items()])
 
 
+# What is said of every row where pictures are shown: (values, hands that they are averaged over) of solved and read (S, n).
+MEASURES = {"success": lambda solved, read: (solved, None),
+            "all cards read": lambda solved, read: (read == 1, None),
+            "cards read": lambda solved, read: (read, None),
+            "success where all cards were read": lambda solved, read: (solved, read == 1)}
+
+
+def measured(evals, row, view, measure):
+    """(values, among) of a measure in a row, for {seed: evaluation}; None where it was not evaluated."""
+    if any((row, *view) not in e["solved"] for e in evals.values()):
+        return None
+    return MEASURES[measure](_solved(evals, row, view), _solved(evals, row, (view[0], "read")))
+
+
+def look_tables(study, view):
+    """{measure: (head, lines)}: a line for every row that is answered, a column for every stage, and RL - SFT where both are
+    averaged over the same hands. {} for tasks in text."""
+    last, stage = any_eval(study), stages(study, view)
+    if not tasks.pictures(str(last.get("suite"))):
+        return {}
+    classes, columns = last["classes"], [key for key in ("base", "start", "sft end", "rl end") if key in stage]
+    tables = {}
+    for measure in MEASURES:
+        lines = []
+        for row in (row for row in last["rows"] if row != "fake"):
+            found = {key: measured(stage[key][1], row, view, measure) for key in columns}
+            cells = [percent(bootstrap(f[0], classes, among=f[1])) if f else "\u2013" for f in found.values()]
+            sft, rl = found.get("sft end"), found.get("rl end")
+            if sft and rl and sft[1] is None:
+                cells.append(percent(paired(*(f[0].astype(float) for f in (rl, sft)), classes), "+"))
+            lines.append([ROWS.get(row, row), *cells])
+        tables[measure] = ["", *(stage[key][0] for key in columns), "RL - SFT"][: len(lines[0])], lines
+    return tables
+
+
+def cost_of_seeing(study, view):
+    """Lines (stage, paired difference): success on the cards in words minus success on their pictures, the same hands."""
+    return [[label, percent(paired(*(_solved(evals, row, view) for row in ("text", "id")), any_eval(study)["classes"]), "+")]
+            for label, evals in stages(study, view).values() if all(("text", *view) in e["solved"] for e in evals.values())]
+
+
 def _markdown(head, lines):
     lines = [head, *([cell if isinstance(cell, str) else " ".join(cell) for cell in line] for line in lines)]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -591,6 +668,10 @@ def table_text(study, only=None):
         parts.append(f"{view_name(view).capitalize()}: success in % [95 % interval], {n} problems")
         parts.append(_markdown(["", *ROWS.values()], table))
         parts += [_markdown(["paired difference", "points", ""], pairs)] if pairs else []
+        for measure, table in look_tables(study, view).items():
+            parts += [f"{view_name(view).capitalize()}, row by row: {measure} in %", _markdown(*table)]
+        if seeing := cost_of_seeing(study, view):
+            parts += ["Cards in words minus cards in pictures, ID rule, the same hands: points of success", _markdown(["", "points"], seeing)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -826,7 +907,7 @@ th,td{text-align:left;vertical-align:top;padding:.35rem .9rem .35rem 0;border-bo
 td i{font-style:normal;color:var(--muted);white-space:nowrap}.small{color:var(--muted);font-size:.9rem}
 details{border-top:1px solid var(--grid);padding:.5rem 0}summary{cursor:pointer;font-weight:600}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0;padding:.5rem .7rem;font-size:.82rem;border-left:3px solid var(--grid)}
-pre.answer{border-color:var(--c1)}@media (max-width:30rem){table{font-size:.82rem}th,td{padding-right:.5rem}}"""
+pre.answer{border-color:var(--c1)}.cards{width:12rem;max-width:100%;image-rendering:pixelated}@media (max-width:30rem){table{font-size:.82rem}th,td{padding-right:.5rem}}"""
 MATTER = ("model", "suite", "rule", "visual", "lr", "steps", "flops", "batch", "group", "attempts", "temperature", "seed")
 
 
@@ -842,6 +923,10 @@ def _results(study, view):
     out = f"<h3>Success in % [95 % interval]</h3>{_table(['', *ROWS.values()], table)}"
     if pairs:
         out += f"<h3>Paired differences on the same problems</h3>{_table(['', 'points', ''], pairs)}"
+    for measure, (head, lines) in look_tables(study, view).items():
+        out += f"<h3>Row by row, in %: {measure}</h3>{_table(head, lines)}"
+    if seeing := cost_of_seeing(study, view):
+        out += f"<h3>Success on cards in words minus on cards in pictures</h3>{_table(['', 'points'], seeing)}"
     if not arms_of(study):
         return out
     figures = svg_curves(study, view, ["id"]), svg_curves(study, view, ["rule"]), svg_path(study, view)
@@ -859,11 +944,14 @@ def _settings(study):
 
 
 def _episodes(study, arm, most=3):
-    """Up to `most` ID and `most` rule OOD episodes of the arm's latest evaluation that has samples."""
-    e = next((e for e in reversed(study[arm][min(study[arm])]) if e["samples"]), {"samples": []})
+    """Up to `most` ID and `most` rule OOD episodes of the arm's latest evaluation that has samples, one of other rows."""
+    e = next((e for e in reversed(study[arm][min(study[arm])]) if e["samples"]), {"samples": [], "rows": ()})
     out = []
-    for sample in (s for row in ("id", "rule") for s in [s for s in e["samples"] if s["row"] == row][:most]):
-        out.append(f"<h3>{ROWS[sample['row']]}, return {esc(sample['reward'])}</h3><pre>{esc(sample['prompt'])}</pre>")
+    for sample in (s for row in e["rows"] for s in [s for s in e["samples"] if s["row"] == row][: most if row in ROWS else 1]):
+        out.append(f"<h3>{esc(ROWS.get(sample['row'], sample['row']))}, return {esc(sample['reward'])}</h3>")
+        if "picture" in sample:
+            out.append(f'<img class=cards alt="what the model saw" src="data:image/png;base64,{esc(sample["picture"])}">')
+        out.append(f"<pre>{esc(sample['prompt'])}</pre>")
         out += [f"<pre class=answer>{esc(t['response'])}</pre><p class=small>verifier: {esc(t.get('outcome', ''))}, reward "
                 f"{esc(t.get('reward', ''))}. {esc(t.get('feedback') or '')}</p>" for t in sample["turns"]]
     return (f"<details><summary>Sample episodes: {esc(name_of(arm))}, seed {min(study[arm])}, step {e['step']}</summary>"
@@ -898,9 +986,23 @@ def write_report(study_dir):
 
 def result_table(result):
     """Success of one evaluation with intervals, as markdown."""
-    lines = [[name, *(" ".join(percent(bootstrap(modes[mode][part], result["row_classes"][name]))) for mode in MODES for part in PARTS)]
-             for name, modes in result["rows"].items()]
-    return _markdown(["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS)], lines)
+    lines = []
+    for name, modes in result["rows"].items():
+        scores = [modes[mode][part] for mode in MODES for part in PARTS] + [np.array(modes["greedy"]["read"]) == 1]
+        lines.append([name, *(" ".join(percent(bootstrap(score, result["row_classes"][name]))) for score in scores)])
+    return _markdown(["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS), "greedy, all cards read"], lines)
+
+
+def compare_table(results, names):
+    """Two evaluations of one suite on the same problems: their success and the paired difference, as markdown."""
+    lines, (a, b) = [], results
+    for row in a["rows"]:
+        for mode in MODES:
+            first, second = (result["rows"][row][mode]["episode"] for result in results)
+            classes = a["row_classes"][row]
+            cells = (percent(bootstrap(first, classes)), percent(bootstrap(second, classes)), percent(paired(second, first, classes), "+"))
+            lines.append([f"{row}, {MODES[mode]}", *map(" ".join, cells)])
+    return _markdown(["row", *map(clean, names), "second - first"], lines)
 
 
 def parse_args(argv=None):
@@ -908,6 +1010,7 @@ def parse_args(argv=None):
     parser = Parser("Evaluate a model on held-out problems, or write the report of a study.")
     parser.add_argument("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
     parser.add_argument("--report", metavar="STUDY", help="print the tables of a study directory and write its report.html")
+    parser.add_argument("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models on the same problems, with paired differences")
     parser.add_argument("--choose", metavar="GRID", help="print a grid's ID validation scores and the learning rates to take")
     parser.add_argument("--suite", default="gp-l", help=f"one of {', '.join(tasks.SUITES)}")
     parser.add_argument("--n", type=int, default=500, help="held-out problems per row")
@@ -922,8 +1025,9 @@ def parse_args(argv=None):
     parser.add_argument("--export", metavar="DIR", help="write the model there as the hub has it, adapters merged, in bfloat16")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.model, args.report, args.choose))) != 1:
-        raise ValueError("give one of: a model to evaluate, --report and a study directory, --choose and a grid of runs.")
+    if sum(map(bool, (args.model, args.report, args.choose, args.compare))) != 1:
+        raise ValueError("give one of: a model to evaluate, --compare and two models, --report and a study directory, --choose and "
+                         "a grid of runs.")
     if args.suite not in tasks.SUITES:
         raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
     if args.out and (Path(args.out).is_file() or (Path(args.out) / "args.json").exists() or (Path(args.out) / "evals/000000.json").exists()):
@@ -953,6 +1057,25 @@ def write_study(directory):
     return study
 
 
+def load(name, args):
+    """(model, tokenizer) of what a name on the command line means."""
+    return load_model(find_model(name, args.suite.removesuffix("-probes")), *device_and_dtype(args.device)[::-1])
+
+
+def evaluate_as_told(model, tokenizer, args):
+    """`evaluate` with the flags of the command line."""
+    return evaluate(model, tokenizer, args.suite, args.n, args.attempts, args.split,
+                    args.max_new_tokens or answer_length(tokenizer), args.rows)
+
+
+def compare(args):
+    """Evaluate two models, one after the other in memory, and print their table. Returns both evaluations."""
+    results = [evaluate_as_told(*load(name, args), args) for name in args.compare]
+    print(f"{args.suite}, {args.n} {args.split} problems, success of whole episodes in % [95 % interval]")
+    print(compare_table(results, args.compare))
+    return results
+
+
 def main(argv=None):
     """Evaluate or report; returns the evaluation, or the study."""
     args = parse_args(argv)
@@ -960,22 +1083,23 @@ def main(argv=None):
         return write_study(args.report)
     if args.choose:
         return choose_rates(args.choose)
-    model, tokenizer = load_model(find_model(args.model, args.suite.removesuffix("-probes")), *device_and_dtype(args.device)[::-1])
+    if args.compare:
+        return compare(args)
+    model, tokenizer = load(args.model, args)
     if args.export:
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")
         return {}
-    args.max_new_tokens = args.max_new_tokens or answer_length(tokenizer)
     if args.ask:
         with torch.no_grad():
-            print(clean(ask(model, tokenizer, args.ask, args.image, args.max_new_tokens)))
+            print(clean(ask(model, tokenizer, args.ask, args.image, args.max_new_tokens or answer_length(tokenizer))))
         return {}
-    result = evaluate(model, tokenizer, args.suite, args.n, args.attempts, args.split, args.max_new_tokens, args.rows)
+    result = evaluate_as_told(model, tokenizer, args)
     print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % [95 % interval]")
     print(result_table(result))
     if args.k:
         result["pass_at_k"] = pass_at_1_to_k(model, tokenizer, args.suite, args.n, args.k, args.split,
-                                             args.max_new_tokens, args.rows)
+                                             args.max_new_tokens or answer_length(tokenizer), args.rows)
         lines = [[name, *(f"{100 * p:.1f}" for p in curve)] for name, curve in result["pass_at_k"].items()]
         print("\n" + _markdown(["row", *(f"pass@{j}" for j in range(1, args.k + 1))], lines))
     if args.out:

@@ -259,9 +259,12 @@ class Linear(nn.Linear):
         return (self.weight.float() + delta).to(self.weight.dtype)
 
 
-def add_lora(model, rank, alpha, where="language_model.model"):
-    """Adapters on every Linear whose name starts with `where` (default: all of the decoder, not lm_head); everything
-    else is frozen. Add them after loading weights. Returns the number of adapted layers."""
+PARTS = {"decoder": "language_model.model.", "projector": "multi_modal_projector", "tower": "vision_model."}
+
+
+def add_lora(model, rank, alpha, where=PARTS["decoder"]):
+    """Adapters on every Linear whose name starts with `where` (one or a tuple; default: all of the decoder, not lm_head);
+    everything else is frozen. Add them after loading weights. Returns the number of adapted layers."""
     model.requires_grad_(False)
     chosen = [m for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith(where)]
     if not chosen:
@@ -818,6 +821,11 @@ class LlamaVision(nn.Module):
     def device(self):
         """Where the weights are."""
         return self.language_model.lm_head.weight.device
+
+    @property
+    def learns_to_see(self):
+        """Whether anything is trained before the decoder: then pictures are encoded with gradient, in every pass."""
+        return any(p.requires_grad for part in (self.vision_model, self.multi_modal_projector) for p in part.parameters())
 
     def recompute(self, on=True):
         """Gradient checkpointing of every layer, of the tower too: less memory, one more forward pass."""
@@ -1431,18 +1439,33 @@ def count_parameters(model):
             "trained": total(p for p in model.parameters() if p.requires_grad)}
 
 
-def text_flops(config, start, end, scored):
-    """Forward FLOPs of tokens start .. end - 1 of one text-only sequence whose first `start` are cached.
+def text_flops(config, start, end, scored, images=0):
+    """Forward FLOPs of tokens start .. end - 1 of one sequence whose first `start` are cached and that sees `images`.
 
-    2 per weight and token of the self-attention layers, 4 E per head, query and key for the attention, and lm_head on
-    the `scored` positions whose logits are needed. Cross layers are skipped without an image; lookups are free.
+    2 per weight and token of the layers, 4 E per head, query and key for the attention, and lm_head on the `scored`
+    positions whose logits are needed. Cross layers are skipped without an image; lookups are free.
     """
-    c = config.text
-    layers = c.num_hidden_layers - len(c.cross_attention_layers)
+    c, crossing = config.text, len(config.text.cross_attention_layers)
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    weights = c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
-    pairs = (end * (end + 1) - start * (start + 1)) // 2
-    return layers * (2 * weights * (end - start) + 4 * q * pairs) + 2 * c.hidden_size * c.vocab_size * scored
+    mlp, pairs = 3 * c.intermediate_size, (end * (end + 1) - start * (start + 1)) // 2
+    own = 2 * c.hidden_size * (2 * q + 2 * kv + mlp) * (end - start) + 4 * q * pairs
+    cross = (end - start) * (2 * c.hidden_size * (2 * q + mlp) + 4 * q * images * image_tokens(config))
+    return (c.num_hidden_layers - crossing) * own + (crossing * cross if images else 0) + 2 * c.hidden_size * c.vocab_size * scored
+
+
+def image_tokens(config):
+    """Tokens that one image takes in cross attention: all of its tile slots, empty ones too."""
+    return config.vision.max_num_tiles * config.vision.tokens
+
+
+def image_flops(config):
+    """(tower, projector and keys and values of the cross layers): forward FLOPs of encoding one image."""
+    c, v = config.text, config.vision
+    slots = v.max_num_tiles * (v.tokens + -v.tokens % 8)
+    layer = 2 * slots * v.hidden_size * (4 * v.hidden_size + 2 * v.intermediate_size) + 4 * v.hidden_size * slots**2
+    tower = (v.num_hidden_layers + v.num_global_layers) * layer + 2 * image_tokens(config) * v.hidden_size * 3 * v.patch_size**2
+    keys = len(c.cross_attention_layers) * 2 * c.num_key_value_heads * c.head_dim
+    return tower, 2 * image_tokens(config) * c.hidden_size * (v.output_dim + keys)
 
 
 def training_flops(forward, frozen=False, recompute=False):

@@ -101,7 +101,7 @@ def rl_backward(model, episodes, advantage, args, pad, reference=None):
     sums = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "ratio_error": 0.0}
     for part in micro_batches(episodes, args.micro_batch):
         ids, chosen, old = to_batch(part, pad, model.device)
-        image = seen_by(part)
+        image = seen_by(model, part)
         log_probs, _ = model.log_probs(ids, chosen, args.temperature, image)
         per_row = torch.tensor([advantage_of[id(e)] for e in part], device=ids.device)
         weight = token_weights(chosen, args.estimator, count, args.attempts * args.max_new_tokens)[chosen]

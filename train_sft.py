@@ -29,11 +29,10 @@ import torch
 from safetensors import SafetensorError
 
 import tasks
-from evaluate import (Episode, Parser, answer_length, check_limits, clean, device_and_dtype, evaluate, find_model, micro_batches, run_main,
-                      see, seen_by, summary, to_batch)
-from model import (SIZES, LlamaVision, add_lora, count_parameters, init_weights, load_model, merge_lora, read_json, save_adapter,
-                   save_model,
-                   text_flops, train_tokenizer, training_flops, write_atomically, write_json)
+from evaluate import (ROWS, Episode, Parser, answer_length, check_limits, clean, device_and_dtype, evaluate, find_model, micro_batches, run_main,
+                      seen_by, shown_to, summary, to_batch)
+from model import (PARTS, SIZES, LlamaVision, add_lora, count_parameters, image_flops, init_weights, load_model, merge_lora, read_json,
+                   save_adapter, save_model, text_flops, train_tokenizer, training_flops, write_atomically, write_json)
 
 # ---------------------------------------------------------------- 1. Run directory
 
@@ -293,8 +292,9 @@ def restore_random_states(states, generator):
 
 def evaluate_run(run, model, tokenizer, progress, args):
     """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
+    only = ROWS if 0 < progress.share() < 1 else None  # on the way what the curves show, at both ends everything
     result = evaluate(model, tokenizer, args.eval_suite or args.task, args.eval_n, args.attempts,
-                      args.eval_split, args.max_new_tokens, args.rows)
+                      args.eval_split, args.max_new_tokens, args.rows, only=only)
     result |= {"step": progress.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
                "seconds": round(progress.seconds, 2)}
     write_json(run.path / "evals" / f"{progress.step:06d}.json", result)
@@ -330,10 +330,13 @@ def set_up(args):
         dtype = torch.bfloat16 if args.optimizer == "adamw16" else dtype if args.lora_rank else torch.float32
         model, tokenizer = load_model(start or args.init_path, dtype, device)
     args.max_new_tokens = args.max_new_tokens or answer_length(tokenizer)
+    shown = getattr(args, "visuals", None)
+    for visual in parse_weights(shown, "visuals", check_look)[0] if shown else [args.visual]:  # legible at this model's tile size?
+        tasks.make(args.task, args.rule, visual, "train", 0, **shown_to(model, tokenizer))
     if not start:
         merge_lora(model)  # an adapter that --init brings belongs to the start, not to what is trained now
     if args.lora_rank and not any(".lora_" in name for name, _ in model.named_parameters()):
-        add_lora(model, args.lora_rank, args.lora_alpha)
+        add_lora(model, args.lora_rank, args.lora_alpha, tuple(PARTS[part] for part in trained_parts(args)))
     model.recompute(args.recompute)
     optimizer = make_optimizer(model, args)
     run.open(args)
@@ -363,22 +366,30 @@ def check_start(run, args):
         raise ValueError(f"{args.init_path} holds other weights than when {run.path} began from it; put those back to continue.")
 
 
-def freeze_unused(model):
-    """Text-only training leaves out the tower, the projector and the cross layers: they would get no gradient."""
-    model.vision_model.requires_grad_(False)
-    model.multi_modal_projector.requires_grad_(False)
-    for i in model.config.text.cross_attention_layers:
-        model.language_model.model.layers[i].requires_grad_(False)
+def trained_parts(args):
+    """The names in PARTS of what is trained: --train, or by default the decoder, and in full fine-tuning on pictures all."""
+    return args.train or (list(PARTS) if tasks.pictures(args.task) and not args.lora_rank else ["decoder"])
+
+
+def freeze_unused(model, args):
+    """Freeze the parts that --train leaves out. Text alone leaves out the cross layers too: they would get no gradient."""
+    parts = trained_parts(args)
+    model.vision_model.requires_grad_("tower" in parts)
+    model.multi_modal_projector.requires_grad_("projector" in parts)
+    model.language_model.requires_grad_("decoder" in parts)
+    if not tasks.pictures(args.task):
+        for i in model.config.text.cross_attention_layers:
+            model.language_model.model.layers[i].requires_grad_(False)
 
 
 def make_optimizer(model, args):
-    """AdamW on what is trained: the adapters, or with rank 0 all of the text path.
+    """AdamW on what is trained: the adapters, or with rank 0 all of the parts that --train names.
 
     --optimizer muon orthogonalises the updates of the layers' matrices (Jordan et al., 2024, as in torch.optim.Muon) and
     leaves the rest to AdamW: about twice as fast where a model learns from nothing. --optimizer adamw16: see AdamW16.
     """
     if not args.lora_rank:
-        freeze_unused(model)
+        freeze_unused(model, args)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("no parameter would be trained; give --lora-rank 1 or more, or 0 for full fine-tuning.")
@@ -534,19 +545,24 @@ def check_kind(name):
         raise ValueError(f"--demonstrators {clean(name)}: choose from {', '.join(tasks.KINDS)}.")
 
 
+def check_look(text):
+    """ValueError for the text of a look that cannot be read."""
+    tasks.parse_look(tasks.fill_look(text, random.Random(0)))
+
+
 def draw(args, rng):
-    """A rule and a demonstrator of the mixture."""
-    (rule,), (kind,) = (rng.choices(*parse_weights(*part)) for part in (
-        (args.rules, "rules", check_rule), (args.demonstrators, "demonstrators", check_kind)))
-    return rule, kind
+    """A rule, a demonstrator and a look (None for a task in text) of the mixture."""
+    parts = [(args.rules, "rules", check_rule), (args.demonstrators, "demonstrators", check_kind)]
+    if args.visuals:
+        parts.append((args.visuals, "visuals", check_look))
+    return [*(rng.choices(*parse_weights(*part))[0] for part in parts), None][:3]
 
 
-def demonstration(args, tokenizer, index):
+def demonstration(args, model, tokenizer, index):
     """The training episode number `index`: a pure function of the arguments, so a resumed run needs no data state."""
     rng = random.Random(f"demonstrator/{args.seed}/{index}")
-    rule, kind = draw(args, rng)
-    style = "short" if tokenizer.short else "full"
-    problem = tasks.make(args.task, rule, split=args.split, index=index, style=style, seed=args.seed)
+    rule, kind, visual = draw(args, rng)
+    problem = tasks.make(args.task, rule, visual, args.split, index, seed=args.seed, **shown_to(model, tokenizer))
     return demonstrated_episode(tokenizer, problem, problem.demonstrate(kind, rng))
 
 
@@ -567,8 +583,8 @@ def fresh_model(args):
     texts = []
     for index in range(2000):
         rng = random.Random(f"tokenizer/{index}")
-        rule, kind = draw(args, rng)
-        problem = tasks.make(args.task, rule, split=args.split, index=index, style="short")
+        rule, kind, visual = draw(args, rng)
+        problem = tasks.make(args.task, rule, visual, args.split, index, style="short")
         texts += [problem.prompt, *problem.demonstrate(kind, rng)]
     tokenizer = train_tokenizer(texts, SIZES[args.model].text.vocab_size)
     return init_weights(LlamaVision(SIZES[args.model]), args.seed), tokenizer
@@ -585,7 +601,7 @@ def sft_backward(model, episodes, pad, size):
     tokens, loss = sum(sum(e.response_mask) for e in episodes), 0.0
     for part in micro_batches(episodes, size):
         ids, chosen, _ = to_batch(part, pad, model.device)
-        log_probs, _ = model.log_probs(ids, chosen, image=seen_by(part))
+        log_probs, _ = model.log_probs(ids, chosen, image=seen_by(model, part))
         part_loss = -log_probs.sum() / tokens
         part_loss.backward()
         loss += part_loss.item()
@@ -596,10 +612,19 @@ def sft_backward(model, episodes, pad, size):
 
 def batch_flops(model, episodes, args):
     """(FLOPs of one update on these episodes, the paper's 6 N D)."""
-    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, sum(e.response_mask)) for e in episodes)
+    shown = [e.problem.image is not None for e in episodes]
+    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, sum(e.response_mask), image) for e, image in zip(episodes, shown))
     weights = text_flops(model.config, 0, 1, 1) // 2
-    return (training_flops(forward, args.lora_rank > 0, args.recompute),
+    return (training_flops(forward, args.lora_rank > 0, args.recompute) + sum(shown) * training_image_flops(model, args),
             6 * weights * sum(len(e.ids) for e in episodes))
+
+
+def training_image_flops(model, args):
+    """FLOPs of one image in a training pass: the tower's forward, and its backward if it is trained, and what follows it."""
+    tower, rest = image_flops(model.config)
+    learns = any(p.requires_grad for p in model.vision_model.parameters())
+    cost = lambda forward: training_flops(forward, args.lora_rank > 0, args.recompute)
+    return (cost(tower) if learns else tower) + cost(rest)
 
 
 # ---------------------------------------------------------------- 5. Training loop and command line
@@ -614,10 +639,7 @@ def main(argv=None):
         scores = evaluate_run(run, model, tokenizer, progress, args)
     while not (progress.done() or progress.stuck or run.stopping):
         began, lr, first = time.time(), progress.lr(), progress.step * args.batch
-        episodes = [demonstration(args, tokenizer, first + i) for i in range(args.batch)]
-        if seen := see(model, [e.problem for e in episodes]):
-            for i, episode in enumerate(episodes):
-                episode.seen = seen, i
+        episodes = [demonstration(args, model, tokenizer, first + i) for i in range(args.batch)]
         with run.keeping(progress.step + 1, episodes):
             loss, tokens = sft_backward(model, episodes, tokenizer.pad, args.micro_batch)
             norm = update(model, optimizer, lr, args.max_grad_norm, progress)
@@ -637,11 +659,14 @@ def main(argv=None):
 def shared_arguments(parser, **defaults):
     """The flags that both trainers have; `defaults` holds those that differ."""
     g = parser.add_argument_group("task and model")
-    g.add_argument("--task", default="gp-l", help="gp-l: GeneralPoints in text")
+    g.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}: GeneralPoints in text, in pictures")
     g.add_argument("--rule", default=tasks.ID_RULE, help="rule that is trained: values of J,Q,K [/target=N][/cards=N]")
+    g.add_argument("--visual", help="look that is trained, for tasks in pictures (default: the task's)")
+    g.add_argument("--train", nargs="+", choices=list(PARTS), help="parts that are trained (default: the decoder; without LoRA and "
+                   "with pictures all)")
     g.add_argument("--model", default="tiny", help="tiny (the shipped base of the task), or a model directory")
     g.add_argument("--init", help="start from this run's weights instead of --model's")
-    g.add_argument("--lora-rank", type=int, default=0, help="rank of LoRA on all linear layers of the decoder; 0 = full")
+    g.add_argument("--lora-rank", type=int, default=0, help="rank of LoRA on all linear layers of the trained parts; 0 = full")
     g.add_argument("--lora-alpha", type=float, default=32.0, help="LoRA scale is alpha / rank")
     g.add_argument("--attempts", type=int, default=1, help="answers an episode may have, with the verifier's words between")
     g.add_argument("--max-new-tokens", type=int, default=None, help="tokens per answer (default: 64 tiny, 256 else)")
@@ -688,7 +713,8 @@ def finish_arguments(parser, argv):
             raise ValueError(f"--resume takes the arguments of the run it continues: leave out --{min(wrong).replace('_', '-')}.")
         vars(args).update(stored | given, out=args.resume)
     check_limits(args)
-    tasks.make(args.task, args.rule, split="train", index=0)
+    if args.visual:
+        check_look(args.visual)
     if args.eval_suite not in (None, *tasks.SUITES):
         raise ValueError(f"--eval-suite must be one of {', '.join(tasks.SUITES)}.")
     args.fresh = getattr(args, "fresh", False)
@@ -729,6 +755,7 @@ def parse_args(argv=None):
     g = parser.add_argument_group("supervised fine-tuning")
     g.add_argument("--batch", type=int, default=256, help="demonstrations per step")
     g.add_argument("--rules", nargs="+", metavar="RULE:WEIGHT", default=None, help="mixture of rules; default: --rule")
+    g.add_argument("--visuals", nargs="+", metavar="LOOK:WEIGHT", default=None, help="mixture of looks; default: --visual")
     g.add_argument("--demonstrators", nargs="+", metavar="KIND:WEIGHT", default=["expert"],
                    help=f"mixture of demonstrators: {', '.join(tasks.KINDS)}")
     g.add_argument("--split", choices=("train", "base"), default="train", help="base: as train, but with rules under which "
@@ -736,6 +763,7 @@ def parse_args(argv=None):
     g.add_argument("--fresh", action="store_true", help="random weights and a new tokenizer for --model tiny or small")
     args = finish_arguments(parser, argv)
     args.rules = args.rules or [args.rule]
+    args.visuals = args.visuals or ([args.visual] if args.visual else None)
     draw(args, random.Random(0))
     if args.fresh and (args.lora_rank or args.init):
         raise ValueError("--fresh trains all of a new model: leave out --lora-rank and --init.")

@@ -1,6 +1,7 @@
 """Synthetic studies, to look at the report without training: PYTHONPATH=. python tests/fake_runs.py DIR [seeds] [attempts] [kind]
 
-kind: published (SFT's OOD rises, peaks, falls; RL's stays), tie (both arms end together), reverse, single (one evaluation).
+kind: published (SFT's OOD rises, peaks, falls; RL's stays), tie (both arms end together), reverse, single (one evaluation),
+pictures (published, in pictures: more rows at both ends, shares of cards read, a picture beside every sample).
 """
 import json
 import sys
@@ -16,12 +17,15 @@ SHAPES = {  # kind -> arm -> row -> success at progress t
     "tie": {arm: {"id": lambda t: .6 + .2 * t, "rule": lambda t: .2 + .02 * t, "fake": lambda t: .15} for arm in ("sft", "rl")},
     "reverse": {"sft": {"id": lambda t: .6 + .2 * t, "rule": lambda t: .2 + .3 * t, "fake": lambda t: .15},
                 "rl": {"id": lambda t: .6 + .02 * t, "rule": lambda t: .2 - .15 * t, "fake": lambda t: .15}}}
-SHAPES["single"] = SHAPES["published"]
+SHAPES["single"] = SHAPES["pictures"] = SHAPES["published"]
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 NASTY = "cards <script>alert(1)</script> & \x1b[31m7 8 9 K\x00\u202e \"quoted\" 'single'\nnext line"
 
 
-def evaluation(step, flops, rates, classes, ease, rng, attempts=1):
-    rows = {}
+def evaluation(step, flops, rates, classes, ease, rng, attempts=1, pictures=False, whole=True):
+    rows, rates = {}, dict(rates)
+    if pictures and whole:
+        rates |= {"red": rates["id"] * .8, "words": rates["id"] * .5, "text": min(1, rates["id"] + .1)}
     for row, rate in rates.items():
         rows[row] = {}
         for mode, drop in (("greedy", 0), ("sampled", .04)):
@@ -29,11 +33,13 @@ def evaluation(step, flops, rates, classes, ease, rng, attempts=1):
             score = .6 * ease + .8 * rng.standard_normal(len(classes))
             first = score < np.quantile(score, np.clip(rate - drop, 0, 1)) if rate - drop > .003 else score < -99
             later = first | (rng.random(len(classes)) < .1) if attempts > 1 else first
-            rows[row][mode] = {"first": first.astype(int).tolist(), "episode": later.astype(int).tolist()}
+            rows[row][mode] = {"first": first.astype(int).tolist(), "episode": later.astype(int).tolist(),
+                               "read": np.where(rng.random(len(classes)) < (.9 if pictures else 1), 1, .75).tolist()}
     samples = [{"row": row, "prompt": NASTY, "reward": -2.0 + 5 * (i == 1), "turns": [
         {"response": '{"cards": ["7", "8", "9", "K"], "number": [7, 8, 9, 13], "formula": "(7+8)*9-13=24"}', "outcome": "wrong_value", "reward": -1.0, "feedback": "122, not 24."},
-        {"response": "<b>no idea</b>", "outcome": "illegal", "reward": -3.0, "feedback": None}][:min(attempts, 2)]} for row in ("id", "rule") for i in range(3)]
-    return {"step": step, "flops": flops, "seconds": step * .6, "suite": "gp-l", "split": "test", "n": len(classes),
+        {"response": "<b>no idea</b>", "outcome": "illegal", "reward": -3.0, "feedback": None}][:min(attempts, 2)]} | ({"picture": PIXEL} if pictures else {})
+        for row in rows if row != "fake" for i in range(3)]
+    return {"step": step, "flops": flops, "seconds": step * .6, "suite": "gp-vl" if pictures else "gp-l", "split": "test", "n": len(classes),
             "attempts": attempts, "classes": classes, "rows": rows, "samples": samples}
 
 
@@ -42,7 +48,7 @@ def make(directory, seeds=1, attempts=1, kind="published", n=500, base=True):
     directory, rng = Path(directory), np.random.default_rng(1)
     names = ["-".join(map(str, sorted(rng.integers(1, 11, 4)))) for _ in range(max(n // 3, 1))]
     classes = [names[i] for i in rng.integers(0, len(names), n)]
-    own = {c: rng.standard_normal() for c in names}
+    own, pictures = {c: rng.standard_normal() for c in names}, kind == "pictures"
     ease = np.array([own[c] for c in classes])
 
     def put(name, evals, **args):
@@ -52,16 +58,16 @@ def make(directory, seeds=1, attempts=1, kind="published", n=500, base=True):
             (directory / name / "evals" / f"{e['step']:06d}.json").write_text(json.dumps(e))
 
     if base:
-        put("base", [evaluation(0, 0, {"id": .4, "rule": .14, "fake": .1}, classes, ease, rng, attempts)], model="tiny", lr=1e-3)
+        put("base", [evaluation(0, 0, {"id": .4, "rule": .14, "fake": .1}, classes, ease, rng, attempts, pictures)], model="tiny", lr=1e-3)
     for seed in range(seeds):
         end = f"-s{seed}" if seeds > 1 else ""
         shapes, wobble = SHAPES[kind], rng.normal(0, .03, 3) if seeds > 1 else np.zeros(3)
-        warm = evaluation(200, 1e12, {r: f(0) for r, f in shapes["sft"].items()}, classes, ease, rng, attempts)
+        warm = evaluation(200, 1e12, {r: f(0) for r, f in shapes["sft"].items()}, classes, ease, rng, attempts, pictures)
         put("warmup" + end, [warm], model="tiny", lr=3e-4, steps=200, seed=seed)
         for k, (arm, per_step, steps) in enumerate((("sft", 3.1e9, 1000), ("rl", 15.4e9 + 1e8 * seed, 200))):
             marks = [0] if kind == "single" else np.linspace(0, steps, 11).astype(int).tolist()
             evals = [evaluation(s, s * per_step, {r: np.clip(f(s / steps) + (s > 0) * (wobble[k] + rng.normal(0, .008)), 0, 1)
-                                                  for r, f in shapes[arm].items()}, classes, ease, rng, attempts) for s in marks]
+                                                  for r, f in shapes[arm].items()}, classes, ease, rng, attempts, pictures, s in (0, steps)) for s in marks]
             evals[0]["rows"] = warm["rows"]
             put(arm + end, evals, model="tiny", lr=(1e-4, 5e-5)[k], steps=steps, seed=seed, **({"group": 8} if arm == "rl" else {}))
     return directory

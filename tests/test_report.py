@@ -150,7 +150,7 @@ def test_other_hands_twice_the_same_run_and_bad_args_are_refused(small_dir):
 
 def evaluation(step, score, n=10):
     solved = np.arange(n) < score * n
-    return {"step": step, "solved": {(row, mode, part): solved.astype(float) for row in report.ROWS for mode in report.MODES for part in report.PARTS}}
+    return {"step": step, "solved": {(row, mode, part): solved.astype(float) for row in report.ROWS for mode in report.MODES for part in (*report.PARTS, "read")}}
 
 
 def test_best_checkpoint_is_the_earliest_of_the_highest():
@@ -224,6 +224,51 @@ def test_sign_and_numbers():
     assert [report.sign_of(d) for d in ((.2, .1, .3), (-.2, -.3, -.1), (0, 0, 0), (.1, -.1, .2))] == [1, -1, 0, 0]
     assert report.percent((.632, .589, .674)) == ("63.2", "[58.9, 67.4]")
     assert report.percent((-.0001, -.01, .02), "+") == ("+0.0", "[-1.0, +2.0]")
+
+
+# pictures
+
+def test_mean_over_some_of_the_hands():
+    values, among = bernoulli(60, .5), bernoulli(60, .6, 1)
+    classes = np.arange(60)
+    mean, low, high = report.bootstrap(values, classes, among=among)
+    assert mean == pytest.approx(values[among == 1].mean()) and low < mean < high
+    assert report.bootstrap(values, classes, among=np.ones(60)) == report.bootstrap(values, classes)
+    assert all(math.isnan(x) for x in report.bootstrap(values, classes, among=np.zeros(60)))
+
+
+def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_path):
+    study, view = report.load_study(fake_runs.make(tmp_path, kind="pictures", n=90)), ("greedy", "first")
+    tables = report.look_tables(study, view)
+    assert list(tables) == list(report.MEASURES)
+    head, lines = tables["success"]
+    assert head[1:] == ["base", "start", "SFT, end", "RL, end", "RL - SFT"]
+    assert [line[0] for line in lines] == ["ID", "rule OOD", "red", "words", "text"]
+    end = study["rl"][0][-1]
+    red, read = end["solved"][("red", *view)], end["solved"]["red", "greedy", "read"]
+    assert lines[2][4][0] == f"{100 * red.mean():.1f}"
+    assert tables["all cards read"][1][2][4][0] == f"{100 * (read == 1).mean():.1f}"
+    assert tables["cards read"][1][2][4][0] == f"{100 * read.mean():.1f}"
+    among = tables["success where all cards were read"]
+    assert among[1][2][4][0] == f"{100 * red[read == 1].mean():.1f}" and "RL - SFT" not in among[0]
+    cost = dict((label, cell[0]) for label, cell in report.cost_of_seeing(study, view))
+    assert cost["RL, end"] == f"{100 * (end['solved'][('text', *view)] - end['solved'][('id', *view)]).mean():+.1f}"
+    assert "SFT at its best OOD" not in "".join(cost)  # on the way only the first rows are evaluated
+    assert report.table_text(study).count("row by row: all cards read") == 2
+
+
+def test_the_report_shows_the_pictures(tmp_path):
+    page = report.report_html(fake_runs.make(tmp_path, kind="pictures", n=40))
+    assert page.count(f'src="data:image/png;base64,{fake_runs.PIXEL}"') == 4 * 9  # 4 arms, 3 of ID and rule OOD, 1 of the others
+    edit(tmp_path / "rl/evals/000000.json", lambda e: e["samples"][0].update(picture='"><script>'))
+    with pytest.raises(ValueError, match="cannot be used"):
+        report.load_study(tmp_path)
+
+
+def test_two_models_compared():
+    rows = [{"id": {mode: {"episode": [0, 1, 1, right]} for mode in report.MODES}} for right in (0, 1)]
+    table = report.compare_table([{"rows": r, "row_classes": {"id": list("abcd")}} for r in rows], ["one", "two"])
+    assert "| id, greedy " in table and "50.0 " in table and "75.0 " in table and "+25.0 [" in table
 
 
 # figures

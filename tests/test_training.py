@@ -97,10 +97,10 @@ def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model,
     for part in (episodes, episodes[6:9], episodes[2:8], list(reversed(episodes))):
         ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
         with torch.no_grad():
-            assert (model.log_probs(ids, chosen, 0.8, E.seen_by(part))[0] - old[chosen]).abs().max() < 1e-4
+            assert (model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))[0] - old[chosen]).abs().max() < 1e-4
             for e in part:
                 e.swapped, e.seen = e.seen, (e.seen[0], 2 - e.seen[1] if e.seen[1] % 2 == 0 else e.seen[1])
-            other = model.log_probs(ids, chosen, 0.8, E.seen_by(part))[0] - old[chosen]
+            other = model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))[0] - old[chosen]
             for e in part:
                 e.seen = e.swapped
         shown = torch.tensor([e.seen[1] % 2 == 0 for e in part])[:, None].expand_as(chosen)[chosen]
@@ -485,8 +485,8 @@ def test_pass_at_k_samples_k_answers_at_temperature_1(tokenizer, model, monkeypa
 
 def test_every_probe_has_intervals_over_its_own_classes(tokenizer, model):
     result = E.evaluate(model, tokenizer, "gp-l-probes", 6, max_new_tokens=2)
-    for name, rule, _ in tasks.SUITES["gp-l-probes"]:
-        assert result["row_classes"][name] == [tasks.make("gp-l", rule, split="test", index=i).cls for i in range(6)]
+    for row in tasks.SUITES["gp-l-probes"]:
+        assert result["row_classes"][row.name] == [tasks.make("gp-l", row.rule, split="test", index=i).cls for i in range(6)]
     assert len({tuple(classes) for classes in result["row_classes"].values()}) > 1
 
 
@@ -498,7 +498,7 @@ def test_the_smallest_rate_within_a_standard_error_is_chosen_by_id_alone(scores,
         run = tmp_path / f"sft-lr{rate:g}"
         (run / "evals").mkdir(parents=True)
         hits, other = [1] * right + [0] * (n - right), [int(rate != chosen)] * n  # the other rule would choose another
-        rows = {row: {mode: {part: hits if row == "id" else other for part in E.PARTS} for mode in E.MODES} for row in E.ROWS}
+        rows = {row: {mode: {part: hits if row == "id" else other for part in (*E.PARTS, "read")} for mode in E.MODES} for row in E.ROWS}
         M.write_json(run / "evals" / "000009.json", {"suite": "gp-l", "split": "val", "attempts": 1, "step": 9, "flops": 1.0,
                                                      "classes": [str(i) for i in range(n)], "rows": rows, "samples": []})
     assert E.choose_rates(tmp_path) == {"sft": chosen} and "chosen" in capsys.readouterr().out
