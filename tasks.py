@@ -1,12 +1,13 @@
 """The tasks: what is asked, what an expert answers, and how an answer is judged.
 
 GeneralPoints in text, "gp-l": some playing cards are dealt, and a formula that uses each card once must equal a target. The
-rule says what J, Q and K count as. Training sees one rule, the test asks for another, so memory and understanding part ways.
+rule says what J, Q and K count as. Training sees one rule, the test asks for another, so memory and understanding part ways. In
+pictures, "gp-vl": the cards have to be seen first, and the test changes their look too.
 
     problem = make("gp-l", rule="11,12,13", split="test", index=0, attempts=5)
-    problem.prompt                          the first user turn
+    problem.prompt, problem.image           the first user turn; the picture, None in text
     problem.expert()                        a right response
-    problem.step(response)                  Step(reward, done, feedback, outcome)
+    problem.step(response)                  Step(reward, done, feedback, outcome, read)
 
 Contents
     1. Cards and rules       Rule, parse_rule, fill_rule (wildcards), values
@@ -15,9 +16,11 @@ Contents
     4. Solver                solve (3 to 6 cards), solutions (all of them, up to 4 cards)
     5. Splits and deals      problem_class, split_of, deal
     6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
-    7. The verifier          judge, REWARD, feedback_text
-    8. The problem           GeneralPoints, make, KINDS of demonstrators, SUITES
-    9. Command line          python tasks.py --task gp-l
+    7. The verifier          judge, REWARD, feedback_text, read_share (the cards that were recognized)
+    8. Looks                 Look, parse_look, fill_look (wildcards), legible_from
+    9. Pictures of cards     picture
+    10. The problem          GeneralPoints, make, KINDS of demonstrators, SUITES
+    11. Command line         python tasks.py --task gp-l
 
 Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak: exact
 rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
@@ -29,11 +32,16 @@ import random
 import re
 import signal
 import sys
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import combinations
-from math import gcd
+from math import ceil, cos, gcd, pi, sin
+from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 # ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
 
@@ -313,13 +321,13 @@ def split_of(cls):
     return "train" if percent < 60 else "val" if percent < 70 else "test"
 
 
-def deal(rule, split, index):
+def deal(rule, split, index, suits=4):
     """(hand, rule with its target): the first of the index's stream of hands, dealt without replacement, and of targets, where the
     rule leaves them open, that fits the split and the rule.
 
     "train": solvable under the rule; "base": the same for the stage before. "val" and "test": at least one face card, and solvable
     under the rule and under both ID_RULE and OOD_RULE faces (same target and card count), so these two rules are tested on the same
-    hands and targets; for a third rule they may differ. No face value turns a hand of train into the numbers of a held-out class, or
+    hands and targets; for a third rule they may differ. With `suits` of 2, as pictures of one colour show, no rank is dealt more than twice. No face value turns a hand of train into the numbers of a held-out class, or
     the reverse (J=3 would make J-7-2-A a 3-7-2-A); in "base" it may. ValueError when TRIES deals bring none."""
     held_out = split in ("val", "test")
     faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
@@ -329,6 +337,8 @@ def deal(rule, split, index):
         if split_of(problem_class([rank for rank, _ in hand], dealt.target)) != ("train" if split == "base" else split):
             continue
         if sum(rank > 10 for rank, _ in hand) < max(rule.courts, held_out):
+            continue
+        if max(Counter(rank for rank, _ in hand).values()) > suits:
             continue
         if split != "base" and (split_of(problem_class(values(hand, rule), dealt.target)) != "train") != held_out:
             continue
@@ -487,24 +497,28 @@ def _atom(stack):
 
 REWARD = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3}
 LAST_ATTEMPT = -1  # in addition, when the last attempt fails too
+MISREAD = -1.5  # in addition, when the cards are in a picture and the answer's list of them is not right
 AGAIN = "Please give another answer in the same JSON form."
 STYLES = ("full", "short")  # prompts and feedback: for a large instruct model, or a handful of tokens for the tiny one
 
 
 class Verdict(NamedTuple):
     """What the verifier found: `outcome` is a key of REWARD, `fact` says what is wrong (empty when nothing is), `cards` is what the
-    response says the cards are (tuple of str, None when absent): for information, the outcome rests on the formula alone."""
+    response says the cards are (tuple of str, None when absent), `read` the share of them that is right (see read_share). The outcome rests
+    on the formula alone."""
     outcome: str
     fact: str = ""
     cards: tuple[str, ...] | None = None
+    read: float = 0.0
 
 
 class Step(NamedTuple):
-    """What one answer brings: the reward, whether the episode is over, the verifier's text, the outcome."""
+    """What one answer brings: the reward, whether the episode is over, the verifier's text, the outcome, the share of cards named rightly."""
     reward: float
     done: bool
     feedback: str
     outcome: str
+    read: float = 0.0
 
 
 def judge(response, hand, rule):
@@ -512,20 +526,32 @@ def judge(response, hand, rule):
 
     One outcome per answer, the first that holds: "illegal", "wrong_numbers" (one not on the cards, used too often, or missing),
     "wrong_value", "correct"."""
-    cards = None
+    cards, read = None, 0.0
     try:
         answer = read_answer(response)
-        cards = answer.get("cards") if isinstance(answer.get("cards"), tuple) else None
+        if isinstance(answer.get("cards"), tuple):
+            cards, read = answer["cards"], read_share(answer["cards"], hand)
         if not isinstance(answer.get("formula"), str):
             raise Illegal("the JSON object has no key 'formula' with a string")
         value, used = read_formula(answer["formula"], rule.target)
     except Illegal as error:
-        return Verdict("illegal", str(error), cards)
+        return Verdict("illegal", str(error), cards, read)
     if fact := _misused(used, values(hand, rule)):
-        return Verdict("wrong_numbers", fact, cards)
+        return Verdict("wrong_numbers", fact, cards, read)
     if value != (rule.target, 1):
-        return Verdict("wrong_value", f"{_show(value)}, not {rule.target}", cards)
-    return Verdict("correct", "", cards)
+        return Verdict("wrong_value", f"{_show(value)}, not {rule.target}", cards, read)
+    return Verdict("correct", "", cards, read)
+
+
+WORDS = ("ACE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE", "TEN", "JACK", "QUEEN", "KING")
+NAMES = {name: rank for names in (RANKS, WORDS, map(str, range(1, 14))) for rank, name in enumerate(names, 1)}
+
+
+def read_share(named, hand):
+    """The share of a hand that a list of card names (str) gets right, 0 to 1: the ranks in both, each as often as in both, divided by the
+    length of the longer one. Any case; "K", "KING" and "13" are one rank, whatever it counts as."""
+    right = Counter(NAMES.get(name.strip().upper()) for name in named) & Counter(rank for rank, _ in hand)
+    return right.total() / max(len(hand), len(named))
 
 
 def _misused(used, numbers):
@@ -550,6 +576,7 @@ FEEDBACK = {
              "wrong_value": "Your formula equals {fact}. " + AGAIN,
              "wrong_numbers": "Your formula must use the value of each card exactly once, but {fact}. " + AGAIN,
              "illegal": "Your answer is not legal: {fact}. " + AGAIN}}
+MISREAD_TEXT = {"short": " Cards misread.", "full": " Your answer does not name the cards in the picture as they are."}
 
 
 def feedback_text(verdict, style):
@@ -557,37 +584,332 @@ def feedback_text(verdict, style):
     return FEEDBACK[style][verdict.outcome].format(fact=verdict.fact)
 
 
-# ---- 8. The problem --------------------------------------------------------------------------------------------------
+# ---- 8. Looks --------------------------------------------------------------------------------------------------------
+# What a picture of the cards may look like, as data. The default, the first of each, is what is trained; every other is a test.
+
+OPTIONS = {
+    "suits": ("black", "red", "both", "text"),  # black: S and C only; red: H and D only; both: as dealt; text: no picture at all
+    "layout": ("row", "grid", "scattered", "shuffled"),  # scattered: a grid, places and angles vary; shuffled: a grid in another order
+    "scheme": ("index", "numbers", "words", "pips"),  # how a rank is shown: K, 13, KING, or 13 suit signs
+    "style": ("plain", "framed", "dark"),  # the card
+    "glyphs": ("sans", "serif", "mono", "italic"),  # the typeface
+    "table": ("green", "blue", "wood", "grey"),
+    "light": (100, *range(40, 141)),  # brightness in percent
+    "noise": tuple(range(41)),  # standard deviation in grey levels
+    "tiles": (4, 1),  # how many of the model's tiles the picture takes
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the cards look like: a value of OPTIONS for each name. ValueError otherwise."""
+    suits: str = "black"
+    layout: str = "row"
+    scheme: str = "index"
+    style: str = "plain"
+    glyphs: str = "sans"
+    table: str = "green"
+    light: int = 100
+    noise: int = 0
+    tiles: int = 4
+
+    def __post_init__(self):
+        for name, known in OPTIONS.items():
+            if getattr(self, name) not in known:
+                shown = f"from {min(known)} to {max(known)}" if len(known) > 4 else f"one of {', '.join(map(str, known))}"
+                raise ValueError(f"A look needs {name} {shown}, not {clean(str(getattr(self, name)))!r}.")
+
+    def __str__(self):
+        changed = (f"/{each.name}={getattr(self, each.name)}" for each in fields(self)[1:] if getattr(self, each.name) != each.default)
+        return self.suits + ("" if self.suits == "text" else "".join(changed))
+
+
+@lru_cache(maxsize=1 << 12)
+def parse_look(text):
+    """Read a Look from "black", "red", "both" or "text", then options in any order, such as "/layout=scattered/light=60"; str(look) undoes it.
+
+    A Look passes through unchanged. Any other text raises a ValueError that says what is wrong."""
+    if isinstance(text, Look):
+        return text
+    found = {"suits": text.partition("/")[0]}
+    for option in text.split("/")[1:]:
+        name, _, value = option.partition("=")
+        if name not in OPTIONS or name in found:
+            raise ValueError(f"{clean(text)!r} is not a look: after the suits only /{', /'.join(list(OPTIONS)[1:])} may follow, each once with =.")
+        found[name] = int(value) if isinstance(OPTIONS[name][0], int) and re.fullmatch("[0-9]{1,3}", value) else value
+    return Look(**found)
+
+
+def fill_look(text, rng):
+    """Look text with its wildcards drawn: `*` for the suits or an option's value from all of them (never text), `a|b` from those named."""
+    parts = str(text).split("/")
+    for i, part in enumerate(parts):
+        name, equals, value = part.rpartition("=")
+        values = [each for each in OPTIONS.get(name or "suits", ()) if each != "text"] if value == "*" else value.split("|")
+        for each in values if len(values) > 1 else ():
+            parse_look("/".join(["black"] * (i > 0) + [f"{name}{equals}{each}"]))  # all that may be drawn, so that no run ends halfway
+        if len(values) > 1:
+            parts[i] = f"{name}{equals}{rng.choice(values)}"
+    return "/".join(parts)
+
+
+def _canvas(look, cards, tile):
+    """The (width, height) in pixels of a picture, and of the place of each of so many cards in it."""
+    columns, rows = (cards, 1) if look.layout == "row" else ((cards + 1) // 2, 2)
+    across, down = (1, 1) if look.tiles == 1 else (4, 1) if look.layout == "row" else (2, 2)
+    return (across * tile, down * tile), (across * tile / columns, down * tile / rows)
+
+
+def legible_from(look, cards):
+    """The smallest tile, in pixels, at which so many cards of a look can be read."""
+    need = 32 + 8 * (look.noise > 20) * (look.scheme in ("words", "pips"))
+    return ceil(need / min(_canvas(look, cards, 1)[1]))
+
+
+# ---- 9. Pictures of cards --------------------------------------------------------------------------------------------
+# Drawn two or four times too large and reduced, which smooths all edges. A card of less than LARGE pixels is another drawing: its rank
+# fills it. A picture is a pure function of the problem, so its noise, places and angles come from the problem's own stream.
+
+LARGE = 80
+FONTS = Path(__file__).parent / "assets" / "fonts"
+# pyftsubset DejaVuSerif-Bold.ttf --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting --name-IDs=0,1,2,13
+TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf", "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
+STYLE_COLOURS = {  # paper, edge, black ink, red ink
+    "plain": ((255, 255, 255), (150, 150, 150), (20, 20, 26), (205, 18, 34)),
+    "framed": ((250, 242, 222), (120, 96, 60), (22, 34, 84), (176, 26, 40)),
+    "dark": ((40, 42, 52), (14, 14, 18), (236, 238, 244), (255, 112, 104))}
+TABLE_COLOURS = {"green": (32, 104, 66), "blue": (36, 72, 128), "wood": (140, 92, 52), "grey": (128, 130, 134)}
+PIPS = {  # heights of the signs in the two outer columns, and in the middle one
+    1: ((), (1 / 2,)), 2: ((), (0, 1)), 3: ((), (0, 1 / 2, 1)), 4: ((0, 1), ()), 5: ((0, 1), (1 / 2,)), 6: ((0, 1 / 2, 1), ()),
+    7: ((0, 1 / 2, 1), (1 / 4,)), 8: ((0, 1 / 2, 1), (1 / 4, 3 / 4)), 9: ((0, 1 / 3, 2 / 3, 1), (1 / 2,)),
+    10: ((0, 1 / 3, 2 / 3, 1), (1 / 6, 5 / 6)), 11: ((0, 1 / 3, 2 / 3, 1), (1 / 6, 1 / 2, 5 / 6)),
+    12: ((0, 1 / 3, 2 / 3, 1), (0, 1 / 3, 2 / 3, 1)), 13: ((0, 1 / 4, 1 / 2, 3 / 4, 1), (0, 1 / 2, 1))}
+
+
+def _arc(x, y, r):
+    return [(x + r * cos(k * pi / 24), y + r * sin(k * pi / 24)) for k in range(48)]
+
+
+def _heart():
+    turns = [k * pi / 32 for k in range(64)]
+    return [(.5 + .48 * sin(t) ** 3, .42 - (13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 32) for t in turns]
+
+
+STEM = [(.5, .5), (.56, .8), (.72, .97), (.28, .97), (.44, .8)]
+SUIT_SHAPES = {  # polygons in a square of side 1
+    "H": [_heart()], "S": [[(x, .84 - .86 * (y - .04)) for x, y in _heart()], STEM],
+    "D": [[(.5, .01), (.68, .27), (.89, .5), (.68, .73), (.5, .99), (.32, .73), (.11, .5), (.32, .27)]],
+    "C": [_arc(.5, .25, .225), _arc(.25, .59, .225), _arc(.75, .59, .225), _arc(.5, .5, .12), STEM]}
+
+
+def picture(hand, look, tile, stream):
+    """A hand as an RGB image of a Look, its sides whole multiples of `tile` pixels; what is random comes from the text `stream`."""
+    rng = random.Random(stream)
+    noise_seed, (size, place) = rng.getrandbits(64), _canvas(look, len(hand), tile)
+    cards, columns = _shown(hand, look.suits), round(size[0] / place[0])
+    while look.layout == "shuffled" and [rank for rank, _ in cards] == [rank for rank, _ in hand] and len(set(cards)) > 1:
+        rng.shuffle(cards)
+    image = _table(look.table, *size).copy()
+    for k, (rank, suit) in enumerate(cards):
+        angle = rng.choice((-10, -4, 4, 10)) if look.layout == "scattered" else 0
+        card = _card(rank, suit, *_card_size(look, place), look.scheme, look.style, look.glyphs, angle)
+        free = [max(0, room - side) * (look.layout == "scattered") for room, side in zip(place, card.size)]
+        middle = [(at + .5) * room + rng.uniform(-.5, .5) * slack for at, room, slack in zip((k % columns, k // columns), place, free)]
+        image.paste(card, tuple(round(at - side / 2) for at, side in zip(middle, card.size)), card)
+    if look.light != 100:
+        image = image.point([min(255, round(level * look.light / 100)) for level in range(256)] * 3)
+    return _noisy(image, look.noise, noise_seed) if look.noise else image
+
+
+def _noisy(image, deviation, seed):
+    noise = np.random.default_rng(seed).standard_normal((image.height, image.width, 1), dtype=np.float32)
+    noise *= deviation
+    return Image.fromarray((noise + np.asarray(image)).clip(0, 255).astype(np.uint8))
+
+
+def _shown(hand, suits):
+    """The cards of a picture: spades and hearts as the one, clubs and diamonds as the other suit of its colour; each card at most once."""
+    if suits == "both":
+        return list(hand)
+    pair, shown = {"black": "SC", "red": "HD"}[suits], []
+    for rank, suit in hand:
+        first = pair[suit in "CD"]
+        shown.append((rank, first if (rank, first) not in shown else pair[suit not in "CD"]))
+    return shown
+
+
+def _card_size(look, place):
+    """(width, height) in pixels of a card in a place: almost all of a small place, in a large one the shape of a real card."""
+    share = .84 if look.layout == "scattered" else 1
+    if min(place) < LARGE:
+        return round(.84 * share * place[0]), round(.94 * share * place[1])
+    height = min(.88 * place[1], 1.26 * place[0]) * share
+    return round(height / 1.4), round(height)
+
+
+@lru_cache(maxsize=8)
+def _table(name, width, height):
+    """The background as an RGB image."""
+    return Image.new("RGB", (width, height), TABLE_COLOURS[name])
+
+
+@lru_cache(maxsize=256)  # a card in a picture of 1,120 pixels takes less than a MB
+def _card(rank, suit, width, height, scheme, style, glyphs, angle):
+    """One card with its shadow as an RGBA image, turned by an angle in degrees; (width, height) are those of the upright card."""
+    small = height < LARGE
+    scale = 4 if small else 2
+    paper, edge, *inks = STYLE_COLOURS[style]
+    face = Image.new("RGB", (width * scale, height * scale), paper)
+    (_small_face if small else _large_face)(face, rank, suit, inks[suit in "HD"], scheme, style, glyphs)
+    outline, radius = Image.new("L", face.size), .09 * face.width
+    ImageDraw.Draw(outline).rounded_rectangle((0, 0, face.width - 1, face.height - 1), radius, 255)
+    ImageDraw.Draw(face).rounded_rectangle((0, 0, face.width - 1, face.height - 1), radius, None, edge, scale)
+    margin = max(2, round(.03 * height)) * scale
+    shadow = Image.new("L", (face.width + 2 * margin, face.height + 2 * margin))
+    shadow.paste(130, (margin + scale // 2, margin + margin // 3), outline)
+    card = Image.new("RGBA", shadow.size, (0, 0, 0, 0))
+    card.putalpha(shadow.filter(ImageFilter.GaussianBlur(margin / 4)))
+    card.paste(face, (margin, margin), outline)
+    return card.rotate(angle, Image.Resampling.BICUBIC, expand=True).reduce(scale) if angle else card.reduce(scale)
+
+
+def _stamp(face, mask, ink, x, y, turned=False):
+    """Paint a mask in ink with its centre at (x, y), in shares of the card; turned: upside down."""
+    mask = mask.transpose(Image.Transpose.ROTATE_180) if turned else mask
+    face.paste(ink, (round(x * face.width - mask.width / 2), round(y * face.height - mask.height / 2)), mask)
+
+
+def _twice(face, mask, ink, x, y):
+    _stamp(face, mask, ink, x, y)
+    _stamp(face, mask, ink, 1 - x, 1 - y, turned=True)
+
+
+def _sign(suit, size):
+    """A suit sign as a mask of size x size pixels."""
+    mask = Image.new("L", (round(size), round(size)))
+    for shape in SUIT_SHAPES[suit]:
+        ImageDraw.Draw(mask).polygon([(x * size, y * size) for x, y in shape], 255)
+    return mask
+
+
+def _label(text, glyphs, width, height):
+    """Capitals and digits as a mask, `height` pixels tall in its middle, narrowed to `width` where they are wider."""
+    font = _font(glyphs, round(height * 1.37))
+    left, _, right, _ = font.getbbox(text, anchor="ls", stroke_width=_stroke(glyphs, height))
+    mask = Image.new("L", (round(right - left), round(1.5 * height)))
+    ImageDraw.Draw(mask).text((-left, 1.25 * height), text, 255, font, "ls", stroke_width=_stroke(glyphs, height))
+    return mask.resize((min(round(width), mask.width), mask.height))
+
+
+def _stroke(glyphs, height):
+    return height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
+
+
+@lru_cache(maxsize=64)
+def _font(glyphs, size):
+    return ImageFont.truetype(FONTS / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
+
+
+def _name(rank, scheme):
+    return WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
+
+
+def _small_face(face, rank, suit, ink, scheme, style, glyphs):
+    """A card for a place of 32 pixels: the rank as large as it can be, the suit below it; or signs only."""
+    width, height = face.size
+    if scheme == "pips":
+        return _pips(face, rank, suit, ink, .19 * height, .21, .14)
+    tall = .34 if scheme == "words" else .5
+    _stamp(face, _label(_name(rank, scheme), glyphs, .88 * width, tall * height), ink, .5, .34)
+    _stamp(face, _sign(suit, .3 * height), ink, .5, .8)
+
+
+def _pips(face, rank, suit, ink, size, left, top):
+    """As many suit signs as the rank, the outer ones at `left` and `top`, in shares of the card; those in the lower half upside down."""
+    sides, middle = PIPS[rank]
+    for x, heights in ((left, sides), (1 - left, sides), (.5, middle)):
+        for y in heights:
+            _stamp(face, _sign(suit, size), ink, x, top + (1 - 2 * top) * y, turned=y > .5)
+
+
+def _large_face(face, rank, suit, ink, scheme, style, glyphs):
+    """A card as from a real pack: indices in two corners, signs in the classic places, a framed figure for J, Q and K."""
+    width, height = face.size
+    if scheme == "pips":
+        return _pips(face, rank, suit, ink, .18 * width, .22, .13)
+    if scheme == "words":
+        _stamp(face, _label(_name(rank, scheme), glyphs, .84 * width, .13 * height), ink, .5, .5)
+        return _twice(face, _sign(suit, .26 * width), ink, .5, .2)
+    _twice(face, _label(_name(rank, scheme), glyphs, .17 * width, .115 * height), ink, .115, .1)
+    _twice(face, _sign(suit, .14 * width), ink, .115, .225)
+    if rank <= 10:
+        return _pips(face, rank, suit, ink, .2 * width * (1 + (rank == 1)), .31, .16)
+    _stamp(face, _label(_name(rank, scheme), glyphs, .5 * width, .3 * height), ink, .5, .5)
+
+
+# ---- 10. The problemm --------------------------------------------------------------------------------------------------
 
 KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
 
-# Rows of (name, rule of the prompt, rule of the judge where it is another). The gap between the rows is the study's result.
+class Row(NamedTuple):
+    """One test of a suite: its name, the rule of the prompt, the rule of the judge where it is another, the look of the cards."""
+    name: str
+    rule: str
+    judge: str | None = None
+    visual: str | None = None
+
+
+# The gap between the rows is the study's result.
+PROBES = [                                    # further away, one change from the trained rule each
+    Row("faces-5", "5"),                      # faces as numbers that other cards have too
+    Row("faces-7", "7"),
+    Row("faces-12", "12"),                    # faces as one number that no card of the trained rule has
+    Row("five-cards", "10/cards=5"),
+    Row("target-36", "10/target=36"),
+]
 SUITES = {
     "gp-l": [
-        ("id", ID_RULE, None),         # the rule that was trained
-        ("rule", OOD_RULE, None),      # the same hands under the rule that was not
-        ("fake", OOD_RULE, ID_RULE),   # told the new rule, judged by the old: high where the old rule was memorized, low where
-    ],                                 # arithmetic was lost
-    "gp-l-probes": [                   # further away, one change from the trained rule each
-        ("faces-5", "5", None),        # faces as numbers that other cards have too
-        ("faces-7", "7", None),
-        ("faces-12", "12", None),      # faces as one number that no card of the trained rule has
-        ("five-cards", "10/cards=5", None),
-        ("target-36", "10/target=36", None),
+        Row("id", ID_RULE),                   # the rule that was trained
+        Row("rule", OOD_RULE),                # the same hands under the rule that was not
+        Row("fake", OOD_RULE, ID_RULE),       # told the new rule, judged by the old: high where the old rule was memorized, low where
+    ],                                        # arithmetic was lost
+    "gp-l-probes": PROBES,
+    "gp-vl": [
+        Row("id", ID_RULE, visual="black"),   # the rule and the look that were trained
+        Row("rule", OOD_RULE, visual="black"),
+        Row("fake", OOD_RULE, ID_RULE, "black"),
+        Row("red", ID_RULE, visual="red"),    # the paper's change of look: only ink and suits
+        *(Row(name, ID_RULE, visual="black/" + look) for name, look in (
+            ("grid", "layout=grid"), ("scattered", "layout=scattered"), ("serif", "glyphs=serif"), ("dark", "style=dark"),
+            ("dim", "light=50/noise=15"), ("numbers", "scheme=numbers"), ("words", "scheme=words"), ("pips", "scheme=pips"))),
+        Row("text", ID_RULE, visual="text"),  # the same hands in words: the difference to "id" is the cost of seeing
+    ],
+    "gp-vl-probes": [
+        *(row._replace(visual="black") for row in PROBES),
+        Row("rule-red", OOD_RULE, visual="red"),
     ],
 }
 
 
 class GeneralPoints:
     """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands for
-    intervals), image (None in text), prompt, attempts, attempt (answers judged so far), verdict (the latest), done."""
-    image = None
+    intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest), done.
 
-    def __init__(self, hand, rule, attempts, style, judged_by):
+    A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
+
+    def __init__(self, hand, rule, attempts, style, judged_by, look=None, tile=32, stream=""):
         self.hand, self.rule, self.attempts, self.style, self.judged_by = hand, rule, attempts, style, judged_by
+        self.look, self.tile, self.stream, self._image = look, tile, stream, None
         self.numbers, self.cls = values(hand, rule), problem_class([rank for rank, _ in hand], rule.target)
-        self.prompt = short_prompt(hand, rule) if style == "short" else full_prompt(hand, rule)
+        self.prompt = short_prompt(hand, rule, look) if style == "short" else full_prompt(hand, rule, look)
         self.attempt, self.verdict, self.done = 0, None, False
+
+    @property
+    def image(self):
+        """The hand as an RGB picture, None in text. Drawn when first asked for, then kept, in copies of the problem too."""
+        if self.look and self._image is None:
+            self._image = picture(self.hand, self.look, self.tile, self.stream)
+        return self._image
 
     def step(self, response):
         """Judge the next answer. Done when it is right or `attempts` are used up; a RuntimeError after that."""
@@ -598,7 +920,10 @@ class GeneralPoints:
         right, last = self.verdict.outcome == "correct", self.attempt == self.attempts
         self.done = right or last
         reward = REWARD[self.verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
-        return Step(float(reward), self.done, feedback_text(self.verdict, self.style), self.verdict.outcome)
+        feedback = feedback_text(self.verdict, self.style)
+        if self.look and self.verdict.read < 1:
+            reward, feedback = reward + MISREAD, feedback + MISREAD_TEXT[self.style]
+        return Step(float(reward), self.done, feedback, self.verdict.outcome, self.verdict.read)
 
     def expert(self, rng=None):
         """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them.
@@ -655,50 +980,66 @@ class GeneralPoints:
         return json.dumps({"cards": rank_names(self.hand), "number": values(self.hand, rule), "formula": formula})
 
 
-def short_prompt(hand, rule):
-    """Few tokens, for the tiny model: `K 7 2 A, JQK=11,12,13, make 24`."""
-    return f"{' '.join(rank_names(hand))}, JQK={','.join(map(str, rule.faces))}, make {rule.target}"
+def short_prompt(hand, rule, look=None):
+    """Few tokens, for the tiny model: `K 7 2 A, JQK=11,12,13, make 24`, without the cards where a picture (of a Look) shows them."""
+    cards = "" if look else " ".join(rank_names(hand)) + ", "
+    return f"{cards}JQK={','.join(map(str, rule.faces))}, make {rule.target}"
 
 
-def full_prompt(hand, rule):
-    """Plain words, for an instruct model."""
+def full_prompt(hand, rule, look=None):
+    """Plain words, for an instruct model; with a Look the cards are in the picture, not in the prompt."""
     jack, queen, king = rule.faces
     alike = jack == queen == king
     faces = f"J, Q and K each count as {jack}" if alike else f"J counts as {jack}, Q counts as {queen} and K counts as {king}"
-    return (f"You are dealt {len(hand)} playing cards: {json.dumps(rank_names(hand))}. {faces}. A counts as 1, and every other card "
+    cards = f"The picture shows {len(hand)} playing cards. " + SHOWN[look.scheme] if look else (
+        f"You are dealt {len(hand)} playing cards: {json.dumps(rank_names(hand))}. ")
+    order = "in the picture" if look else "as dealt"
+    return (f"{cards}{faces}. A counts as 1, and every other card "
             f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly once "
             "and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, with these "
-            'keys: "cards", the list of the cards as dealt; "number", the list of their values in the same order; "formula", your '
+            f'keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; "formula", your '
             "formula as a string.")
 
 
-TASKS = ("gp-l",)
+SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K. ",
+         "words": "Their names are written as words: ACE is A, JACK is J, QUEEN is Q and KING is K. ",
+         "pips": "Each shows as many signs as its number: one is A, and 11, 12 and 13 are J, Q and K. "}
+TASKS = ("gp-l", "gp-vl")
 
 
-def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0):
+def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=32):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule: a text for fill_rule and parse_rule; face wildcards are drawn anew for every index. judge: the face values that answers are judged by where they are not the prompt's (the "fake
+    rule: a text for fill_rule and parse_rule; face wildcards are drawn anew for every index. visual: for "gp-vl", a text for fill_look and
+    parse_look ("black" where None). judge: the face values that answers are judged by where they are not the prompt's (the "fake
     rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts from 0; the run's
-    `seed` shifts it for "base" and "train" only. attempts: answers per episode. ValueError, in one sentence, for anything unknown or
-    out of range."""
+    `seed` shifts it for "base" and "train" only. attempts: answers per episode. tile: pixels of the model's image tiles, which sets the
+    size of pictures. ValueError, in one sentence, for anything unknown or out of range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
-    if visual is not None:
-        raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
     for value, known in ((split, SPLITS), (style, STYLES)):
         if value not in known:
             raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
     if index < 0 or seed < 0 or attempts < 1:
         raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
     index += seed * 10**9 if split in ("base", "train") else 0
+    return _general_points(name, rule, visual, split, index, attempts, style, judge, tile)
+
+
+def _general_points(name, rule, visual, split, index, attempts, style, judge, tile):
+    if name == "gp-l" and visual is not None:
+        raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
     rule = parse_rule(fill_rule(rule, random.Random(f"gp/{split}/{index}/rule")))
-    hand, rule = deal(rule, split, index)
+    look = None if name == "gp-l" else parse_look(fill_look(visual or "black", random.Random(f"gp/{split}/{index}/look")))
+    if look and look.suits != "text" and tile < (smallest := legible_from(look, rule.cards)):
+        raise ValueError(f"{rule.cards} cards of the look {str(look)!r} need tiles of at least {smallest} pixels, not {tile}.")
+    hand, rule = deal(rule, split, index, 2 if look else 4)
     judged_by = replace(rule, faces=parse_rule(judge or rule).faces)
-    return GeneralPoints(hand, rule, attempts, style, judged_by)
+    look = None if look and look.suits == "text" else look
+    return GeneralPoints(hand, rule, attempts, style, judged_by, look, tile, f"gp/{split}/{index}/picture")
 
 
-# ---- 9. Command line -------------------------------------------------------------------------------------------------
+# ---- 11. Command line ------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """Command line that shows problems."""

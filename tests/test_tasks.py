@@ -490,12 +490,12 @@ def test_held_out_hands_and_targets_are_the_same_under_both_rules(split, options
 
 
 def test_suites_can_be_dealt_and_solved():
-    for rows in tasks.SUITES.values():
-        for _, rule, judged in rows:
+    for suite, rows in tasks.SUITES.items():
+        for row in rows:
             for split, style in (("val", "full"), ("test", "full"), ("test", "short")):
                 for index in range(5):
-                    problem = make("gp-l", rule, None, split, index, style=style, judge=judged)
-                    assert problem.step(problem.expert()).outcome == ("correct" if judged is None else "wrong_numbers")
+                    problem = make(suite.removesuffix("-probes"), row.rule, row.visual, split, index, style=style, judge=row.judge, tile=112)
+                    assert problem.step(problem.expert()).outcome == ("correct" if row.judge is None else "wrong_numbers")
 
 
 # ---- Prompts and experts ---------------------------------------------------------------------------------------------
