@@ -882,6 +882,7 @@ SUITES = {
         *(Row(name, ID_RULE, visual="black/" + look) for name, look in (
             ("grid", "layout=grid"), ("scattered", "layout=scattered"), ("serif", "glyphs=serif"), ("dark", "style=dark"),
             ("dim", "light=50/noise=15"), ("numbers", "scheme=numbers"), ("words", "scheme=words"), ("pips", "scheme=pips"))),
+        Row("shuffled", ID_RULE, visual="black"),  # the control: every hand beside the picture of another one
         Row("text", ID_RULE, visual="text"),  # the same hands in words: the difference to "id" is the cost of seeing
     ],
     "gp-vl-probes": [
@@ -910,6 +911,10 @@ class GeneralPoints:
         if self.look and self._image is None:
             self._image = picture(self.hand, self.look, self.tile, self.stream)
         return self._image
+
+    @image.setter
+    def image(self, picture):  # for controls: the picture of another hand
+        self._image = picture
 
     def step(self, response):
         """Judge the next answer. Done when it is right or `attempts` are used up; a RuntimeError after that."""
@@ -1005,6 +1010,11 @@ SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K
          "words": "Their names are written as words: ACE is A, JACK is J, QUEEN is Q and KING is K. ",
          "pips": "Each shows as many signs as its number: one is A, and 11, 12 and 13 are J, Q and K. "}
 TASKS = ("gp-l", "gp-vl")
+
+
+def pictures(name):
+    """Whether a task or suite shows pictures."""
+    return name.removesuffix("-probes").endswith("-vl")
 
 
 def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=32):

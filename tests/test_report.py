@@ -253,7 +253,6 @@ def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_pa
     assert among[1][2][4][0] == f"{100 * red[read == 1].mean():.1f}" and "RL - SFT" not in among[0]
     cost = dict((label, cell[0]) for label, cell in report.cost_of_seeing(study, view))
     assert cost["RL, end"] == f"{100 * (end['solved'][('text', *view)] - end['solved'][('id', *view)]).mean():+.1f}"
-    assert "SFT at its best OOD" not in "".join(cost)  # on the way only the first rows are evaluated
     assert report.table_text(study).count("row by row: all cards read") == 2
 
 
