@@ -184,10 +184,25 @@ def to_batch(episodes, pad, device):
     return ids, chosen.bool(), log_probs
 
 
+def by_prompt(episodes):
+    """Lists of the episodes that have the same prompt."""
+    groups = {}
+    for e in episodes:
+        groups.setdefault((tuple(e.ids[: e.response_mask.index(1)]), e.seen and e.seen[1]), []).append(e)
+    return list(groups.values())
+
+
 def micro_batches(episodes, size):
-    """Split episodes, sorted by length, into lists of at most `size`: little padding, and any size gives the same sum."""
-    episodes = sorted(episodes, key=lambda e: len(e.ids))
-    return [episodes[i : i + size] for i in range(0, len(episodes), size)]
+    """Split episodes into lists of at most `size`; any size gives the same sum. Those of a prompt stay together where they
+    fit, so that it is computed once, and similar lengths stand together, which makes little padding."""
+    parts, length = [[]], lambda e: len(e.ids)
+    for members in sorted(by_prompt(episodes), key=lambda group: max(map(length, group))):
+        members = sorted(members, key=length)
+        for piece in (members[i : i + size] for i in range(0, len(members), size)):
+            if len(parts[-1]) + len(piece) > size:
+                parts.append([])
+            parts[-1] += piece
+    return parts
 
 
 # ---------------------------------------------------------------- 2. Evaluation

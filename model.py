@@ -539,11 +539,15 @@ class ImageContext:
         self.place = self.rows * self.share + same.tril(-1).sum(1)  # (B,) of the R * share slots, each row's
         self.whole = bool(tiles.all())
 
+    def regroup(self, rows):
+        """The same sets for other rows of text: rows (B,) is the set of each."""
+        return ImageContext(self.features, self.tiles, rows, self.prefix_looks)
+
     def select(self, rows):
         """The context of the given rows of text (a LongTensor), without the sets that none of them uses."""
         sets, rows = self.rows[rows].unique(return_inverse=True)
         if len(sets) == len(self.tiles):
-            return ImageContext(self.features, self.tiles, rows, self.prefix_looks)
+            return self.regroup(rows)
         return ImageContext(self.features[sets], self.tiles[sets], rows, self.prefix_looks)
 
     def fold(self, x):
@@ -580,6 +584,48 @@ class ImageContext:
             return (None if self.whole else mask.repeat_interleave(tokens, -1)), sees
         mask = (seen | ~sees).repeat_interleave(tokens, -1)  # (B, T, N)
         return self.fold(mask[:, None]), sees
+
+
+class Prompts:
+    """Prompts that rows of a training pass begin with, each computed once for all of them: a cache with gradients.
+
+    A pass over the P prompts, ids (P, T), fills it; after `follow`, a pass over the B rows reads it. Prompts are padded
+    on the right: the mask of the second pass has to hide that.
+    """
+
+    def __init__(self, config, ids, image):
+        self.config, self.image, self.kept, self.cross, self.rows = config, image, {}, {}, None
+        self.shown, self.at = ids == config.vocab_size, torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+    def follow(self, rows, ids, at, image):
+        """Row b goes on from prompt rows[b] with the tokens at[b] of ids[b], which begins with that prompt."""
+        self.rows, self.shown, self.at, self.image = rows, ids == self.config.vocab_size, at, image
+
+    def writer(self, i):
+        """A function of k, v (B, K, T, E) of layer i that returns those of the prompts before them."""
+        rows, before = self.rows, self.kept.get(i)
+
+        def store(k, v):
+            if before is None:
+                self.kept.setdefault(i, (k, v))  # a second time when layers are recomputed
+                return k, v
+            return [torch.cat([old.index_select(0, rows), new], 2) for old, new in zip(before, (k, v))]
+
+        return store
+
+    def rope(self):
+        """`rope_table` of the tokens of this pass."""
+        return rope_table(self.config, self.at)
+
+    def mark(self, _):
+        """Where <|image|> stands in the rows, their prompts included."""
+        return self.shown
+
+    def keys_values(self, i, attention):
+        """k, v (R, K, N, E) of the images for cross layer i, for both passes."""
+        if i not in self.cross:
+            self.cross[i] = attention.keys_values(self.image.features)
+        return self.cross[i]
 
 
 # ---------------------------------------------------------------- 4. Vision tower
@@ -798,6 +844,15 @@ def pack_images(sets, tile):
 # ---------------------------------------------------------------- 6. The whole model
 
 
+def common_prompts(ids, start, image):
+    """Which rows of ids (B, T) have the same tokens before start (B,), and the same images (an ImageContext or None).
+    Returns rows (B,): the number of each row's prompt, and first (P,): a row that has it."""
+    key = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= start[:, None], -1)
+    key = key if image is None else torch.cat([key, image.rows[:, None]], 1)
+    prompts, rows = key.unique(dim=0, return_inverse=True)
+    return rows, (rows == torch.arange(len(prompts), device=ids.device)[:, None]).int().argmax(1)
+
+
 class CausalLM(nn.Module):
     """The decoder and its output layer (a module of its own because the hub's names have it)."""
 
@@ -892,14 +947,36 @@ class LlamaVision(nn.Module):
         ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (log_probs, entropy), both
         (number chosen,) float32 in row-major order, of softmax(logits / temperature): the distribution that was
         sampled from, so that the ratio to `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
+        A prompt (what comes before the first chosen token) that several rows have is computed once, with its gradient.
         """
-        hidden = self(ids[:, :-1], image=image)
-        logits = self.logits(hidden[chosen[:, 1:]])
+        start = (chosen.int().argmax(1) - 1).clamp(min=0)  # (B,): a prompt's last token predicts the first chosen one
+        rows, first = common_prompts(ids, start, image)
+        if start.sum() - start[first].sum() < ids.numel() // 16:  # too little is saved
+            hidden, ids, chosen = self(ids[:, :-1], image=image), ids[:, 1:], chosen[:, 1:]
+        else:
+            hidden, ids, chosen = self._after_prompts(ids, chosen, image, start, rows, first)
+        logits = self.logits(hidden[chosen])
         log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        picked = log_p.gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
+        picked = log_p.gather(1, ids[chosen][:, None])[:, 0]
         with torch.no_grad():  # a measure, not a loss: no graph over the whole vocabulary for it
             entropy = -(log_p.exp() * log_p).sum(-1)
         return picked, entropy
+
+    def _after_prompts(self, ids, chosen, image, start, rows, first):
+        """Hidden states (B, T', D) from the last token of each row's prompt on, and of the token behind each: its id and
+        whether it is chosen, both (B, T'). start (B,): where that last token is; rows and first: of `common_prompts`."""
+        width, end = int(start.max()), ids.shape[1] - 1
+        count = int(((chosen * torch.arange(end + 1, device=ids.device)).amax(1) - start).max())  # up to the last chosen
+        prompts = Prompts(self.config.text, ids[first, :width], image and image.regroup(image.rows[first]))
+        self.language_model.model(ids[first, :width], None, None, cache=prompts)
+        at = start[:, None] + torch.arange(count, device=ids.device)
+        inside, at = at < end, at.clamp(max=end - 1)
+        prompts.follow(rows, ids, at, image)
+        begin = start[:1] if (start == width).all() else start  # one mask for all rows where it is the same
+        mask = torch.cat([(torch.arange(width, device=ids.device) < begin[:, None])[:, None].expand(-1, count, -1),
+                          torch.ones(len(begin), count, count, dtype=torch.bool, device=ids.device).tril()], 2)
+        hidden = self.language_model.model(ids.gather(1, at), None, mask[:, None], cache=prompts)
+        return hidden, ids.gather(1, at + 1), chosen.gather(1, at + 1) & inside
 
 
 def init_weights(model, seed):

@@ -18,7 +18,7 @@ import time
 import torch
 
 import tasks
-from evaluate import Parser, micro_batches, rollout, run_main, seen_by, show_episode, to_batch, truncated
+from evaluate import Parser, by_prompt, micro_batches, rollout, run_main, seen_by, show_episode, to_batch, truncated
 from model import adapters_off, load_model, text_flops, training_flops
 from train_sft import evaluate_run, finish, finish_arguments, save_run, set_up, shared_arguments, update, warn_truncated
 
@@ -139,14 +139,17 @@ def make_reference(model, args):
 
 def step_flops(model, groups, trained, args):
     """(FLOPs, the paper's formula) of a step: every prompt once per group, every sampled token once, then the update on
-    the episodes with signal. The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all
+    the episodes with signal, prompts once per group here too (a group split over micro-batches computes its more often). The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all
     tokens of the episodes, with signal or not."""
-    config, rollout_cost = model.config, 0
+    config, rollout_cost, forward = model.config, 0, 0
     for group in groups:
         prompt = group[0].response_mask.index(1)
         rollout_cost += text_flops(config, 0, prompt, 1)
         rollout_cost += sum(text_flops(config, prompt, len(e.ids) - 1, sum(e.response_mask) - 1) for e in group)
-    forward = sum(text_flops(config, 0, len(e.ids) - 1, sum(e.response_mask)) for e in trained)
+    for group in by_prompt(trained):
+        start = group[0].response_mask.index(1) - 1  # each episode's own part begins with the prompt's last token
+        forward += text_flops(config, 0, start, 0)
+        forward += sum(text_flops(config, start, len(e.ids) - 1, sum(e.response_mask)) for e in group)
     references = forward * args.epochs if args.kl_coef else 0
     weights, read = text_flops(config, 0, 1, 1) // 2, sum(len(e.ids) for group in groups for e in group)
     updates = args.epochs * training_flops(forward, args.lora_rank > 0, args.recompute)

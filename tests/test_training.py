@@ -78,18 +78,77 @@ def test_rollout_log_probs_are_training_log_probs(model, tokenizer):
         assert (other - old[chosen]).abs().max() > 1e-2
 
 
-def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model, tokenizer, monkeypatch):
-    """Pictures on two of four problems: rollout and training log-probs agree, over three turns, and see the right picture."""
-    pictures, encoded = {}, []
+def hang_pictures(model, monkeypatch):
+    """Pictures on two of four problems, and gates that let them through."""
+    pictures = {}
     monkeypatch.setattr(tasks.GeneralPoints, "image", property(lambda self: pictures.get(self.prompt)))
     for i, shade in ((0, 40), (2, 200)):
         noise = random.Random(shade).randbytes(3 * 30 * 20)
         pictures[problem(i).prompt] = Image.frombytes("RGB", (30, 20), noise)
+    for name, p in model.named_parameters():
+        if "gate" in name.rsplit(".", 1)[-1]:
+            p.data.fill_(0.5)
+
+
+def weighted_gradients(model, episodes, tokenizer, size):
+    """Values and gradients of log-probs with a weight each, `size` rows at a time, and the number of tokens computed. The
+    pictures are encoded anew, with gradients."""
+    model.zero_grad()
+    seen = model.see(*M.pack_images([[p] if p else [] for p in (problem(i).image for i in range(4))], 12))
+    values, computed = {}, []
+    hook = model.language_model.model.embed_tokens.register_forward_hook(lambda layer, args, out: computed.append(args[0].numel()))
+    for part in E.micro_batches(episodes, size):
+        ids, chosen, _ = E.to_batch(part, tokenizer.pad, "cpu")
+        image = seen and seen.select(torch.tensor([e.seen[1] for e in part]))
+        log_probs, _ = model.log_probs(ids, chosen, 0.8, image)
+        rows = log_probs.split(chosen.sum(1).tolist())
+        values |= {id(e): row.detach() for e, row in zip(part, rows)}
+        sum((row * torch.linspace(-1, 2, len(row))).sum() for row in rows).backward(retain_graph=True)
+    hook.remove()
+    return torch.cat([values[id(e)] for e in episodes]), gradients(model), sum(computed)
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+@pytest.mark.parametrize("change", ["", "recompute", "lora"])
+def test_prompts_computed_once_give_the_same_values_and_gradients(model, tokenizer, pictures, change, monkeypatch):
+    """Against row by row: three turns, ragged prompts, groups of three, two and one, split over micro-batches or not."""
+    if pictures:
+        hang_pictures(model, monkeypatch)
+    if change == "lora":
+        M.add_lora(model, 2, 4.0)
+        for name, p in model.named_parameters():
+            p.data += 0.1 * ("lora_B" in name)
+        model.vision_model.requires_grad_(True)
+    model.recompute(change == "recompute")
+    groups = random_rollout(model, tokenizer)
+    for e in groups[1] + groups[2]:  # longer prompts
+        e.ids[1:1], e.response_mask[1:1], e.log_probs[1:1] = [7, 8, 9], [0] * 3, [0.0] * 3
+    assert len({g[0].response_mask.index(1) for g in groups}) > 1 and max(len(e.turns) for g in groups for e in g) == 3
+    episodes = groups[0] + groups[1][:2] + groups[2][1:] + groups[3][:1]
+    values, wanted, all_tokens = weighted_gradients(model, episodes, tokenizer, 1)
+    for size in (2, 3, 5, 8):
+        shared, grads, tokens = weighted_gradients(model, episodes, tokenizer, size)
+        assert (shared - values).abs().max() < 1e-5 * values.abs().max()
+        assert grads.keys() == wanted.keys() and (size < 8 or tokens < all_tokens)
+        for name, grad in wanted.items():
+            assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
+
+
+def test_whole_groups_share_a_micro_batch_where_they_fit(model, tokenizer):
+    groups = random_rollout(model, tokenizer)
+    for size, sizes in ((12, [12]), (7, [6, 6]), (3, [3] * 4), (2, [2, 1] * 4)):
+        parts = E.micro_batches([e for g in zip(*groups) for e in g], size)
+        assert [len(p) for p in parts] == sizes or size == 2 and max(map(len, parts)) == 2
+        assert sorted(id(e) for p in parts for e in p) == sorted(id(e) for g in groups for e in g)
+        assert all(len({id(p) for p in parts if any(e in p for e in g)}) == -(-3 // size) for g in groups)
+
+
+def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model, tokenizer, monkeypatch):
+    """Pictures on two of four problems: rollout and training log-probs agree, over three turns, and see the right picture."""
+    encoded = []
+    hang_pictures(model, monkeypatch)
     real = M.VisionTower.forward
     monkeypatch.setattr(M.VisionTower, "forward", lambda self, tiles, *rest: encoded.append(len(tiles)) or real(self, tiles, *rest))
-    for name, p in model.named_parameters():
-        if "gate" in name:
-            p.data.fill_(0.5)
     groups = random_rollout(model, tokenizer)
     assert encoded == [2]
     episodes = [e for g in groups for e in g]
@@ -347,7 +406,7 @@ def test_loss_by_hand_over_a_batch(model, tokenizer, tiny_run):
 @pytest.mark.parametrize("changes, forward_passes", [({}, 3), ({"lora_rank": 2}, 2), ({"recompute": True}, 4), ({"kl_coef": 0.1}, 4),
                                                       ({"epochs": 2}, 6)])
 def test_rl_step_flops_by_counting_what_is_computed(model, tokenizer, tiny_run, changes, forward_passes, monkeypatch):
-    """Every token is computed once in the rollout, prompts once per group; the update costs whole passes over the episode."""
+    """Every token is computed once in the rollout, the update costs whole passes; prompts count once per group."""
     rl_args.run = tiny_run
     groups, counted = random_rollout(model, tokenizer), []
     monkeypatch.setattr(RL, "text_flops", lambda config, start, end, scored: counted.append((start, end, scored)) or end - start)
@@ -355,7 +414,8 @@ def test_rl_step_flops_by_counting_what_is_computed(model, tokenizer, tiny_run, 
         len(e.ids) - 1 - e.response_mask.index(1) for group in groups for e in group)
     trained = groups[1]
     flops, paper = RL.step_flops(model, groups, trained, rl_args(**changes))
-    assert flops == rollout_tokens + forward_passes * sum(len(e.ids) - 1 for e in trained)
+    prompt = trained[0].response_mask.index(1) - 1  # its last token begins every episode's own part
+    assert flops == rollout_tokens + forward_passes * (prompt + sum(len(e.ids) - 1 - prompt for e in trained))
     assert sum(scored for *_, scored in counted[: len(groups) * 4]) == sum(sum(e.response_mask) for g in groups for e in g) - 2 * len(groups)
 
 
