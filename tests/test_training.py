@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,7 @@ def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model,
     """Pictures on two of four problems: rollout and training log-probs agree, over three turns, and see the right picture."""
     encoded = []
     hang_pictures(model, monkeypatch)
+    model.vision_model.requires_grad_(False), model.multi_modal_projector.requires_grad_(False)
     real = M.VisionTower.forward
     monkeypatch.setattr(M.VisionTower, "forward", lambda self, tiles, *rest: encoded.append(len(tiles)) or real(self, tiles, *rest))
     groups = random_rollout(model, tokenizer)
@@ -165,6 +167,43 @@ def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model,
         shown = torch.tensor([e.seen[1] % 2 == 0 for e in part])[:, None].expand_as(chosen)[chosen]
         assert other[shown].abs().max() > 1e-3 and (other[~shown].abs() < 1e-4).all()
     assert encoded == [2]
+
+
+def test_a_trained_tower_sees_in_training_what_it_saw_in_the_rollout(model, tokenizer, monkeypatch):
+    """Encoded again with gradient, each picture once a micro-batch: the same log-probs, and every part learns."""
+    encoded = []
+    hang_pictures(model, monkeypatch)
+    real = M.VisionTower.forward
+    monkeypatch.setattr(M.VisionTower, "forward", lambda self, tiles, *rest: encoded.append(len(tiles)) or real(self, tiles, *rest))
+    episodes = [e for g in random_rollout(model, tokenizer) for e in g]
+    for part in (episodes, episodes[2:8], episodes[3:6]):
+        ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
+        log_probs, _ = model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))
+        assert (log_probs - old[chosen]).abs().max() < 1e-4
+    assert encoded == [2, 2, 2]
+    grads = []
+    for size in (12, 4, 1):
+        model.zero_grad()
+        SFT.sft_backward(model, episodes, tokenizer.pad, size)
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        assert all(grads[-1][n].abs().sum() > 0 for n in ("vision_model.patch_embedding.weight", "multi_modal_projector.weight"))
+    for n, g in grads[0].items():
+        assert all((g - other[n]).norm() <= 1e-4 * g.norm() + 1e-7 for other in grads[1:]), n
+
+
+@pytest.mark.parametrize("task, lora, train, learn", [
+    ("gp-l", 0, None, {"decoder"}), ("gp-vl", 0, None, {"decoder", "cross", "projector", "tower"}), ("gp-vl", 2, None, {"decoder", "cross"}),
+    ("gp-vl", 0, ["tower"], {"tower"}), ("gp-vl", 2, ["projector", "tower"], {"projector", "tower"}),
+    ("gp-vl", 0, ["decoder"], {"decoder", "cross"})])
+def test_the_parts_that_are_trained(model, task, lora, train, learn):
+    args = SimpleNamespace(task=task, lora_rank=lora, train=train, optimizer="adamw", lr=1e-3, weight_decay=0.0)
+    if lora:
+        M.add_lora(model, lora, 4.0, tuple(M.PARTS[part] for part in SFT.trained_parts(args)))
+    SFT.make_optimizer(model, args)
+    part = lambda name: "tower" if name.startswith("vision") else "projector" if name.startswith("multi") else (
+        "cross" if ".layers.2." in name else "decoder")  # layer 2 is the cross layer of this config
+    assert {part(n) for n, p in model.named_parameters() if p.requires_grad} == learn
+    assert model.learns_to_see == bool({"tower", "projector"} & learn)
 
 
 def test_trained_ids_are_sampled_ids(model, tokenizer):
