@@ -34,14 +34,14 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from math import ceil, cos, gcd, pi, sin
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 # ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
 
@@ -327,8 +327,9 @@ def deal(rule, split, index, suits=4):
 
     "train": solvable under the rule; "base": the same for the stage before. "val" and "test": at least one face card, and solvable
     under the rule and under both ID_RULE and OOD_RULE faces (same target and card count), so these two rules are tested on the same
-    hands and targets; for a third rule they may differ. With `suits` of 2, as pictures of one colour show, no rank is dealt more than twice. No face value turns a hand of train into the numbers of a held-out class, or
-    the reverse (J=3 would make J-7-2-A a 3-7-2-A); in "base" it may. ValueError when TRIES deals bring none."""
+    hands and targets; for a third rule they may differ. No face value turns a hand of train into the numbers of a held-out class, or
+    the reverse (J=3 would make J-7-2-A a 3-7-2-A); in "base" it may. No rank is dealt more than `suits` times: a picture in one colour
+    has two suits. ValueError when TRIES deals bring none."""
     held_out = split in ("val", "test")
     faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
     rng = random.Random(f"gp/{split}/{index}")  # a text seed is hashed the same way everywhere
@@ -504,8 +505,8 @@ STYLES = ("full", "short")  # prompts and feedback: for a large instruct model, 
 
 class Verdict(NamedTuple):
     """What the verifier found: `outcome` is a key of REWARD, `fact` says what is wrong (empty when nothing is), `cards` is what the
-    response says the cards are (tuple of str, None when absent), `read` the share of them that is right (see read_share). The outcome rests
-    on the formula alone."""
+    response says the cards are (tuple of str, None when absent), `read` how much of that is right (see read_share). The outcome
+    rests on the formula alone."""
     outcome: str
     fact: str = ""
     cards: tuple[str, ...] | None = None
@@ -513,7 +514,7 @@ class Verdict(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one answer brings: the reward, whether the episode is over, the verifier's text, the outcome, the share of cards named rightly."""
+    """What one answer brings: the reward, whether the episode is over, the verifier's text, the outcome, the share of cards read."""
     reward: float
     done: bool
     feedback: str
@@ -548,8 +549,8 @@ NAMES = {name: rank for names in (RANKS, WORDS, map(str, range(1, 14))) for rank
 
 
 def read_share(named, hand):
-    """The share of a hand that a list of card names (str) gets right, 0 to 1: the ranks in both, each as often as in both, divided by the
-    length of the longer one. Any case; "K", "KING" and "13" are one rank, whatever it counts as."""
+    """The share of a hand that a list of card names (str) gets right, 0 to 1: the number of cards in both, divided by the length of
+    the longer one. In any order and case; "K", "KING" and "13" are one rank, whatever it counts as."""
     right = Counter(NAMES.get(name.strip().upper()) for name in named) & Counter(rank for rank, _ in hand)
     return right.total() / max(len(hand), len(named))
 
@@ -576,7 +577,7 @@ FEEDBACK = {
              "wrong_value": "Your formula equals {fact}. " + AGAIN,
              "wrong_numbers": "Your formula must use the value of each card exactly once, but {fact}. " + AGAIN,
              "illegal": "Your answer is not legal: {fact}. " + AGAIN}}
-MISREAD_TEXT = {"short": " Cards misread.", "full": " Your answer does not name the cards in the picture as they are."}
+MISREAD_TEXT = {"short": " Cards misread.", "full": " Your answer does not list the cards in the picture rightly."}
 
 
 def feedback_text(verdict, style):
@@ -585,16 +586,16 @@ def feedback_text(verdict, style):
 
 
 # ---- 8. Looks --------------------------------------------------------------------------------------------------------
-# What a picture of the cards may look like, as data. The default, the first of each, is what is trained; every other is a test.
+# What a picture of the cards may look like, as data: one look is trained, the others are the test.
 
 OPTIONS = {
     "suits": ("black", "red", "both", "text"),  # black: S and C only; red: H and D only; both: as dealt; text: no picture at all
-    "layout": ("row", "grid", "scattered", "shuffled"),  # scattered: a grid, places and angles vary; shuffled: a grid in another order
+    "layout": ("row", "grid", "scattered", "shuffled"),  # scattered: tilted, in a rough grid; shuffled: a grid not in dealt order
     "scheme": ("index", "numbers", "words", "pips"),  # how a rank is shown: K, 13, KING, or 13 suit signs
     "style": ("plain", "framed", "dark"),  # the card
     "glyphs": ("sans", "serif", "mono", "italic"),  # the typeface
     "table": ("green", "blue", "wood", "grey"),
-    "light": (100, *range(40, 141)),  # brightness in percent
+    "light": tuple(range(40, 141)),  # brightness in percent
     "noise": tuple(range(41)),  # standard deviation in grey levels
     "tiles": (4, 1),  # how many of the model's tiles the picture takes
 }
@@ -616,40 +617,49 @@ class Look:
     def __post_init__(self):
         for name, known in OPTIONS.items():
             if getattr(self, name) not in known:
-                shown = f"from {min(known)} to {max(known)}" if len(known) > 4 else f"one of {', '.join(map(str, known))}"
-                raise ValueError(f"A look needs {name} {shown}, not {clean(str(getattr(self, name)))!r}.")
+                raise ValueError(f"A look needs {name} {_any_of(name)}, not {clean(str(getattr(self, name)))!r}.")
 
     def __str__(self):
-        changed = (f"/{each.name}={getattr(self, each.name)}" for each in fields(self)[1:] if getattr(self, each.name) != each.default)
-        return self.suits + ("" if self.suits == "text" else "".join(changed))
+        options = ((each.name, getattr(self, each.name), each.default) for each in fields(self)[1:] if self.suits != "text")
+        return self.suits + "".join(f"/{name}={value}" for name, value, default in options if value != default)
+
+
+def _any_of(name):
+    known = OPTIONS[name]
+    return f"from {known[0]} to {known[-1]}" if len(known) > 4 else "one of " + ", ".join(map(str, known))
 
 
 @lru_cache(maxsize=1 << 12)
 def parse_look(text):
-    """Read a Look from "black", "red", "both" or "text", then options in any order, such as "/layout=scattered/light=60"; str(look) undoes it.
+    """Read a Look from its suits, then options in any order, such as "red/layout=grid/light=60"; str(look) undoes it.
 
-    A Look passes through unchanged. Any other text raises a ValueError that says what is wrong."""
+    A Look passes through unchanged; "text" ignores its options. Any other text raises a ValueError that says what is wrong."""
     if isinstance(text, Look):
         return text
-    found = {"suits": text.partition("/")[0]}
-    for option in text.split("/")[1:]:
+    suits, *options = text.split("/")
+    found = {"suits": suits}
+    for option in options:
         name, _, value = option.partition("=")
         if name not in OPTIONS or name in found:
-            raise ValueError(f"{clean(text)!r} is not a look: after the suits only /{', /'.join(list(OPTIONS)[1:])} may follow, each once with =.")
-        found[name] = int(value) if isinstance(OPTIONS[name][0], int) and re.fullmatch("[0-9]{1,3}", value) else value
+            raise ValueError(f"{clean(text)!r} is not a look: after the suits only {', '.join(list(OPTIONS)[1:])} may follow, "
+                             "each once, as in black/layout=grid.")
+        found[name] = int(value) if isinstance(OPTIONS[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
     return Look(**found)
 
 
 def fill_look(text, rng):
-    """Look text with its wildcards drawn: `*` for the suits or an option's value from all of them (never text), `a|b` from those named."""
+    """Look text with its wildcards drawn: `*` for the suits or an option's value from all but text, `a|b` from those named.
+
+    All of a list are read, so that a wrong one raises its ValueError at once and not when it happens to be drawn."""
     parts = str(text).split("/")
     for i, part in enumerate(parts):
         name, equals, value = part.rpartition("=")
-        values = [each for each in OPTIONS.get(name or "suits", ()) if each != "text"] if value == "*" else value.split("|")
-        for each in values if len(values) > 1 else ():
-            parse_look("/".join(["black"] * (i > 0) + [f"{name}{equals}{each}"]))  # all that may be drawn, so that no run ends halfway
-        if len(values) > 1:
-            parts[i] = f"{name}{equals}{rng.choice(values)}"
+        choices = [each for each in OPTIONS.get(name or "suits", ()) if each != "text"] if value == "*" else value.split("|")
+        if len(choices) > 1:
+            filled = [f"{name}{equals}{each}" for each in choices]
+            for each in filled if value != "*" else ():
+                parse_look(f"black/{each}" if i else each)
+            parts[i] = rng.choice(filled)
     return "/".join(parts)
 
 
@@ -662,15 +672,16 @@ def _canvas(look, cards, tile):
 
 def legible_from(look, cards):
     """The smallest tile, in pixels, at which so many cards of a look can be read."""
-    need = 32 + 8 * (look.noise > 20) * (look.scheme in ("words", "pips"))
+    noise = 100 * look.noise / look.light
+    need = 32 + 8 * (noise > 80) + 8 * (noise > 40 and look.scheme in ("words", "pips"))
     return ceil(need / min(_canvas(look, cards, 1)[1]))
 
 
 # ---- 9. Pictures of cards --------------------------------------------------------------------------------------------
-# Drawn two or four times too large and reduced, which smooths all edges. A card of less than LARGE pixels is another drawing: its rank
-# fills it. A picture is a pure function of the problem, so its noise, places and angles come from the problem's own stream.
+# Drawn two or four times too large and reduced, which smooths all edges. A card whose place is below LARGE pixels is another drawing:
+# its rank fills it. A picture is a pure function of the problem: its noise, places and angles come from the problem's own stream.
 
-LARGE = 80
+LARGE = 100
 FONTS = Path(__file__).parent / "assets" / "fonts"
 # pyftsubset DejaVuSerif-Bold.ttf --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting --name-IDs=0,1,2,13
 TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf", "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
@@ -701,34 +712,75 @@ SUIT_SHAPES = {  # polygons in a square of side 1
     "D": [[(.5, .01), (.68, .27), (.89, .5), (.68, .73), (.5, .99), (.32, .73), (.11, .5), (.32, .27)]],
     "C": [_arc(.5, .25, .225), _arc(.25, .59, .225), _arc(.75, .59, .225), _arc(.5, .5, .12), STEM]}
 
+GOLD, SKIN, HAIR, DARK = (228, 176, 60), (248, 218, 188), (126, 78, 44), (30, 24, 24)
+FACE = [(SKIN, _arc(.5, .47, .145)), (DARK, _arc(.44, .46, .018)), (DARK, _arc(.56, .46, .018)),
+        ((170, 60, 60), [(.46, .545), (.54, .545), (.5, .565)])]
+ROBE = [(None, [(0, 1), (0, .88), (.28, .68), (.72, .68), (1, .88), (1, 1)]),
+        (GOLD, [(.28, .68), (.4, .64), (.5, .84), (.6, .64), (.72, .68), (.5, 1)])]
+FIGURES = {  # the upper half of J, Q and K: polygons in a square of side 1, in a colour or (None) in the card's ink
+    11: [(HAIR, [(.31, .36), (.69, .36), (.71, .62), (.62, .66), (.38, .66), (.29, .62)]), *ROBE, *FACE,
+         (None, [(.29, .37), (.25, .22), (.5, .13), (.76, .2), (.71, .37)]),
+         (GOLD, [(.66, .3), (.8, .06), (.93, .05), (.9, .17), (.72, .33)])],
+    12: [(HAIR, _arc(.5, .46, .22)), (HAIR, [(.28, .46), (.72, .46), (.78, .74), (.22, .74)]), *ROBE, *FACE,
+         (GOLD, [(.33, .35), (.28, .17), (.4, .24), (.5, .1), (.6, .24), (.72, .17), (.67, .35)]),
+         *((None, _arc(x, y, .035)) for x, y in ((.28, .15), (.5, .08), (.72, .15)))],
+    13: [(HAIR, _arc(.5, .47, .19)), *ROBE, *FACE,
+         (HAIR, [(.35, .5), (.44, .56), (.5, .54), (.56, .56), (.65, .5), (.6, .7), (.5, .78), (.4, .7)]),
+         (GOLD, [(.32, .36), (.28, .12), (.4, .22), (.44, .08), (.56, .08), (.6, .22), (.72, .12), (.68, .36)]),
+         (None, [(.32, .36), (.31, .3), (.69, .3), (.68, .36)]), (None, [(.48, .08), (.48, 0), (.52, 0), (.52, .08)])]}
+
 
 def picture(hand, look, tile, stream):
-    """A hand as an RGB image of a Look, its sides whole multiples of `tile` pixels; what is random comes from the text `stream`."""
+    """A hand as an RGB image of a Look, its sides multiples of `tile` pixels; what is random comes from `stream`, a text."""
     rng = random.Random(stream)
     noise_seed, (size, place) = rng.getrandbits(64), _canvas(look, len(hand), tile)
-    cards, columns = _shown(hand, look.suits), round(size[0] / place[0])
-    while look.layout == "shuffled" and [rank for rank, _ in cards] == [rank for rank, _ in hand] and len(set(cards)) > 1:
+    dealt, columns = _shown(hand, look.suits), round(size[0] / place[0])
+    cards = list(dealt)
+    while look.layout == "shuffled" and cards == dealt:
         rng.shuffle(cards)
     image = _table(look.table, *size).copy()
-    for k, (rank, suit) in enumerate(cards):
-        angle = rng.choice((-10, -4, 4, 10)) if look.layout == "scattered" else 0
-        card = _card(rank, suit, *_card_size(look, place), look.scheme, look.style, look.glyphs, angle)
-        free = [max(0, room - side) * (look.layout == "scattered") for room, side in zip(place, card.size)]
-        middle = [(at + .5) * room + rng.uniform(-.5, .5) * slack for at, room, slack in zip((k % columns, k // columns), place, free)]
-        image.paste(card, tuple(round(at - side / 2) for at, side in zip(middle, card.size)), card)
+    for k, card in enumerate(cards):
+        _lay(image, card, look, place, (k % columns, k // columns), rng)
     if look.light != 100:
         image = image.point([min(255, round(level * look.light / 100)) for level in range(256)] * 3)
     return _noisy(image, look.noise, noise_seed) if look.noise else image
 
 
+def _lay(image, card, look, place, at, rng):
+    """Put a card on the image, in the middle of its place (scattered: anywhere in it): that `at` (column, row), of `place` pixels."""
+    scattered = look.layout == "scattered"
+    draw, share = _small_card if min(place) < LARGE else _large_card, .84 if scattered else 1
+    width = share * min(.84 * place[0], place[1] if draw is _small_card else .63 * place[1])
+    height = min(1.4 * width, .94 * share * place[1])
+    angle = rng.choice(ANGLES) if scattered else 0
+    sprite = draw(*card, round(width), round(height), look.scheme, look.style, look.glyphs, angle)
+    shares = [rng.random() if scattered else .5 for _ in range(2)]
+    corner = (round(n * room + (room - side) * share) for n, room, side, share in zip(at, place, sprite.size, shares))
+    image.paste(sprite, tuple(corner), sprite)
+
+
+ANGLES = (-10, -4, 4, 10)  # degrees: few, so that most cards have been drawn before
+
+
 def _noisy(image, deviation, seed):
-    noise = np.random.default_rng(seed).standard_normal((image.height, image.width, 1), dtype=np.float32)
-    noise *= deviation
-    return Image.fromarray((noise + np.asarray(image)).clip(0, 255).astype(np.uint8))
+    start, count = seed % GRAIN, image.width * image.height
+    grain = Image.frombytes("L", image.size, _grain(count)[start:start + count])
+    grain = grain.point([max(0, min(255, round(128 + (level - 128) / 30 * deviation))) for level in range(256)])
+    return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
+
+
+GRAIN = 1 << 20
+
+
+@lru_cache(maxsize=4)
+def _grain(count):
+    """Normal noise as bytes, mean 128, deviation 30. Any `count` in a row serve a picture: new ones would take longer than all else."""
+    noise = np.random.default_rng(0).standard_normal(count + GRAIN, np.float32)
+    return (noise * 30 + 128.5).clip(0, 255).astype(np.uint8).tobytes()
 
 
 def _shown(hand, suits):
-    """The cards of a picture: spades and hearts as the one, clubs and diamonds as the other suit of its colour; each card at most once."""
+    """The cards of a picture. In one colour S and H are its one suit, C and D the other, but no card is shown twice."""
     if suits == "both":
         return list(hand)
     pair, shown = {"black": "SC", "red": "HD"}[suits], []
@@ -738,39 +790,38 @@ def _shown(hand, suits):
     return shown
 
 
-def _card_size(look, place):
-    """(width, height) in pixels of a card in a place: almost all of a small place, in a large one the shape of a real card."""
-    share = .84 if look.layout == "scattered" else 1
-    if min(place) < LARGE:
-        return round(.84 * share * place[0]), round(.94 * share * place[1])
-    height = min(.88 * place[1], 1.26 * place[0]) * share
-    return round(height / 1.4), round(height)
-
-
 @lru_cache(maxsize=8)
 def _table(name, width, height):
-    """The background as an RGB image."""
-    return Image.new("RGB", (width, height), TABLE_COLOURS[name])
+    """The background as an RGB image: one colour, and for wood some boards with a grain."""
+    if name != "wood":
+        return Image.new("RGB", (width, height), TABLE_COLOURS[name])
+    x, y = np.meshgrid(np.linspace(0, 2, width), np.linspace(0, 6, height))
+    board = np.floor(y)
+    shade = 1 + .05 * np.sin(13 * y + 3 * np.sin(2 * x + board)) + .05 * np.sin(7 * board) - .2 * (y - board < 9 / height)
+    return Image.fromarray((shade[..., None] * TABLE_COLOURS[name]).astype(np.uint8))
 
 
-@lru_cache(maxsize=256)  # a card in a picture of 1,120 pixels takes less than a MB
-def _card(rank, suit, width, height, scheme, style, glyphs, angle):
-    """One card with its shadow as an RGBA image, turned by an angle in degrees; (width, height) are those of the upright card."""
-    small = height < LARGE
-    scale = 4 if small else 2
+def _card(paint, scale, rank, suit, width, height, scheme, style, glyphs, angle):
+    """One card with its shadow as an RGBA image, `width` x `height` pixels before it is turned by an angle in degrees."""
     paper, edge, *inks = STYLE_COLOURS[style]
     face = Image.new("RGB", (width * scale, height * scale), paper)
-    (_small_face if small else _large_face)(face, rank, suit, inks[suit in "HD"], scheme, style, glyphs)
-    outline, radius = Image.new("L", face.size), .09 * face.width
-    ImageDraw.Draw(outline).rounded_rectangle((0, 0, face.width - 1, face.height - 1), radius, 255)
-    ImageDraw.Draw(face).rounded_rectangle((0, 0, face.width - 1, face.height - 1), radius, None, edge, scale)
+    paint(face, rank, suit, inks[suit in "HD"], scheme, glyphs)
+    outline, shape = Image.new("L", face.size), dict(xy=(0, 0, face.width - 1, face.height - 1), radius=.09 * face.width)
+    ImageDraw.Draw(outline).rounded_rectangle(**shape, fill=255)
+    line = max(scale, round(.025 * face.width)) if style == "framed" else scale
+    ImageDraw.Draw(face).rounded_rectangle(**shape, outline=edge, width=line)
     margin = max(2, round(.03 * height)) * scale
-    shadow = Image.new("L", (face.width + 2 * margin, face.height + 2 * margin))
-    shadow.paste(130, (margin + scale // 2, margin + margin // 3), outline)
-    card = Image.new("RGBA", shadow.size, (0, 0, 0, 0))
-    card.putalpha(shadow.filter(ImageFilter.GaussianBlur(margin / 4)))
+    card = Image.new("RGBA", (face.width + 2 * margin, face.height + 2 * margin), (0, 0, 0, 0))
+    card.putalpha(_shadow(outline, margin).resize(card.size))
     card.paste(face, (margin, margin), outline)
-    return card.rotate(angle, Image.Resampling.BICUBIC, expand=True).reduce(scale) if angle else card.reduce(scale)
+    return (card.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else card).reduce(scale)
+
+
+def _shadow(outline, margin):
+    """The shadow of a card and its margin as a mask, at a quarter of their size, where it is blurred sooner."""
+    shadow = Image.new("L", ((outline.width + 2 * margin) // 4, (outline.height + 2 * margin) // 4))
+    shadow.paste(130, (margin // 4, margin // 3), outline.reduce(4))
+    return shadow.filter(ImageFilter.GaussianBlur(margin / 16))
 
 
 def _stamp(face, mask, ink, x, y, turned=False):
@@ -793,16 +844,12 @@ def _sign(suit, size):
 
 
 def _label(text, glyphs, width, height):
-    """Capitals and digits as a mask, `height` pixels tall in its middle, narrowed to `width` where they are wider."""
-    font = _font(glyphs, round(height * 1.37))
-    left, _, right, _ = font.getbbox(text, anchor="ls", stroke_width=_stroke(glyphs, height))
-    mask = Image.new("L", (round(right - left), round(1.5 * height)))
-    ImageDraw.Draw(mask).text((-left, 1.25 * height), text, 255, font, "ls", stroke_width=_stroke(glyphs, height))
-    return mask.resize((min(round(width), mask.width), mask.height))
-
-
-def _stroke(glyphs, height):
-    return height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
+    """Capitals and digits as a mask, all `height` pixels tall, narrowed to `width` where they are wider."""
+    font, stroke = _font(glyphs, round(height * 1.37)), height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
+    left, top, right, bottom = font.getbbox(text, anchor="ls", stroke_width=stroke)
+    mask = Image.new("L", (ceil(right - left), ceil(bottom - top)))
+    ImageDraw.Draw(mask).text((-left, -top), text, 255, font, "ls", stroke_width=stroke)
+    return mask.resize((min(round(width), mask.width), round(height)))
 
 
 @lru_cache(maxsize=64)
@@ -814,7 +861,7 @@ def _name(rank, scheme):
     return WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
 
 
-def _small_face(face, rank, suit, ink, scheme, style, glyphs):
+def _small_face(face, rank, suit, ink, scheme, glyphs):
     """A card for a place of 32 pixels: the rank as large as it can be, the suit below it; or signs only."""
     width, height = face.size
     if scheme == "pips":
@@ -825,14 +872,14 @@ def _small_face(face, rank, suit, ink, scheme, style, glyphs):
 
 
 def _pips(face, rank, suit, ink, size, left, top):
-    """As many suit signs as the rank, the outer ones at `left` and `top`, in shares of the card; those in the lower half upside down."""
+    """As many suit signs as the rank, the outer ones `left` and `top` from the edge in shares of the card, the lower ones upside down."""
     sides, middle = PIPS[rank]
     for x, heights in ((left, sides), (1 - left, sides), (.5, middle)):
         for y in heights:
             _stamp(face, _sign(suit, size), ink, x, top + (1 - 2 * top) * y, turned=y > .5)
 
 
-def _large_face(face, rank, suit, ink, scheme, style, glyphs):
+def _large_face(face, rank, suit, ink, scheme, glyphs):
     """A card as from a real pack: indices in two corners, signs in the classic places, a framed figure for J, Q and K."""
     width, height = face.size
     if scheme == "pips":
@@ -840,14 +887,33 @@ def _large_face(face, rank, suit, ink, scheme, style, glyphs):
     if scheme == "words":
         _stamp(face, _label(_name(rank, scheme), glyphs, .84 * width, .13 * height), ink, .5, .5)
         return _twice(face, _sign(suit, .26 * width), ink, .5, .2)
-    _twice(face, _label(_name(rank, scheme), glyphs, .17 * width, .115 * height), ink, .115, .1)
-    _twice(face, _sign(suit, .14 * width), ink, .115, .225)
+    _twice(face, _label(_name(rank, scheme), glyphs, .15 * width, .105 * height), ink, .11, .095)
+    _twice(face, _sign(suit, .125 * width), ink, .11, .205)
     if rank <= 10:
-        return _pips(face, rank, suit, ink, .2 * width * (1 + (rank == 1)), .31, .16)
-    _stamp(face, _label(_name(rank, scheme), glyphs, .5 * width, .3 * height), ink, .5, .5)
+        return _pips(face, rank, suit, ink, .185 * width * (1 + (rank == 1)), .32, .16)
+    if scheme == "numbers":
+        return _framed(face, (), _label(str(rank), glyphs, .4 * width, .2 * height), (.5, .5), ink)
+    _framed(face, FIGURES[rank], _sign(suit, .12 * width), (.14, .14), ink)
 
 
-# ---- 10. The problemm --------------------------------------------------------------------------------------------------
+def _framed(face, figure, mask, at, ink):
+    """A frame with a figure and a mask at (x, y) of its upper half, and the same upside down in the lower one."""
+    width, height = round(.58 * face.width), round(.37 * face.height)
+    half = Image.new("RGB", (width, height), face.getpixel((face.width // 2, face.height // 2)))
+    for colour, points in figure:
+        ImageDraw.Draw(half).polygon([(x * width, y * height) for x, y in points], colour or ink)
+    _stamp(half, mask, ink, *at)
+    left, top = (face.width - width) // 2, face.height // 2 - height
+    face.paste(half, (left, top))
+    face.paste(half.transpose(Image.Transpose.ROTATE_180), (left, top + height))
+    ImageDraw.Draw(face).rectangle((left, top, left + width, top + 2 * height), None, ink, max(1, face.width // 120))
+
+
+_small_card = lru_cache(maxsize=4096)(partial(_card, _small_face, 4))  # at most 30 KB each
+_large_card = lru_cache(maxsize=256)(partial(_card, _large_face, 2))  # at most a MB each in a picture of 1,120 x 1,120 pixels
+
+
+# ---- 10. The problem -------------------------------------------------------------------------------------------------
 
 KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
 
@@ -986,24 +1052,23 @@ class GeneralPoints:
 
 
 def short_prompt(hand, rule, look=None):
-    """Few tokens, for the tiny model: `K 7 2 A, JQK=11,12,13, make 24`, without the cards where a picture (of a Look) shows them."""
+    """Few tokens, for the tiny model: `K 7 2 A, JQK=11,12,13, make 24`; with a Look, the cards are in a picture and not in the prompt."""
     cards = "" if look else " ".join(rank_names(hand)) + ", "
     return f"{cards}JQK={','.join(map(str, rule.faces))}, make {rule.target}"
 
 
 def full_prompt(hand, rule, look=None):
-    """Plain words, for an instruct model; with a Look the cards are in the picture, not in the prompt."""
+    """Plain words, for an instruct model; with a Look, the cards are in a picture and not in the prompt."""
     jack, queen, king = rule.faces
     alike = jack == queen == king
     faces = f"J, Q and K each count as {jack}" if alike else f"J counts as {jack}, Q counts as {queen} and K counts as {king}"
     cards = f"The picture shows {len(hand)} playing cards. " + SHOWN[look.scheme] if look else (
         f"You are dealt {len(hand)} playing cards: {json.dumps(rank_names(hand))}. ")
     order = "in the picture" if look else "as dealt"
-    return (f"{cards}{faces}. A counts as 1, and every other card "
-            f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly once "
-            "and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, with these "
-            f'keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; "formula", your '
-            "formula as a string.")
+    return (f"{cards}{faces}. A counts as 1, and every other card counts as the number on it.\nFind a formula that equals {rule.target}. "
+            "It must use the value of each card exactly once and no other number. You may use +, -, *, / and round brackets.\nReply with "
+            f'one JSON object and nothing else, with these keys: "cards", the list of the cards {order}; "number", the list of their '
+            'values in the same order; "formula", your formula as a string.')
 
 
 SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K. ",
@@ -1020,11 +1085,11 @@ def pictures(name):
 def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=32):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule: a text for fill_rule and parse_rule; face wildcards are drawn anew for every index. visual: for "gp-vl", a text for fill_look and
-    parse_look ("black" where None). judge: the face values that answers are judged by where they are not the prompt's (the "fake
-    rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts from 0; the run's
-    `seed` shifts it for "base" and "train" only. attempts: answers per episode. tile: pixels of the model's image tiles, which sets the
-    size of pictures. ValueError, in one sentence, for anything unknown or out of range."""
+    rule: a text for fill_rule and parse_rule; wildcards are drawn anew for every index. visual: for "gp-vl", a text for fill_look and
+    parse_look (None: "black"), drawn likewise. judge: the face values that answers are judged by where they are not the prompt's (the
+    "fake rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts from 0; the run's
+    `seed` shifts it for "base" and "train" only. attempts: answers per episode. tile: the size of the model's image tiles in pixels,
+    for pictures. ValueError, in one sentence, for anything unknown or out of range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     for value, known in ((split, SPLITS), (style, STYLES)):
@@ -1064,6 +1129,11 @@ def parse_args(argv=None):
     which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")
     which.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")
     which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
+    pictures = parser.add_argument_group("pictures")
+    pictures.add_argument("--visual", metavar="LOOK", help="what the cards look like, such as red/layout=scattered/light=60, * for any "
+                          "value, a|b for one of some (default black): " + "; ".join(f"{name} {_any_of(name)}" for name in OPTIONS))
+    pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
+    pictures.add_argument("--show", metavar="FILE", help="draw the problems on one sheet, without --visual in many looks")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
     answers.add_argument("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
@@ -1075,10 +1145,14 @@ def main(args):
     """Print the problems, ask for answers where asked to, and return the list of Steps that were judged."""
     if args.n < 1:
         raise ValueError("The number of problems must be 1 or more.")
+    if args.show:
+        contact_sheet(args).save(args.show)
+        return []
     steps = []
     for index in range(args.index, args.index + args.n):
-        problem = make(args.task, args.rule, None, args.split, index, args.attempts, args.style, seed=args.seed)
-        _say(f"--- {args.task} | rule {problem.rule} | {args.split} {index} | class {problem.cls}\n{problem.prompt}\n")
+        problem = _problem(args, index, args.visual)
+        look = f" | look {problem.look}" if problem.look else ""
+        _say(f"--- {args.task} | rule {problem.rule} | {args.split} {index} | class {problem.cls}{look}\n{problem.prompt}\n")
         if args.answer is not None:
             steps += [_judged(problem, args.answer)] if index == args.index else []
         elif args.ask or sys.stdin.isatty():
@@ -1088,6 +1162,45 @@ def main(args):
             _say(f"Distinct solutions: {len(solutions(problem.numbers, problem.rule.target))}")
         _say("")
     return steps
+
+
+def _problem(args, index, visual):
+    return make(args.task, args.rule, visual, args.split, index, args.attempts, args.style, seed=args.seed, tile=args.tile)
+
+
+MIXED = ("both/layout=shuffled/scheme=numbers/style=framed/table=wood", "both/layout=scattered/style=dark/glyphs=mono/table=grey",
+         "both/layout=scattered/glyphs=italic/table=blue/light=130/noise=25", "both/tiles=1/layout=grid/style=framed/glyphs=italic")
+
+
+def contact_sheet(args):
+    """Problems in --visual, or in each look of the suite and in MIXED ones, a row for each: twice as many where pictures are square."""
+    if args.task != "gp-vl" or args.visual == "text":
+        raise ValueError("--show draws pictures: choose --task gp-vl, and a look that is not text.")
+    cards = parse_rule(fill_rule(args.rule, random.Random(0))).cards
+    known = dict.fromkeys([*(row.visual for row in SUITES["gp-vl"] if row.visual != "text"), *MIXED])
+    looks = [args.visual] if args.visual else [look for look in known if legible_from(parse_look(look), cards) <= args.tile]
+    rows = []
+    for look in looks:
+        wide = parse_look(fill_look(look, random.Random(0))).layout == "row"
+        rows.append(_sheet_row(look, [_problem(args, args.index + i, look) for i in range(args.n * (1 if wide else 2))]))
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    for i, row in enumerate(rows):
+        sheet.paste(row, (0, sum(above.height for above in rows[:i])))
+    return sheet.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+
+
+def _sheet_row(look, problems):
+    """A row of a sheet: the look's text, and pictures with their hands in words below, enlarged by a whole factor or reduced."""
+    font, zoom = ImageFont.load_default(15), min(400 / problems[0].image.width, 192 / problems[0].image.height)
+    width, height = (round(side * (int(zoom) if zoom > 1 else zoom)) for side in problems[0].image.size)
+    step, method = max(width, 192) + 12, Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.LANCZOS
+    row = Image.new("RGB", (step * len(problems) + 12, height + 60), "white")
+    draw = ImageDraw.Draw(row)
+    draw.text((12, 10), look, "black", font)
+    for i, problem in enumerate(problems):
+        row.paste(problem.image.resize((width, height), method), (12 + i * step, 32))
+        draw.text((12 + i * step, height + 36), " ".join(WORDS[rank - 1].lower() for rank, _ in problem.hand), (90, 90, 90), font)
+    return row
 
 
 def _asked(problem):
@@ -1119,7 +1232,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends this as any other tool, without a traceback
     try:
         main(parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
