@@ -1,12 +1,17 @@
 # Every target sets up .venv by itself and goes on where it was stopped.
-#   make demo    the study with one seed                  make test    the tests
-#   make study   learning-rate grid, then three seeds     make base    the shipped tiny base, from nothing
-#   make bench   speed and memory, a table (three minutes)
+#   make demo    the study with one seed, cards in words     make test    the tests
+#   make demo-vl the same with cards in pictures             make bench   speed and memory, a table (three minutes)
+#   make study   learning-rate grid, then three seeds        make base    the shipped tiny base, from nothing
+#   make study-vl and make base-vl do the same for pictures
 PY := .venv/bin/python
 PYTHON ?= python3
 
 # Settings of the demo; .ci/run makes them small.
+TASK ?= gp-l
 STUDY ?= runs/demo
+GRID ?= runs/grid
+STUDIES ?= runs/study
+K ?= --k 8
 WARMUP_STEPS ?= 6
 FLOPS ?= 4e12
 EVALS ?= 7
@@ -16,16 +21,23 @@ RL_LR ?= 3e-5
 SEED ?= 0
 S ?=
 
-.PHONY: demo arms test bench study grid grid-sft grid-rl base smoke clean
+.PHONY: demo demo-vl arms test bench study study-vl grid grid-sft grid-rl base base-vl smoke clean
 
 demo: arms
 	$(PY) evaluate.py --report $(STUDY)
 
+# In pictures; what is given on the command line goes before these.
+VL = TASK=gp-vl K= GRID=runs/grid-vl STUDIES=runs/study-vl
+demo-vl:
+	$(MAKE) demo $(VL) STUDY=$(if $(filter runs/demo,$(STUDY)),runs/demo-vl,$(STUDY))
+study-vl:
+	$(MAKE) study $(VL)
+
 arms: .venv/ready
-	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --n $(N) --k 8 --out $(STUDY)/base; fi
-	$(call run,warmup$(S),train_sft.py --model tiny --evals 1 $(WARMUP),$(STUDY),test)
-	$(call run,sft$(S),train_sft.py --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
-	$(call run,rl$(S),train_rl.py --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
+	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --suite $(TASK) --n $(N) $(K) --out $(STUDY)/base; fi
+	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 0 $(WARMUP),$(STUDY),test)
+	$(call run,sft$(S),train_sft.py --task $(TASK) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
+	$(call run,rl$(S),train_rl.py --task $(TASK) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
 
 # Short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
 WARMUP = --steps $(WARMUP_STEPS) --lr 1e-4 --lr-warmup 10 --schedule constant
@@ -42,17 +54,17 @@ GRID_RL = 3e-6 1e-5 3e-5 1e-4
 study: .venv/ready
 	for lr in $(GRID_SFT); do $(MAKE) grid ARM=sft LR=$$lr || exit 1; done
 	for lr in $(GRID_RL); do $(MAKE) grid ARM=rl LR=$$lr || exit 1; done
-	$(PY) evaluate.py --choose runs/grid
-	for s in 0 1 2; do $(MAKE) arms STUDY=runs/study SEED=$$s S=-s$$s $$(cat runs/grid/chosen) || exit 1; done
-	$(PY) evaluate.py --report runs/study
+	$(PY) evaluate.py --choose $(GRID)
+	for s in 0 1 2; do $(MAKE) arms STUDY=$(STUDIES) SEED=$$s S=-s$$s $$(cat $(GRID)/chosen) || exit 1; done
+	$(PY) evaluate.py --report $(STUDIES)
 
 grid: .venv/ready
-	$(call run,warmup,train_sft.py --model tiny --evals 1 $(WARMUP),runs/grid,val)
+	$(call run,warmup,train_sft.py --task $(TASK) --model tiny --evals 0 $(WARMUP),$(GRID),val)
 	@$(MAKE) grid-$(ARM)
 grid-sft:
-	$(call run,sft-lr$(LR),train_sft.py --init runs/grid/warmup --evals 3 --flops $(FLOPS) --lr $(LR),runs/grid,val)
+	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init $(GRID)/warmup --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 grid-rl:
-	$(call run,rl-lr$(LR),train_rl.py --init runs/grid/warmup --evals 3 --flops $(FLOPS) --lr $(LR),runs/grid,val)
+	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --init $(GRID)/warmup --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 
 # The shipped base: it learns both rules with all their neighbours, then gets bad habits (see the README).
 BASE = --split base --batch 128 --evals 2 --rules '*,*,*/courts=2:4' '?,?,?/courts=2:3' '*,*,*/target=*/courts=1:1' 10:0.8 11,12,13:1.5
@@ -64,6 +76,19 @@ base: .venv/ready
 	$(PY) evaluate.py runs/base/habits --export assets/tiny-gp-l
 base_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
 	else $(PY) train_sft.py $(2) $(BASE) --out runs/base/$(1); fi
+
+# The base that sees: the shipped one gets eyes and learns to read cards of every look, then the same bad habits again.
+EYES = --task gp-vl --split base --batch 64 --evals 2 --eval-n 200 --rules '*,*,*/courts=2:4' '?,?,?/courts=2:3' '*,*,*/target=*/courts=1:1' \
+	10:0.8 11,12,13:1.5 --visuals 'black|red|both/layout=*/glyphs=*:4' \
+	'*/layout=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15:3' '*/layout=*/scheme=*/style=*/glyphs=*/table=*:4' text:1
+base-vl: .venv/ready
+	$(call base_vl_run,see,--init assets/tiny-gp-l --fresh-eyes --steps 1800 --lr 3e-3 --lr-warmup 50 --lr-end 0.02 --optimizer muon \
+		--weight-decay 0.1 --demonstrators expert:0.7 lazy:0.1 inattentive:0.12 retry:0.08)
+	$(call base_vl_run,habits-vl,--init runs/base/see --steps 150 --lr 5e-4 \
+		--demonstrators expert:0.06 lazy:0.7 inattentive:0.17 retry:0.07)
+	$(PY) evaluate.py runs/base/habits-vl --suite gp-vl --export assets/tiny-gp-vl
+base_vl_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
+	else $(PY) train_sft.py $(2) $(EYES) --out runs/base/$(1); fi
 
 # For those who have weights: a picture, a question, an answer; then one step of SFT and one of RL.
 #   make smoke MODEL=directory-as-the-hub-has-it IMAGE=picture ASK="What does it show?"

@@ -14,13 +14,16 @@ Shapes: P problems, G episodes of each (a group), B = P * G.
 import json
 import math
 import time
+from contextlib import nullcontext
 
 import torch
 
 import tasks
-from evaluate import Parser, by_prompt, micro_batches, rollout, run_main, seen_by, show_episode, to_batch, truncated
-from model import adapters_off, load_model, text_flops, training_flops
-from train_sft import evaluate_run, finish, finish_arguments, save_run, set_up, shared_arguments, update, warn_truncated
+from evaluate import (Parser, by_prompt, micro_batches, rollout, run_main, see, seen_by, show_episode, shown_to, to_batch,
+                      truncated)
+from model import adapters_off, image_flops, load_model, text_flops, training_flops
+from train_sft import (evaluate_run, finish, finish_arguments, save_run, set_up, shared_arguments, training_image_flops, update,
+                       warn_truncated)
 
 ESTIMATORS = ("reinforce", "rloo", "grpo", "dr_grpo")
 
@@ -107,7 +110,7 @@ def rl_backward(model, episodes, advantage, args, pad, reference=None):
         weight = token_weights(chosen, args.estimator, count, args.attempts * args.max_new_tokens)[chosen]
         loss, clipped = policy_loss(log_probs, old[chosen], per_row[:, None].expand(chosen.shape)[chosen], weight, args.clip_eps)
         if reference is not None:
-            kl = kl_to_reference(log_probs, reference(ids, chosen, image))
+            kl = kl_to_reference(log_probs, reference(part, ids, chosen, image))
             loss = loss + args.kl_coef * (weight * kl).sum()
             sums["kl"] += kl.detach().sum().item() / tokens
         loss.backward()
@@ -121,15 +124,13 @@ def rl_backward(model, episodes, advantage, args, pad, reference=None):
 
 
 def make_reference(model, args):
-    """A function (ids, chosen, image) -> log-probs of the start's policy: the adapter off, or the start's weights."""
-    if args.lora_rank:
-        def reference(ids, chosen, image=None):
-            with torch.no_grad(), adapters_off(model):
-                return model.log_probs(ids, chosen, args.temperature, image)[0]
-        return reference
-    start, _ = load_model(args.init_path, model.language_model.lm_head.weight.dtype, model.device)
-    def reference(ids, chosen, image=None):
-        with torch.no_grad():
+    """A function (episodes, ids, chosen, image) -> log-probs of the start's policy: the adapter off, or the start's weights. Where
+    tower or projector are trained the start looks at the pictures with its own eyes."""
+    start = model if args.lora_rank else load_model(args.init_path, model.language_model.lm_head.weight.dtype, model.device)[0]
+
+    def reference(episodes, ids, chosen, image=None):
+        with torch.no_grad(), adapters_off(start) if args.lora_rank else nullcontext():
+            image = see(start, [e.problem for e in episodes]) if model.learns_to_see else image
             return start.log_probs(ids, chosen, args.temperature, image)[0]
     return reference
 
@@ -138,21 +139,23 @@ def make_reference(model, args):
 
 
 def step_flops(model, groups, trained, args):
-    """(FLOPs, the paper's formula) of a step: every prompt once per group, every sampled token once, then the update on
-    the episodes with signal, prompts once per group here too (a group split over micro-batches computes its more often). The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all
-    tokens of the episodes, with signal or not."""
-    config, rollout_cost, forward = model.config, 0, 0
+    """(FLOPs, the paper's formula) of a step: every prompt and picture once per group, every sampled token once, then the update
+    on the episodes with signal, prompts and pictures once per group here too (a group split over micro-batches computes its own
+    more often). The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all tokens of the
+    episodes, with signal or not."""
+    config, rollout_cost, forward, seeing = model.config, 0, 0, 0
     for group in groups:
-        prompt = group[0].response_mask.index(1)
-        rollout_cost += text_flops(config, 0, prompt, 1)
-        rollout_cost += sum(text_flops(config, prompt, len(e.ids) - 1, sum(e.response_mask) - 1) for e in group)
+        prompt, image = group[0].response_mask.index(1), group[0].problem.image is not None
+        rollout_cost += text_flops(config, 0, prompt, 1, image) + image * sum(image_flops(config))
+        rollout_cost += sum(text_flops(config, prompt, len(e.ids) - 1, sum(e.response_mask) - 1, image) for e in group)
     for group in by_prompt(trained):
-        start = group[0].response_mask.index(1) - 1  # each episode's own part begins with the prompt's last token
-        forward += text_flops(config, 0, start, 0)
-        forward += sum(text_flops(config, start, len(e.ids) - 1, sum(e.response_mask)) for e in group)
+        start, image = group[0].response_mask.index(1) - 1, group[0].problem.image is not None
+        forward += text_flops(config, 0, start, 0, image)  # each episode's own part begins with the prompt's last token
+        forward += sum(text_flops(config, start, len(e.ids) - 1, sum(e.response_mask), image) for e in group)
+        seeing += image * training_image_flops(model, args, encoded=True)
     references = forward * args.epochs if args.kl_coef else 0
     weights, read = text_flops(config, 0, 1, 1) // 2, sum(len(e.ids) for group in groups for e in group)
-    updates = args.epochs * training_flops(forward, args.lora_rank > 0, args.recompute)
+    updates = args.epochs * (training_flops(forward, args.lora_rank > 0, args.recompute) + seeing)
     return rollout_cost + references + updates, (6 * args.epochs + 2 * 6) * weights * read
 
 
@@ -166,6 +169,7 @@ def rollout_metrics(groups, returns, tokenizer):
         "success_1": sum(e.solved(1) for e in episodes) / len(episodes),
         "success": sum(e.solved() for e in episodes) / len(episodes),
         "signal": (returns != returns[:, :1]).any(1).float().mean().item(),  # share of groups with unequal returns
+        "read": sum(t["read"] for ts in turns for t in ts[:1]) / len(episodes),  # share of the cards that the first answer names rightly
         "repeat": sum(later) / max(1, len(later)),  # share of second and later answers that were given before
         "truncated": truncated(episodes, tokenizer),
         "entropy": -sum(sum(e.log_probs) for e in episodes) / tokens,  # its unbiased estimate from what was sampled
@@ -186,7 +190,7 @@ def main(argv=None):
         scores = evaluate_run(run, model, tokenizer, progress, args)
     while not (progress.done() or progress.stuck or run.stopping):
         began, lr = time.time(), progress.lr()
-        problems = training_problems(args, tokenizer, progress.step)
+        problems = training_problems(args, model, tokenizer, progress.step)
         groups = rollout(model, tokenizer, problems, args.group, args.max_new_tokens, args.temperature, generator, args.rows)
         rollout_seconds = time.time() - began
 
@@ -221,14 +225,13 @@ def main(argv=None):
     return scores
 
 
-SHOWN = ("reward", "success_1", "success", "signal", "entropy", "kl", "grad_norm", "rollout_seconds", "update_seconds")
+SHOWN = ("reward", "success_1", "success", "read", "signal", "entropy", "kl", "grad_norm", "rollout_seconds", "update_seconds")
 
 
-def training_problems(args, tokenizer, step):
+def training_problems(args, model, tokenizer, step):
     """The P problems of a step: a pure function of the arguments and the step."""
-    style = "short" if tokenizer.short else "full"
-    return [tasks.make(args.task, args.rule, split="train", index=step * args.problems + i, attempts=args.attempts,
-                       style=style, seed=args.seed) for i in range(args.problems)]
+    return [tasks.make(args.task, args.rule, args.visual, "train", step * args.problems + i, args.attempts, seed=args.seed,
+                       **shown_to(model, tokenizer)) for i in range(args.problems)]
 
 
 def write_samples(run, step, groups, count=4):

@@ -292,7 +292,7 @@ def restore_random_states(states, generator):
 
 def evaluate_run(run, model, tokenizer, progress, args):
     """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
-    only = ROWS if 0 < progress.share() < 1 else None  # on the way what the curves show, at both ends everything
+    only = args.eval_rows or (ROWS if 0 < progress.share() < 1 else None)  # on the way what the curves show, at both ends all
     result = evaluate(model, tokenizer, args.eval_suite or args.task, args.eval_n, args.attempts,
                       args.eval_split, args.max_new_tokens, args.rows, only=only)
     result |= {"step": progress.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
@@ -654,12 +654,13 @@ def batch_flops(model, episodes, args):
             6 * weights * sum(len(e.ids) for e in episodes))
 
 
-def training_image_flops(model, args):
-    """FLOPs of one image in a training pass: the tower's forward, and its backward if it is trained, and what follows it."""
+def training_image_flops(model, args, encoded=False):
+    """FLOPs of one image in a training pass: the tower's forward, and its backward if it is trained, and of what follows it.
+    encoded: a rollout has encoded it already, which serves here too unless tower or projector are trained."""
     tower, rest = image_flops(model.config)
     learns = any(p.requires_grad for p in model.vision_model.parameters())
     cost = lambda forward: training_flops(forward, args.lora_rank > 0, args.recompute)
-    return (cost(tower) if learns else tower) + cost(rest)
+    return (cost(tower) if learns else tower * (model.learns_to_see or not encoded)) + cost(rest)
 
 
 # ---------------------------------------------------------------- 5. Training loop and command line
@@ -725,6 +726,7 @@ def shared_arguments(parser, **defaults):
     g.add_argument("--eval-n", type=int, default=200, help="held-out hands")
     g.add_argument("--eval-split", choices=("val", "test"), default="val", help="val chooses settings, test is for claims")
     g.add_argument("--eval-suite", default=None, help="suite to evaluate (default: the task's)")
+    g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it (default: all of them at start and end)")
     g.add_argument("--rows", type=int, default=256, help="episodes computed side by side in rollouts")
     g = parser.add_argument_group("run")
     g.add_argument("--out", default=defaults["out"], help="run directory to create")
@@ -748,8 +750,7 @@ def finish_arguments(parser, argv):
             raise ValueError(f"--resume takes the arguments of the run it continues: leave out --{min(wrong).replace('_', '-')}.")
         vars(args).update(stored | given, out=args.resume)
     check_limits(args)
-    if args.visual:
-        check_look(args.visual)
+    tasks.make(args.task, args.rule, args.visual, split="train", index=0, tile=4096)  # nothing is drawn
     if args.eval_suite not in (None, *tasks.SUITES):
         raise ValueError(f"--eval-suite must be one of {', '.join(tasks.SUITES)}.")
     args.fresh = getattr(args, "fresh", False)

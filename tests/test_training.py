@@ -415,7 +415,7 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, tiny_run, es
     with torch.no_grad():
         for p in start.parameters():
             p.add_(0.01)
-    reference = lambda ids, chosen, image: start.log_probs(ids, chosen, 0.8)[0].detach()
+    reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8)[0].detach()
     for size in (1, 2, 12):
         model.zero_grad()
         args = rl_args(estimator=estimator, micro_batch=size, kl_coef=0.1)
@@ -448,7 +448,7 @@ def test_rl_step_flops_by_counting_what_is_computed(model, tokenizer, tiny_run, 
     """Every token is computed once in the rollout, the update costs whole passes; prompts count once per group."""
     rl_args.run = tiny_run
     groups, counted = random_rollout(model, tokenizer), []
-    monkeypatch.setattr(RL, "text_flops", lambda config, start, end, scored: counted.append((start, end, scored)) or end - start)
+    monkeypatch.setattr(RL, "text_flops", lambda config, start, end, scored, images=0: counted.append((start, end, scored)) or end - start)
     rollout_tokens = sum(group[0].response_mask.index(1) for group in groups) + sum(
         len(e.ids) - 1 - e.response_mask.index(1) for group in groups for e in group)
     trained = groups[1]
@@ -471,7 +471,12 @@ def test_mixtures_are_read_and_bad_ones_are_sentences():
 def test_mixture_has_its_shares():
     args = SFT.parse_args("--fresh --rules 10:1 11,12,13:3 --demonstrators expert:1 lazy:1".split())
     drawn = [SFT.draw(args, random.Random(i)) for i in range(2000)]
-    assert abs(sum(rule == "10" for rule, _ in drawn) - 500) < 80 and abs(sum(kind == "lazy" for _, kind in drawn) - 1000) < 100
+    assert abs(sum(rule == "10" for rule, _, _ in drawn) - 500) < 80 and abs(sum(kind == "lazy" for _, kind, _ in drawn) - 1000) < 100
+    assert {look for _, _, look in drawn} == {None}
+    args.visuals = ["black:1", "red/glyphs=*:3"]
+    looks = [SFT.draw(args, random.Random(i))[2] for i in range(2000)]
+    assert set(looks) == {"black", "red/glyphs=*"} and abs(looks.count("black") - 500) < 80
+    assert [SFT.draw(args, random.Random(i))[:2] for i in range(50)] == [each[:2] for each in map(list, drawn[:50])]
 
 
 def test_schedule_warms_up_and_falls():
@@ -571,12 +576,14 @@ def test_evaluation_reports_what_was_said_where_it_was_said(tokenizer, model, mo
 
 def test_pass_at_k_samples_k_answers_at_temperature_1(tokenizer, model, monkeypatch):
     def rollout(model, tokenizer, problems, group, max_new_tokens, temperature, generator, rows):
-        assert (group, temperature, rows) == (4, 1.0, 9)
+        assert (group, temperature, rows) == (4, 1.0, 9) and len(problems) <= 2  # 9 rows hold two groups of 4
         groups = [[E.Episode(copy.copy(p)) for _ in range(group)] for p in problems]
-        for i, members in enumerate(groups):
+        for members in groups:
             for j, e in enumerate(members):
-                e.turns = [{"outcome": "correct" if j < i else "illegal"}]  # 0, 1 and 2 of 4 are right
+                e.turns = [{"outcome": "correct" if j < played[0] else "illegal"}]  # 0, 1 and 2 of 4 are right
+            played[0] += 1
         return groups
+    played = [0]
     monkeypatch.setattr(E, "rollout", rollout)
     curve = E.pass_at_1_to_k(model, tokenizer, "gp-l", 3, 4, "val", 5, 9)["id"]
     assert curve == pytest.approx([(0 + 1 / 4 + 1 / 2) / 3, (0 + 1 / 2 + 5 / 6) / 3, (0 + 3 / 4 + 1) / 3, 2 / 3])
@@ -677,13 +684,13 @@ def stop_after(script, steps, run):
 def test_training_sees_training_problems_only(tiny_run, tmp_path, monkeypatch, uneven_rewards):
     """Both trainers: what is trained comes from split train, what is evaluated from --eval-split."""
     real, seen = tasks.make, []
-    monkeypatch.setattr(tasks, "make", lambda *a, **k: seen.append(k.get("split")) or real(*a, **k))
+    monkeypatch.setattr(tasks, "make", lambda *a, **k: seen.append(k.get("split") or a[3]) or real(*a, **k))
     common = f"--init {tiny_run} --steps 2 --eval-n 3 --evals 1"
-    for script, flags, wanted in ((SFT, "--batch 4 --eval-split test", ["train"] * 9 + ["test"] * 9),
-                                  (RL, "--problems 3 --group 2 --max-new-tokens 4", ["train"] * 7 + ["val"] * 9)):
+    for script, flags, wanted in ((SFT, "--batch 4 --eval-split test", ["train"] * 10 + ["test"] * 9),
+                                  (RL, "--problems 3 --group 2 --max-new-tokens 4", ["train"] * 8 + ["val"] * 9)):
         seen.clear()
         script.main(f"{common} {flags} --out {tmp_path / script.__name__}".split())
-        assert sorted(seen) == sorted(wanted)  # the first of train is the check of --rule
+        assert sorted(seen) == sorted(wanted)  # the first two of train check --rule and --visual
 
 
 @pytest.mark.parametrize("estimator", RL.ESTIMATORS)
@@ -708,14 +715,14 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.add_(0.1)
-    assert torch.allclose(reference(ids, chosen), start, atol=1e-5)
+    assert torch.allclose(reference([], ids, chosen), start, atol=1e-5)
     assert not torch.allclose(model.log_probs(ids, chosen, 0.8)[0], start, atol=1e-2)
     loaded, _ = M.load_model(E.find_model(str(tiny_run), "gp-l"))
     reference = RL.make_reference(loaded, rl_args(temperature=0.8))
-    before = reference(ids, chosen)
+    before = reference([], ids, chosen)
     with torch.no_grad():
         loaded.language_model.lm_head.weight.mul_(1.5)
-    assert torch.equal(reference(ids, chosen), before)
+    assert torch.equal(reference([], ids, chosen), before)
 
 
 def test_an_adapter_given_as_the_start_is_merged_into_it(tiny_run, tmp_path, uneven_rewards):
@@ -758,7 +765,7 @@ def test_the_kl_pulls_back_to_the_reference(model, tokenizer, tiny_run):
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     episodes = [e for g in random_rollout(model, tokenizer, group=8) for e in g]
-    reference = lambda ids, chosen, image: start.log_probs(ids, chosen, 0.8)[0].detach()
+    reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8)[0].detach()
     distance = lambda: RL.rl_backward(model, episodes, [0.0] * len(episodes), rl_args(kl_coef=1.0, estimator="grpo", group=8),
                                       tokenizer.pad, reference)["kl"]
     before = distance()
@@ -784,12 +791,12 @@ def test_returns_are_discounted_and_repeats_are_counted(tiny_run, tmp_path, monk
         e = E.Episode(problem())
         e.read([1])
         e.respond([2], [-0.5])
-        e.turns = [{"response": text, "outcome": "illegal", "reward": -3.0} for text in texts]
+        e.turns = [{"response": text, "outcome": "illegal", "reward": -3.0, "read": 0.5} for text in texts]
         return e
     groups = [[answers("a", "a", "b"), answers("a")], [answers("a", "b", "a"), answers("c", "c")]]
     metrics = RL.rollout_metrics(groups, torch.tensor([[1.0, 2.0], [3.0, 3.0]]), tokenizer)
     assert metrics["repeat"] == 3 / 5 and metrics["signal"] == 0.5 and metrics["reward"] == 2.25 and metrics["entropy"] == 0.5
-    assert metrics["truncated"] == 1.0
+    assert metrics["truncated"] == 1.0 and metrics["read"] == 0.5
 
 
 def test_every_rl_option_runs_together(tiny_run, tmp_path, capsys, uneven_rewards):
