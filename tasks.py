@@ -328,8 +328,8 @@ def deal(rule, split, index, suits=4):
     "train": solvable under the rule; "base": the same for the stage before. "val" and "test": at least one face card, and solvable
     under the rule and under both ID_RULE and OOD_RULE faces (same target and card count), so these two rules are tested on the same
     hands and targets; for a third rule they may differ. No face value turns a hand of train into the numbers of a held-out class, or
-    the reverse (J=3 would make J-7-2-A a 3-7-2-A); in "base" it may. No rank is dealt more than `suits` times: a picture in one colour
-    has two suits. ValueError when TRIES deals bring none."""
+    the reverse (J=3 would make J-7-2-A a 3-7-2-A); in "base" it may. No rank is dealt more than `suits` times: a picture in
+    one colour has two suits. ValueError when TRIES deals bring none."""
     held_out = split in ("val", "test")
     faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
     rng = random.Random(f"gp/{split}/{index}")  # a text seed is hashed the same way everywhere
@@ -514,7 +514,7 @@ class Verdict(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one answer brings: the reward, whether the episode is over, the verifier's text, the outcome, the share of cards read."""
+    """What one answer brings: the reward, whether the episode is over, the verifier's text, the outcome, Verdict's `read`."""
     reward: float
     done: bool
     feedback: str
@@ -549,8 +549,8 @@ NAMES = {name: rank for names in (RANKS, WORDS, map(str, range(1, 14))) for rank
 
 
 def read_share(named, hand):
-    """The share of a hand that a list of card names (str) gets right, 0 to 1: the number of cards in both, divided by the length of
-    the longer one. In any order and case; "K", "KING" and "13" are one rank, whatever it counts as."""
+    """The share of a hand that a list of card names (str) gets right, 0 to 1: the number of cards in both, divided by the length
+    of the longer one. In any order and case; "K", "KING" and "13" are one rank, whatever it counts as."""
     right = Counter(NAMES.get(name.strip().upper()) for name in named) & Counter(rank for rank, _ in hand)
     return right.total() / max(len(hand), len(named))
 
@@ -678,8 +678,8 @@ def legible_from(look, cards):
 
 
 # ---- 9. Pictures of cards --------------------------------------------------------------------------------------------
-# Drawn two or four times too large and reduced, which smooths all edges. A card whose place is below LARGE pixels is another drawing:
-# its rank fills it. A picture is a pure function of the problem: its noise, places and angles come from the problem's own stream.
+# Drawn two or four times too large and reduced, which smooths all edges. A card whose place is below LARGE pixels is another
+# drawing: its rank fills it. A picture is a pure function of the problem: noise, places and angles come from its own stream.
 
 LARGE = 100
 FONTS = Path(__file__).parent / "assets" / "fonts"
@@ -747,7 +747,7 @@ def picture(hand, look, tile, stream):
 
 
 def _lay(image, card, look, place, at, rng):
-    """Put a card on the image, in the middle of its place (scattered: anywhere in it): that `at` (column, row), of `place` pixels."""
+    """Put a card in the middle of its place, or anywhere in it if scattered: the place `at` (column, row), of `place` pixels."""
     scattered = look.layout == "scattered"
     draw, share = _small_card if min(place) < LARGE else _large_card, .84 if scattered else 1
     width = share * min(.84 * place[0], place[1] if draw is _small_card else .63 * place[1])
@@ -774,7 +774,7 @@ GRAIN = 1 << 20
 
 @lru_cache(maxsize=4)
 def _grain(count):
-    """Normal noise as bytes, mean 128, deviation 30. Any `count` in a row serve a picture: new ones would take longer than all else."""
+    """Normal noise as bytes, mean 128, deviation 30. Any `count` in a row serve a picture, as new ones would take long."""
     noise = np.random.default_rng(0).standard_normal(count + GRAIN, np.float32)
     return (noise * 30 + 128.5).clip(0, 255).astype(np.uint8).tobytes()
 
@@ -872,7 +872,7 @@ def _small_face(face, rank, suit, ink, scheme, glyphs):
 
 
 def _pips(face, rank, suit, ink, size, left, top):
-    """As many suit signs as the rank, the outer ones `left` and `top` from the edge in shares of the card, the lower ones upside down."""
+    """As many suit signs as the rank, the outer ones at `left` and `top` in shares of the card, the lower ones upside down."""
     sides, middle = PIPS[rank]
     for x, heights in ((left, sides), (1 - left, sides), (.5, middle)):
         for y in heights:
@@ -937,8 +937,8 @@ SUITES = {
     "gp-l": [
         Row("id", ID_RULE),                   # the rule that was trained
         Row("rule", OOD_RULE),                # the same hands under the rule that was not
-        Row("fake", OOD_RULE, ID_RULE),       # told the new rule, judged by the old: high where the old rule was memorized, low where
-    ],                                        # arithmetic was lost
+        Row("fake", OOD_RULE, ID_RULE),       # told the new rule, judged by the old: high where the old rule was memorized,
+    ],                                        # low where arithmetic was lost
     "gp-l-probes": PROBES,
     "gp-vl": [
         Row("id", ID_RULE, visual="black"),   # the rule and the look that were trained
@@ -1052,23 +1052,23 @@ class GeneralPoints:
 
 
 def short_prompt(hand, rule, look=None):
-    """Few tokens, for the tiny model: `K 7 2 A, JQK=11,12,13, make 24`; with a Look, the cards are in a picture and not in the prompt."""
+    """Few tokens, for the tiny model: `K 7 2 A, JQK=11,12,13, make 24`; with a Look, the cards are in a picture instead."""
     cards = "" if look else " ".join(rank_names(hand)) + ", "
     return f"{cards}JQK={','.join(map(str, rule.faces))}, make {rule.target}"
 
 
 def full_prompt(hand, rule, look=None):
-    """Plain words, for an instruct model; with a Look, the cards are in a picture and not in the prompt."""
+    """Plain words, for an instruct model; with a Look, the cards are in a picture instead."""
     jack, queen, king = rule.faces
     alike = jack == queen == king
     faces = f"J, Q and K each count as {jack}" if alike else f"J counts as {jack}, Q counts as {queen} and K counts as {king}"
-    cards = f"The picture shows {len(hand)} playing cards. " + SHOWN[look.scheme] if look else (
-        f"You are dealt {len(hand)} playing cards: {json.dumps(rank_names(hand))}. ")
-    order = "in the picture" if look else "as dealt"
-    return (f"{cards}{faces}. A counts as 1, and every other card counts as the number on it.\nFind a formula that equals {rule.target}. "
-            "It must use the value of each card exactly once and no other number. You may use +, -, *, / and round brackets.\nReply with "
-            f'one JSON object and nothing else, with these keys: "cards", the list of the cards {order}; "number", the list of their '
-            'values in the same order; "formula", your formula as a string.')
+    count, names, order = f"{len(hand)} playing cards", json.dumps(rank_names(hand)), "in the picture" if look else "as dealt"
+    dealt = f"The picture shows {count}. {SHOWN[look.scheme]}" if look else f"You are dealt {count}: {names}. "
+    return (f"{dealt}{faces}. A counts as 1, and every other card "
+            f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly once "
+            "and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, with these "
+            f'keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; "formula", your '
+            "formula as a string.")
 
 
 SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K. ",
@@ -1085,11 +1085,11 @@ def pictures(name):
 def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=32):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule: a text for fill_rule and parse_rule; wildcards are drawn anew for every index. visual: for "gp-vl", a text for fill_look and
-    parse_look (None: "black"), drawn likewise. judge: the face values that answers are judged by where they are not the prompt's (the
-    "fake rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts from 0; the run's
-    `seed` shifts it for "base" and "train" only. attempts: answers per episode. tile: the size of the model's image tiles in pixels,
-    for pictures. ValueError, in one sentence, for anything unknown or out of range."""
+    rule: a text for fill_rule and parse_rule; wildcards are drawn anew for every index. visual: for "gp-vl", a text for fill_look
+    and parse_look (None: "black"), drawn likewise. judge: the face values that answers are judged by where they are not the
+    prompt's (the "fake rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts
+    from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode. tile: the size of the model's
+    image tiles in pixels, for pictures. ValueError, in one sentence, for anything unknown or out of range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     for value, known in ((split, SPLITS), (style, STYLES)):
@@ -1130,8 +1130,9 @@ def parse_args(argv=None):
     which.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")
     which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--visual", metavar="LOOK", help="what the cards look like, such as red/layout=scattered/light=60, * for any "
-                          "value, a|b for one of some (default black): " + "; ".join(f"{name} {_any_of(name)}" for name in OPTIONS))
+    pictures.add_argument("--visual", metavar="LOOK", help="what the cards look like, such as red/layout=grid/light=60, * for "
+                          "any value, a|b for one of some (default black): "
+                          + "; ".join(f"{name} {_any_of(name)}" for name in OPTIONS))
     pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
     pictures.add_argument("--show", metavar="FILE", help="draw the problems on one sheet, without --visual in many looks")
     answers = parser.add_argument_group("answers")
@@ -1169,16 +1170,17 @@ def _problem(args, index, visual):
 
 
 MIXED = ("both/layout=shuffled/scheme=numbers/style=framed/table=wood", "both/layout=scattered/style=dark/glyphs=mono/table=grey",
-         "both/layout=scattered/glyphs=italic/table=blue/light=130/noise=25", "both/tiles=1/layout=grid/style=framed/glyphs=italic")
+         "both/layout=scattered/glyphs=italic/table=blue/light=130/noise=25", "both/tiles=1/layout=grid/style=framed")
 
 
 def contact_sheet(args):
-    """Problems in --visual, or in each look of the suite and in MIXED ones, a row for each: twice as many where pictures are square."""
+    """Problems in --visual, or in each look of the suite and of MIXED: a row for each, twice as long for square pictures."""
     if args.task != "gp-vl" or args.visual == "text":
         raise ValueError("--show draws pictures: choose --task gp-vl, and a look that is not text.")
     cards = parse_rule(fill_rule(args.rule, random.Random(0))).cards
     known = dict.fromkeys([*(row.visual for row in SUITES["gp-vl"] if row.visual != "text"), *MIXED])
-    looks = [args.visual] if args.visual else [look for look in known if legible_from(parse_look(look), cards) <= args.tile]
+    legible = [look for look in known if legible_from(parse_look(look), cards) <= args.tile]
+    looks = [args.visual] if args.visual else legible or ["black"]  # where none is, make says how large a tile must be
     rows = []
     for look in looks:
         wide = parse_look(fill_look(look, random.Random(0))).layout == "row"
@@ -1186,7 +1188,7 @@ def contact_sheet(args):
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     for i, row in enumerate(rows):
         sheet.paste(row, (0, sum(above.height for above in rows[:i])))
-    return sheet.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    return sheet.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 
 
 def _sheet_row(look, problems):
