@@ -245,11 +245,12 @@ class Linear(nn.Linear):
         self.lora_scale = alpha / rank
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
         if self.lora_A is None or not self.lora_on:
-            return y
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return y + F.linear(self.lora_scale * low, self.lora_B.weight.to(x.dtype))
+            return F.linear(x, self.weight, self.bias)
+        rows = x.flatten(0, -2)
+        low = F.linear(rows, self.lora_A.weight.to(x.dtype))
+        y = F.linear(rows, self.weight, self.bias).addmm_(low, self.lora_B.weight.to(x.dtype).T, alpha=self.lora_scale)
+        return y.view(*x.shape[:-1], -1)
 
     def merged(self):
         """W + (alpha / rank) B A in W's type, summed in float32 so that it rounds once."""
@@ -936,9 +937,8 @@ class LlamaVision(nn.Module):
     def log_probs(self, ids, chosen, temperature=1.0, image=None):
         """Log-probabilities of the tokens ids[b, t] with chosen[b, t] = True, each given all tokens before it.
 
-        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (log_probs, entropy), both
-        (number chosen,) float32 in row-major order, of softmax(logits / temperature): the distribution that was
-        sampled from, so that the ratio to `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
+        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (number
+        chosen,) float32 in row-major order, of softmax(logits / temperature): the distribution that was sampled from, so that the ratio to `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
         A prompt (what comes before the first chosen token) that several rows have is computed once, with its gradient.
         """
         start = (chosen.int().argmax(1) - 1).clamp(min=0)  # (B,): a prompt's last token predicts the first chosen one
@@ -949,10 +949,7 @@ class LlamaVision(nn.Module):
             hidden, ids, chosen = self._after_prompts(ids, chosen, image, start, rows, first)
         logits = self.logits(hidden[chosen])
         log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        picked = log_p.gather(1, ids[chosen][:, None])[:, 0]
-        with torch.no_grad():  # a measure, not a loss: no graph over the whole vocabulary for it
-            entropy = -(log_p.exp() * log_p).sum(-1)
-        return picked, entropy
+        return log_p.gather(1, ids[chosen][:, None])[:, 0]
 
     def _after_prompts(self, ids, chosen, image, start, rows, first):
         """Hidden states (B, T', D) from the last token of each row's prompt on, and of the token behind each: its id and
