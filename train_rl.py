@@ -138,9 +138,10 @@ def make_reference(model, args):
 
 
 def step_flops(model, groups, trained, args):
-    """(FLOPs, the paper's formula) of a step: every prompt once per group, every sampled token once, then the update on
-    the episodes with signal, prompts once per group here too (a group split over micro-batches computes its more often). The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all
-    tokens of the episodes, with signal or not."""
+    """(FLOPs, the paper's formula) of a step: every prompt once per group and every sampled token once, in the rollout and
+    in the update on the episodes with signal (where a group that is split over micro-batches computes its prompt more than
+    once). The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all tokens of the
+    episodes, with signal or not."""
     config, rollout_cost, forward = model.config, 0, 0
     for group in groups:
         prompt = group[0].response_mask.index(1)
