@@ -245,11 +245,12 @@ class Linear(nn.Linear):
         self.lora_scale = alpha / rank
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
         if self.lora_A is None or not self.lora_on:
-            return y
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return y + F.linear(self.lora_scale * low, self.lora_B.weight.to(x.dtype))
+            return F.linear(x, self.weight, self.bias)
+        rows = x.flatten(0, -2)
+        low = F.linear(rows, self.lora_A.weight.to(x.dtype))
+        y = F.linear(rows, self.weight, self.bias).addmm_(low, self.lora_B.weight.to(x.dtype).T, alpha=self.lora_scale)
+        return y.view(*x.shape[:-1], -1)
 
     def merged(self):
         """W + (alpha / rank) B A in W's type, summed in float32 so that it rounds once."""
@@ -340,14 +341,15 @@ def split_heads(x, heads):
 
 def grouped_attention(q, k, v, mask):
     """Attention of q (B, H, T, E) over k, v (B, K, S, E), H a multiple of K, without repeating k and v: the query
-    heads that share a key head become more queries of it. mask (B, 1, T or 1, S), True where seen; None: all of them.
-    -> (B, T, H * E)"""
+    heads that share a key head become more queries of it. mask (B, 1, T or 1, S): True where seen, or what to add to the
+    scores; None: all is seen. -> (B, T, H * E)"""
     B, H, T, E = q.shape
     share = H // k.shape[1]
     q = q.reshape(B, k.shape[1], share * T, E)
-    if T == 1 and mask is not None and q.device.type == "cpu":  # torch's kernel is slow for so few queries
-        scores = (q @ k.mT * E**-0.5).masked_fill(~mask, torch.finfo(q.dtype).min)
-        return (scores.softmax(-1) @ v).view(B, 1, H * E)
+    if T == 1 and mask is not None and mask.is_floating_point():  # torch's kernel is slow on CPU for so few queries
+        bias = mask.expand(-1, k.shape[1], -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=E**-0.5)
+        return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, 1, H * E)
     if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, share, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -399,8 +401,12 @@ class CrossAttention(Attention):
 
     def forward(self, x, keys_values, image, mask):
         """x (B, T, D) -> (B, T, D): rows that share a set of images are queries of the same keys. mask: of `look`."""
-        q = self.q_norm(split_heads(self.q_proj(x), self.heads))
-        return self.o_proj(image.unfold(grouped_attention(image.fold(q), *keys_values, mask)))
+        return self.o_proj(self.attend(self.q_proj(x), keys_values, image, mask))
+
+    def attend(self, q, keys_values, image, mask):
+        """Attention of projected queries (B, T, H * E), before o_proj."""
+        q = self.q_norm(split_heads(q, self.heads))
+        return image.unfold(grouped_attention(image.fold(q), *keys_values, mask))
 
 
 class MLP(nn.Module):
@@ -429,32 +435,47 @@ class SelfLayer(nn.Module):
     def join(self):
         """For rollouts: from now on use copies of the weights in which adapters and the norms' weights are merged and
         those that read the same input (q, k, v; gate, up) are one matrix. They do not follow changes."""
-        a, m, norm, D = self.self_attn, self.mlp, self.input_layernorm, self.input_layernorm.weight.numel()
-        self.joint = [w.detach() for w in (
-            torch.cat([layer.merged() for layer in (a.q_proj, a.k_proj, a.v_proj)]) * (norm.weight * D**0.5), a.o_proj.merged(),
-            torch.cat([m.gate_proj.merged(), m.up_proj.merged()]) * (self.post_attention_layernorm.weight * D**0.5),
-            m.down_proj.merged(), norm.weight.new_tensor(D * norm.eps).sqrt())]
+        a = self.self_attn
+        self.joint = _joint(self, (a.q_proj, a.k_proj, a.v_proj), a.o_proj)
 
     def forward(self, h, rope, mask=None, store=None):
         if self.joint is None:
             h = h + self.self_attn(self.input_layernorm(h), rope, mask, store)
             return h + self.mlp(self.post_attention_layernorm(h))
-        (qkv, o, gate_up, down, floor), a = self.joint, self.self_attn
-        normed = lambda h: h / torch.linalg.vector_norm(h, dim=-1, keepdim=True).hypot(floor)  # RMSNorm but for factors
-        x = split_heads(F.linear(normed(h), qkv), a.heads + 2 * a.kv_heads)
+        (qkv, o, *mlp, floor), a = self.joint, self.self_attn
+        x = split_heads(_normed(h, floor) @ qkv, a.heads + 2 * a.kv_heads)
         q, k = rotate(x[:, : -a.kv_heads], rope).split([a.heads, a.kv_heads], 1)
-        h = h + F.linear(causal_attention(q, *store(k, x[:, -a.kv_heads :]), mask), o)
-        gate, up = F.linear(normed(h), gate_up).chunk(2, -1)
-        return h + F.linear(F.silu(gate) * up, down)
+        h = h + causal_attention(q, *store(k, x[:, -a.kv_heads :]), mask) @ o
+        return h + _joint_mlp(_normed(h, floor), *mlp)
+
+
+def _joint(layer, reads, writes):
+    """Copies (in, out) of a layer's weights for rollouts: those that read its first norm, merged with that as one matrix,
+    the one that writes to the residual stream, the same of the MLP; and what `_normed` needs."""
+    m, first, second = layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
+    factor = first.weight.numel() ** 0.5
+    weights = (torch.cat([read.merged() for read in reads]) * (first.weight * factor), writes.merged(),
+               torch.cat([m.gate_proj.merged(), m.up_proj.merged()]) * (second.weight * factor), m.down_proj.merged())
+    return [w.detach().T.contiguous() for w in weights] + [first.weight.new_tensor(factor * first.eps**0.5)]
+
+
+def _normed(h, floor):
+    """RMSNorm but for factors that `_joint` put into the weights."""
+    return h / torch.linalg.vector_norm(h, dim=-1, keepdim=True).hypot(floor)
+
+
+def _joint_mlp(x, gate_up, down):
+    gate, up = (x @ gate_up).chunk(2, -1)
+    return (F.silu(gate) * up) @ down
 
 
 @contextmanager
 def joined(model):
-    """Within this context, which is for rollouts, self-attention layers are joined (`SelfLayer.join`), where that pays:
+    """Within this context, which is for rollouts, the decoder's layers are joined (`SelfLayer.join`), where that pays:
     on the CPU in float32. A GPU would gain little and has to hold the weights twice; bfloat16 would round the products."""
     weight = model.language_model.lm_head.weight
     pays = weight.device.type == "cpu" and weight.dtype == torch.float32
-    layers = [m for m in model.modules() if isinstance(m, SelfLayer) and pays]
+    layers = model.language_model.model.layers if pays else []
     for layer in layers:
         layer.join()
     try:
@@ -474,15 +495,24 @@ class CrossLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
-        self.mask_prefix_attention = mask_prefix_attention
+        self.mask_prefix_attention, self.joint = mask_prefix_attention, None
+
+    def join(self):
+        """As in SelfLayer; q_norm stays."""
+        self.joint = _joint(self, (self.cross_attn.q_proj,), self.cross_attn.o_proj)
 
     def forward(self, h, image, mask, sees, keys_values=None):
         """h (B, T, D); mask and sees of ImageContext.look; keys_values: kept ones, or None to compute them here."""
         if keys_values is None:
             keys_values = self.cross_attn.keys_values(image.features)
-        a = self.cross_attn(self.input_layernorm(h), keys_values, image, mask)
-        h = h + self.cross_attn_attn_gate.tanh() * (a * sees if self.mask_prefix_attention else a)
-        return h + self.cross_attn_mlp_gate.tanh() * sees * self.mlp(self.post_attention_layernorm(h))
+        attention, mlp = self.cross_attn_attn_gate.tanh(), self.cross_attn_mlp_gate.tanh() * sees
+        attention = attention * sees if self.mask_prefix_attention else attention
+        if self.joint is None:
+            h = h + attention * self.cross_attn(self.input_layernorm(h), keys_values, image, mask)
+            return h + mlp * self.mlp(self.post_attention_layernorm(h))
+        q, o, *weights, floor = self.joint
+        h = h + attention * (self.cross_attn.attend(_normed(h, floor) @ q, keys_values, image, mask) @ o)
+        return h + mlp * _joint_mlp(_normed(h, floor), *weights)
 
 
 class TextModel(nn.Module):
@@ -589,7 +619,7 @@ class ImageContext:
 class Prompts:
     """Prompts that rows of a training pass begin with, each computed once for all of them: a cache with gradients.
 
-    A pass over the P prompts, ids (P, T), fills it; after `follow`, a pass over the B rows reads it. Prompts are padded
+    A pass over the U prompts, ids (U, T), fills it; after `follow`, a pass over the B rows reads it. Prompts are padded
     on the right: the mask of the second pass has to hide that.
     """
 
@@ -846,7 +876,7 @@ def pack_images(sets, tile):
 
 def common_prompts(ids, start, image):
     """Which rows of ids (B, T) have the same tokens before start (B,), and the same images (an ImageContext or None).
-    Returns rows (B,): the number of each row's prompt, and first (P,): a row that has it."""
+    Returns rows (B,): the number of each row's prompt, and first (U,): a row that has it."""
     key = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= start[:, None], -1)
     key = key if image is None else torch.cat([key, image.rows[:, None]], 1)
     prompts, rows = key.unique(dim=0, return_inverse=True)
@@ -936,6 +966,8 @@ class LlamaVision(nn.Module):
         slots = cache.open(ids.shape[1])  # (B, T)
         # (B, 1, T, used); the first tokens of all rows are causal among themselves, which needs no mask
         mask = None if first else (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
+        if mask is not None and ids.shape[1] == 1 and ids.device.type == "cpu":
+            mask = torch.zeros((), dtype=cache.dtype).where(mask, torch.finfo(cache.dtype).min)  # once for all layers
         hidden = self.language_model.model(ids, slots, mask, cache=cache)
         cache.length = cache.length + lengths
         last = hidden[torch.arange(len(ids), device=ids.device), (lengths - 1).clamp(min=0)] if ids.shape[1] > 1 else hidden[:, 0]
@@ -944,9 +976,8 @@ class LlamaVision(nn.Module):
     def log_probs(self, ids, chosen, temperature=1.0, image=None):
         """Log-probabilities of the tokens ids[b, t] with chosen[b, t] = True, each given all tokens before it.
 
-        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (log_probs, entropy), both
-        (number chosen,) float32 in row-major order, of softmax(logits / temperature): the distribution that was
-        sampled from, so that the ratio to `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
+        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (number
+        chosen,) float32 in row-major order, of softmax(logits / temperature): the distribution that was sampled from, so that the ratio to `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
         A prompt (what comes before the first chosen token) that several rows have is computed once, with its gradient.
         """
         start = (chosen.int().argmax(1) - 1).clamp(min=0)  # (B,): a prompt's last token predicts the first chosen one
@@ -957,10 +988,7 @@ class LlamaVision(nn.Module):
             hidden, ids, chosen = self._after_prompts(ids, chosen, image, start, rows, first)
         logits = self.logits(hidden[chosen])
         log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        picked = log_p.gather(1, ids[chosen][:, None])[:, 0]
-        with torch.no_grad():  # a measure, not a loss: no graph over the whole vocabulary for it
-            entropy = -(log_p.exp() * log_p).sum(-1)
-        return picked, entropy
+        return log_p.gather(1, ids[chosen][:, None])[:, 0]
 
     def _after_prompts(self, ids, chosen, image, start, rows, first):
         """Hidden states (B, T', D) from the last token of each row's prompt on, and of the token behind each: its id and
@@ -1012,7 +1040,7 @@ class Cache:
 
     def __init__(self, model, rows, slots, image=None):
         c, weight = model.config.text, model.language_model.lm_head.weight
-        self.layers = [i for i in range(c.num_hidden_layers) if i not in c.cross_attention_layers]
+        self.layers, self.dtype = [i for i in range(c.num_hidden_layers) if i not in c.cross_attention_layers], weight.dtype
         self.config, shape = c, (rows, c.num_key_value_heads, slots, c.head_dim)
         self.k = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
         self.v = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
@@ -1037,14 +1065,18 @@ class Cache:
         self.used += count  # an upper bound of the longest row, without asking the device
         if self.used > self.slots:
             raise ValueError(f"{self.used} tokens do not fit into the {self.slots} slots of the cache: reserve more.")
-        self.at = self.length[:, None] + torch.arange(count, device=self.length.device)
+        device, heads = self.length.device, self.config.num_key_value_heads
+        self.at = self.length[:, None] + torch.arange(count, device=device)
+        first = torch.arange(len(self.at) * heads, device=device).view(-1, heads, 1) * self.slots
+        self.place = (first + self.at[:, None]).flatten()  # where these tokens are in k or v, all rows and heads in one line
         return self.at
 
     def writer(self, i):
         """A function that stores k, v (B, K, T, E) of layer i in the opened slots and returns all slots in use."""
         def store(k, v):
-            index = self.at[:, None, :, None].expand_as(k)
-            return [kept[i].scatter_(2, index, new)[:, :, : self.used] for kept, new in ((self.k, k), (self.v, v))]
+            for kept, new in ((self.k[i], k), (self.v[i], v)):
+                kept.view(-1, kept.shape[-1]).index_copy_(0, self.place, new.reshape(-1, kept.shape[-1]))
+            return self.k[i][:, :, : self.used], self.v[i][:, :, : self.used]
 
         return store
 
@@ -1594,8 +1626,9 @@ def estimate_memory(config, a):
     """{"training", "recompute", "rollout": {use: bytes}}; `a` holds the flags of parse_args.
 
     What stays is a product of sizes. Activations are counted: this file's own forward and backward run on tensors
-    without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: sampling,
-    fragmentation of the allocator, the CUDA context, workspaces of kernels.
+    without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: what a training
+    pass saves where rows share prompts (`log_probs`); sampling, fragmentation of the allocator, the CUDA context,
+    workspaces of kernels.
     """
     c, dtype, columns = config.text, getattr(torch, a.dtype), {}
     with torch.device("meta"):

@@ -105,7 +105,7 @@ def rl_backward(model, episodes, advantage, args, pad, reference=None):
     for part in micro_batches(episodes, args.micro_batch):
         ids, chosen, old = to_batch(part, pad, model.device)
         image = seen_by(model, part)
-        log_probs, _ = model.log_probs(ids, chosen, args.temperature, image)
+        log_probs = model.log_probs(ids, chosen, args.temperature, image)
         per_row = torch.tensor([advantage_of[id(e)] for e in part], device=ids.device)
         weight = token_weights(chosen, args.estimator, count, args.attempts * args.max_new_tokens)[chosen]
         loss, clipped = policy_loss(log_probs, old[chosen], per_row[:, None].expand(chosen.shape)[chosen], weight, args.clip_eps)
@@ -131,7 +131,7 @@ def make_reference(model, args):
     def reference(episodes, ids, chosen, image=None):
         with torch.no_grad(), adapters_off(start) if args.lora_rank else nullcontext():
             image = see(start, [e.problem for e in episodes]) if model.learns_to_see else image
-            return start.log_probs(ids, chosen, args.temperature, image)[0]
+            return start.log_probs(ids, chosen, args.temperature, image)
     return reference
 
 

@@ -636,7 +636,7 @@ def sft_backward(model, episodes, pad, size):
     tokens, loss = sum(sum(e.response_mask) for e in episodes), 0.0
     for part in micro_batches(episodes, size):
         ids, chosen, _ = to_batch(part, pad, model.device)
-        log_probs, _ = model.log_probs(ids, chosen, image=seen_by(model, part))
+        log_probs = model.log_probs(ids, chosen, image=seen_by(model, part))
         part_loss = -log_probs.sum() / tokens
         part_loss.backward()
         loss += part_loss.item()

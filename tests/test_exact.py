@@ -60,7 +60,7 @@ def differences(name, semantics, module=M, recompute=False):
     states = context.features.unflatten(1, (ratio_ids.shape[1], -1))
     logits = model.logits(model(ids, image=context))
     real = torch.arange(ids.shape[1]) < lengths[:, None]
-    log_probs, _ = model.log_probs(ids, chosen, image=context)
+    log_probs = model.log_probs(ids, chosen, image=context)
     loss = -log_probs.mean()
     loss.backward()
     found = {"features": error(features, want["features"][exists]), "states": error(states[exists], want["states"][exists]),
@@ -247,7 +247,7 @@ def test_gradients_reach_tower_and_projector_through_shared_sets():
     for rows in ([2, 0, 2], [2], [0], [2]):
         model.zero_grad()
         context = model.see(tiles, ratio_ids, torch.tensor(rows))
-        model.log_probs(ids[rows], chosen[rows], image=context)[0].sum().backward()
+        model.log_probs(ids[rows], chosen[rows], image=context).sum().backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for n, g in grads[0].items():
         assert error(g, sum(part.get(n, 0) for part in grads[1:])) < 1e-3, n

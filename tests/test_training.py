@@ -73,8 +73,8 @@ def test_rollout_log_probs_are_training_log_probs(model, tokenizer):
     for part in (episodes, episodes[5:6]):
         ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
         with torch.no_grad():
-            log_probs, _ = model.log_probs(ids, chosen, 0.8)
-            other, _ = model.log_probs(ids, chosen, 1.0)
+            log_probs = model.log_probs(ids, chosen, 0.8)
+            other = model.log_probs(ids, chosen, 1.0)
         assert (log_probs - old[chosen]).abs().max() < 1e-4
         assert (other - old[chosen]).abs().max() > 1e-2
 
@@ -101,7 +101,7 @@ def weighted_gradients(model, episodes, tokenizer, size):
     for part in E.micro_batches(episodes, size):
         ids, chosen, _ = E.to_batch(part, tokenizer.pad, "cpu")
         image = seen and seen.select(torch.tensor([e.seen[1] for e in part]))
-        log_probs, _ = model.log_probs(ids, chosen, 0.8, image)
+        log_probs = model.log_probs(ids, chosen, 0.8, image)
         rows = log_probs.split(chosen.sum(1).tolist())
         values |= {id(e): row.detach() for e, row in zip(part, rows)}
         sum((row * torch.linspace(-1, 2, len(row))).sum() for row in rows).backward(retain_graph=True)
@@ -158,10 +158,10 @@ def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model,
     for part in (episodes, episodes[6:9], episodes[2:8], list(reversed(episodes))):
         ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
         with torch.no_grad():
-            assert (model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))[0] - old[chosen]).abs().max() < 1e-4
+            assert (model.log_probs(ids, chosen, 0.8, E.seen_by(model, part)) - old[chosen]).abs().max() < 1e-4
             for e in part:
                 e.swapped, e.seen = e.seen, (e.seen[0], 2 - e.seen[1] if e.seen[1] % 2 == 0 else e.seen[1])
-            other = model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))[0] - old[chosen]
+            other = model.log_probs(ids, chosen, 0.8, E.seen_by(model, part)) - old[chosen]
             for e in part:
                 e.seen = e.swapped
         shown = torch.tensor([e.seen[1] % 2 == 0 for e in part])[:, None].expand_as(chosen)[chosen]
@@ -178,7 +178,7 @@ def test_a_trained_tower_sees_in_training_what_it_saw_in_the_rollout(model, toke
     episodes = [e for g in random_rollout(model, tokenizer) for e in g]
     for part in (episodes, episodes[2:8], episodes[3:6]):
         ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
-        log_probs, _ = model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))
+        log_probs = model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))
         assert (log_probs - old[chosen]).abs().max() < 1e-4
     assert encoded == [2, 2, 2]
     grads = []
@@ -249,7 +249,7 @@ def test_solved_episodes_leave_and_the_others_go_on(model, tokenizer, monkeypatc
     groups = E.rollout(model, tokenizer, [problem(i) for i in range(2)], 3, 5, 1.0, torch.Generator().manual_seed(0))
     assert [[len(e.turns) for e in g] for g in groups] == [[1, 3, 3], [1, 3, 3]]
     ids, chosen, old = E.to_batch([e for g in groups for e in g], tokenizer.pad, "cpu")
-    assert (model.log_probs(ids, chosen)[0] - old[chosen]).abs().max() < 1e-4
+    assert (model.log_probs(ids, chosen) - old[chosen]).abs().max() < 1e-4
 
 
 # ---- the SFT loss
@@ -299,7 +299,7 @@ def test_what_follows_the_last_trained_token_does_not_matter(model, tokenizer):
     ids, chosen, _ = E.to_batch([e], tokenizer.pad, "cpu")
     longer = torch.cat([ids, torch.full((1, 3), 5)], 1)
     wide = torch.cat([chosen, torch.zeros(1, 3, dtype=torch.bool)], 1)
-    assert torch.allclose(model.log_probs(ids, chosen)[0], model.log_probs(longer, wide)[0], atol=1e-5)
+    assert torch.allclose(model.log_probs(ids, chosen), model.log_probs(longer, wide), atol=1e-5)
 
 
 def test_tokens_that_were_given_are_not_learned(model, tokenizer, monkeypatch):
@@ -415,7 +415,7 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, tiny_run, es
     with torch.no_grad():
         for p in start.parameters():
             p.add_(0.01)
-    reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8)[0].detach()
+    reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8).detach()
     for size in (1, 2, 12):
         model.zero_grad()
         args = rl_args(estimator=estimator, micro_batch=size, kl_coef=0.1)
@@ -708,7 +708,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     rl_args.run = tiny_run
     ids = torch.randint(0, 300, (2, 9))
     chosen = torch.ones_like(ids, dtype=torch.bool)
-    start = model.log_probs(ids, chosen, 0.8)[0].detach()
+    start = model.log_probs(ids, chosen, 0.8).detach()
     M.add_lora(model, 2, 4.0)
     reference = RL.make_reference(model, rl_args(lora_rank=2, temperature=0.8))
     with torch.no_grad():
@@ -716,7 +716,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
             if "lora_B" in name:
                 p.add_(0.1)
     assert torch.allclose(reference([], ids, chosen), start, atol=1e-5)
-    assert not torch.allclose(model.log_probs(ids, chosen, 0.8)[0], start, atol=1e-2)
+    assert not torch.allclose(model.log_probs(ids, chosen, 0.8), start, atol=1e-2)
     loaded, _ = M.load_model(E.find_model(str(tiny_run), "gp-l"))
     reference = RL.make_reference(loaded, rl_args(temperature=0.8))
     before = reference([], ids, chosen)
@@ -765,7 +765,7 @@ def test_the_kl_pulls_back_to_the_reference(model, tokenizer, tiny_run):
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     episodes = [e for g in random_rollout(model, tokenizer, group=8) for e in g]
-    reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8)[0].detach()
+    reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8).detach()
     distance = lambda: RL.rl_backward(model, episodes, [0.0] * len(episodes), rl_args(kl_coef=1.0, estimator="grpo", group=8),
                                       tokenizer.pad, reference)["kl"]
     before = distance()
