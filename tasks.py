@@ -1067,8 +1067,8 @@ def full_prompt(hand, rule, look=None):
     return (f"{dealt}{faces}. A counts as 1, and every other card "
             f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly once "
             "and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, with these "
-            f'keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; "formula", your '
-            "formula as a string.")
+            f'keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; "formula", '
+            "your formula as a string.")
 
 
 SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K. ",
