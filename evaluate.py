@@ -217,7 +217,7 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
     with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand.
     """
     began, result, turns, classes, shown, cut = time.time(), {}, {}, {}, [], []
-    suite_rows = [row for row in tasks.SUITES[suite] if not only or row.name in only]
+    suite_rows = [row for row in legible_rows(model, suite) if not only or row.name in only]
     for row in suite_rows:
         problems = suite_problems(model, tokenizer, suite, row, n, attempts, split)
         result[row.name], classes[row.name] = {}, [p.cls for p in problems]
@@ -244,6 +244,11 @@ def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows):
     generator, size = torch.Generator(model.device).manual_seed(0), max(1, rows // group)
     return [members for first in range(0, len(problems), size) for members in
             rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows)]
+
+
+def legible_rows(model, suite):
+    """The rows of a suite but those whose pictures are too small for this model's tiles."""
+    return [row for row in tasks.SUITES[suite] if row.legible(model.config.vision.image_size)]
 
 
 def shown_to(model, tokenizer):
@@ -277,7 +282,7 @@ def show_episode(row, episode):
 def pass_at_1_to_k(model, tokenizer, suite, n, k, split="test", max_new_tokens=64, rows=256):
     """pass@1 .. pass@k at temperature 1 for every row of a suite: {row: [pass@1, ..., pass@k]}."""
     result = {}
-    for row in tasks.SUITES[suite]:
+    for row in legible_rows(model, suite):
         problems = suite_problems(model, tokenizer, suite, row, n, 1, split)
         groups = play(model, tokenizer, problems, k, max_new_tokens, 1.0, rows)
         right = [sum(e.solved() for e in g) for g in groups]
@@ -1111,6 +1116,8 @@ def main(argv=None):
         return {}
     result = evaluate_as_told(model, tokenizer, args)
     print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % [95 % interval]")
+    if small := [row.name for row in tasks.SUITES[args.suite] if row.name not in result["rows"]]:
+        print(f"left out, since tiles of {model.config.vision.image_size} pixels are too small to show it: {', '.join(small)}")
     print(result_table(result))
     if args.k:
         result["pass_at_k"] = pass_at_1_to_k(model, tokenizer, args.suite, args.n, args.k, args.split,

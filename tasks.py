@@ -924,6 +924,10 @@ class Row(NamedTuple):
     judge: str | None = None
     visual: str | None = None
 
+    def legible(self, tile):
+        """Whether its pictures, if it has any, can be read at tiles of so many pixels."""
+        return self.visual in (None, "text") or legible_from(parse_look(self.visual), parse_rule(self.rule).cards) <= tile
+
 
 # The gap between the rows is the study's result.
 PROBES = [                                    # further away, one change from the trained rule each
