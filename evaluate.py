@@ -617,7 +617,9 @@ def sign_of(difference):
 
 
 def percent(interval, sign=""):
-    """("63.2", "[58.9, 67.4]"); sign "+" for differences."""
+    """("63.2", "[58.9, 67.4]"); sign "+" for differences. A dash for the mean of nothing."""
+    if math.isnan(interval[0]):
+        return "\u2013", ""
     mean, low, high = (round(100 * x, 1) + 0.0 for x in interval)             # + 0.0: no "-0.0"
     return f"{mean:{sign}.1f}", f"[{low:{sign}.1f}, {high:{sign}.1f}]"
 
@@ -688,10 +690,11 @@ def table_text(study, only=None):
         parts.append(f"{view_name(view).capitalize()}: success in % [95 % interval], {n} problems")
         parts.append(_markdown(["", *ROWS.values()], table))
         parts += [_markdown(["paired difference", "points", ""], pairs)] if pairs else []
-        for measure, table in look_tables(study, view).items():
-            parts += [f"{view_name(view).capitalize()}, row by row: {measure} in %", _markdown(*table)]
-        if seeing := cost_of_seeing(study, view):
-            parts += ["Cards in words minus cards in pictures, ID rule, the same hands: points of success", _markdown(["", "points"], seeing)]
+        if view == views(study)[0]:  # the report has the others
+            for measure, table in list(look_tables(study, view).items())[:2]:
+                parts += [f"{view_name(view).capitalize()}, row by row: {measure} in %", _markdown(*table)]
+            if seeing := cost_of_seeing(study, view):
+                parts += ["Success on cards in words minus on cards in pictures, the same hands", _markdown(["", "points"], seeing)]
     return "\n\n".join(parts) + "\n"
 
 
