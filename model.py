@@ -637,7 +637,7 @@ class Prompts:
 
         def store(k, v):
             if before is None:
-                self.kept.setdefault(i, (k, v))  # a second time when layers are recomputed
+                self.kept.setdefault(i, (k, v))  # not the second time, when layers are recomputed
                 return k, v
             return [torch.cat([old.index_select(0, rows), new], 2) for old, new in zip(before, (k, v))]
 
@@ -976,13 +976,14 @@ class LlamaVision(nn.Module):
     def log_probs(self, ids, chosen, temperature=1.0, image=None):
         """Log-probabilities of the tokens ids[b, t] with chosen[b, t] = True, each given all tokens before it.
 
-        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (number
-        chosen,) float32 in row-major order, of softmax(logits / temperature): the distribution that was sampled from, so that the ratio to `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
+        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (number chosen,) float32 in
+        row-major order, of softmax(logits / temperature): the distribution that was sampled from, so that the ratio to
+        `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
         A prompt (what comes before the first chosen token) that several rows have is computed once, with its gradient.
         """
         start = (chosen.int().argmax(1) - 1).clamp(min=0)  # (B,): a prompt's last token predicts the first chosen one
         rows, first = common_prompts(ids, start, image)
-        if start.sum() - start[first].sum() < ids.numel() // 16:  # too little is saved
+        if start.sum() - start[first].sum() <= ids.numel() // 16:  # too little is saved
             hidden, ids, chosen = self(ids[:, :-1], image=image), ids[:, 1:], chosen[:, 1:]
         else:
             hidden, ids, chosen = self._after_prompts(ids, chosen, image, start, rows, first)

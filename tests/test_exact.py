@@ -461,7 +461,7 @@ MUTATIONS = {
         ("self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))", "self.gated_positional_embedding(x, ratio_ids)"),
         ("F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8))", "self.layernorm_pre(F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8)))")]),
     "k_norm dropped": (forward("grouped"), [("self.k_norm(split_heads(self.k_proj(features), self.kv_heads))", "split_heads(self.k_proj(features), self.kv_heads)")]),
-    "q_norm dropped": (forward("grouped"), [("q = self.q_norm(split_heads(self.q_proj(x), self.heads))", "q = split_heads(self.q_proj(x), self.heads)")]),
+    "q_norm dropped": (forward("grouped"), [("q = self.q_norm(split_heads(q, self.heads))", "q = split_heads(q, self.heads)")]),
     "RoPE in cross layers": (forward("grouped"), [("q = self.q_norm(split_heads(self.q_proj(x), self.heads))", "q = " + ROTATED.replace("q_norm(q)", "q_norm(split_heads(self.q_proj(x), self.heads))"))]),
     "attention gate without tanh": (forward("grouped"), [("self.cross_attn_attn_gate.tanh()", "self.cross_attn_attn_gate")]),
     "MLP gate without tanh": (forward("grouped"), [("self.cross_attn_mlp_gate.tanh()", "self.cross_attn_mlp_gate")]),
