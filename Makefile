@@ -35,7 +35,7 @@ study-vl:
 
 arms: .venv/ready
 	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --suite $(TASK) --n $(N) $(K) --out $(STUDY)/base; fi
-	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 0 $(WARMUP),$(STUDY),test)
+	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 1 $(WARMUP),$(STUDY),test)
 	$(call run,sft$(S),train_sft.py --task $(TASK) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
 	$(call run,rl$(S),train_rl.py --task $(TASK) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
 
@@ -84,7 +84,7 @@ EYES = --task gp-vl --split base --batch 64 --evals 2 --eval-n 200 --rules '*,*,
 base-vl: .venv/ready
 	$(call base_vl_run,see,--init assets/tiny-gp-l --fresh-eyes --steps 1800 --lr 3e-3 --lr-warmup 50 --lr-end 0.02 --optimizer muon \
 		--weight-decay 0.1 --demonstrators expert:0.7 lazy:0.1 inattentive:0.12 retry:0.08)
-	$(call base_vl_run,habits-vl,--init runs/base/see --steps 150 --lr 5e-4 \
+	$(call base_vl_run,habits-vl,--init runs/base/see --train decoder --steps 200 --lr 1e-3 \
 		--demonstrators expert:0.06 lazy:0.7 inattentive:0.17 retry:0.07)
 	$(PY) evaluate.py runs/base/habits-vl --suite gp-vl --export assets/tiny-gp-vl
 base_vl_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \

@@ -547,12 +547,13 @@ def best_checkpoint(evals, view, row="rule"):
 def stages(study, view):
     """{"base", "start", "sft end", "sft best", "rl end", ...: (label, {seed: evaluation})}, those that there are.
 
-    The start of a seed is step 0 of SFT, or of RL, or else the last evaluation of the warm-up.
+    The start of a seed is the last evaluation of the warm-up, or else step 0 of SFT, or of RL.
     """
     last = {arm: {seed: evals[-1] for seed, evals in seeds.items()} for arm, seeds in study.items()}
-    start = last.get("warmup", {})
+    start = {}
     for arm in ("rl", "sft"):
-        start = start | {s: evals[0] for s, evals in study.get(arm, {}).items() if evals[0]["step"] == 0}
+        start |= {s: evals[0] for s, evals in study.get(arm, {}).items() if evals[0]["step"] == 0}
+    start |= last.get("warmup", {})
     out = {"base": ("base", last.get("base")), "start": ("start", start)}
     for arm in arms_of(study):
         out[f"{arm} end"] = (f"{name_of(arm)}, end", last[arm])

@@ -243,9 +243,11 @@ class Progress:
         return a.lr * warm * (a.lr_end + (1 - a.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.share()))))
 
     def eval_due(self):
-        """Whether the next of --evals evaluations (start and end included) is reached."""
-        if not self.args.evals or self.evals_done > self.args.evals - 1:
+        """Whether the next of --evals evaluations (start and end included; a single one: the end) is reached."""
+        if self.evals_done >= self.args.evals:
             return False
+        if self.args.evals == 1:
+            return self.done()
         return self.done() or self.share() * (self.args.evals - 1) >= self.evals_done
 
     def add(self, flops, flops_paper, seconds):
@@ -292,7 +294,7 @@ def restore_random_states(states, generator):
 
 def evaluate_run(run, model, tokenizer, progress, args):
     """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
-    only = args.eval_rows or (ROWS if 0 < progress.share() < 1 else None)  # on the way what the curves show, at both ends all
+    only = args.eval_rows or (None if progress.done() else ROWS)  # on the way what the curves show, at the end everything
     result = evaluate(model, tokenizer, args.eval_suite or args.task, args.eval_n, args.attempts,
                       args.eval_split, args.max_new_tokens, args.rows, only=only)
     result |= {"step": progress.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
@@ -722,11 +724,11 @@ def shared_arguments(parser, **defaults):
                    "adamw16 adds gradients in bfloat16: 4 or more there)")
     g.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, one more forward pass")
     g = parser.add_argument_group("evaluation along the way")
-    g.add_argument("--evals", type=int, default=2, help="evaluations spread over the run, start and end included; 1: the start")
+    g.add_argument("--evals", type=int, default=2, help="evaluations spread over the run, start and end included; 1: the end")
     g.add_argument("--eval-n", type=int, default=200, help="held-out hands")
     g.add_argument("--eval-split", choices=("val", "test"), default="val", help="val chooses settings, test is for claims")
     g.add_argument("--eval-suite", default=None, help="suite to evaluate (default: the task's)")
-    g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it (default: all of them at start and end)")
+    g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it (default: all of them at the end)")
     g.add_argument("--rows", type=int, default=256, help="episodes computed side by side in rollouts")
     g = parser.add_argument_group("run")
     g.add_argument("--out", default=defaults["out"], help="run directory to create")

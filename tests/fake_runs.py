@@ -67,8 +67,8 @@ def make(directory, seeds=1, attempts=1, kind="published", n=500, base=True):
         for k, (arm, per_step, steps) in enumerate((("sft", 3.1e9, 1000), ("rl", 15.4e9 + 1e8 * seed, 200))):
             marks = [0] if kind == "single" else np.linspace(0, steps, 11).astype(int).tolist()
             evals = [evaluation(s, s * per_step, {r: np.clip(f(s / steps) + (s > 0) * (wobble[k] + rng.normal(0, .008)), 0, 1)
-                                                  for r, f in shapes[arm].items()}, classes, ease, rng, attempts, pictures, s in (0, steps)) for s in marks]
-            evals[0]["rows"] = warm["rows"]
+                                                  for r, f in shapes[arm].items()}, classes, ease, rng, attempts, pictures, s == steps) for s in marks]
+            evals[0]["rows"] = {row: warm["rows"][row] for row in evals[0]["rows"]}
             put(arm + end, evals, model="tiny", lr=(1e-4, 5e-5)[k], steps=steps, seed=seed, **({"group": 8} if arm == "rl" else {}))
     return directory
 

@@ -479,6 +479,17 @@ def test_mixture_has_its_shares():
     assert [SFT.draw(args, random.Random(i))[:2] for i in range(50)] == [each[:2] for each in map(list, drawn[:50])]
 
 
+def test_when_a_run_is_evaluated():
+    for evals, steps in ((0, []), (1, [4]), (2, [0, 4]), (3, [0, 2, 4])):
+        progress, due = SFT.Progress(SFT.parse_args(f"--fresh --steps 4 --evals {evals}".split())), []
+        for step in range(5):
+            if progress.eval_due():
+                due.append(step)
+                progress.evals_done += 1
+            progress.add(1, 1, 0.1)
+        assert due == steps
+
+
 def test_schedule_warms_up_and_falls():
     args = SFT.parse_args("--fresh --steps 100 --lr 1e-3 --lr-warmup 10 --lr-end 0.1".split())
     progress, lrs = SFT.Progress(args), []
