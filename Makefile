@@ -12,6 +12,7 @@ STUDY ?= runs/demo
 GRID ?= runs/grid
 STUDIES ?= runs/study
 K ?= --k 8
+SFT_BATCH ?= 256
 WARMUP_STEPS ?= 6
 FLOPS ?= 4e12
 EVALS ?= 7
@@ -26,17 +27,20 @@ S ?=
 demo: arms
 	$(PY) evaluate.py --report $(STUDY)
 
-# In pictures; what is given on the command line goes before these.
-VL = TASK=gp-vl K= GRID=runs/grid-vl STUDIES=runs/study-vl
+# In pictures. A step costs three times as much, so there are fewer, and fewer rates in the grid.
+VL = TASK=gp-vl K= SFT_BATCH=128 FLOPS=$(FLOPS_VL) EVALS=$(EVALS_VL) N=$(N)
+FLOPS_VL ?= 5e12
+EVALS_VL ?= 5
+STUDY_VL ?= runs/demo-vl
 demo-vl:
-	$(MAKE) demo $(VL) STUDY=$(if $(filter runs/demo,$(STUDY)),runs/demo-vl,$(STUDY))
+	$(MAKE) demo $(VL) STUDY=$(STUDY_VL)
 study-vl:
-	$(MAKE) study $(VL)
+	$(MAKE) study $(VL) GRID=runs/grid-vl STUDIES=runs/study-vl GRID_SFT="3e-5 1e-4 3e-4" GRID_RL="1e-5 3e-5 1e-4"
 
 arms: .venv/ready
 	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --suite $(TASK) --n $(N) $(K) --out $(STUDY)/base; fi
 	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 1 $(WARMUP),$(STUDY),test)
-	$(call run,sft$(S),train_sft.py --task $(TASK) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
+	$(call run,sft$(S),train_sft.py --task $(TASK) --init $(STUDY)/warmup$(S) --batch $(SFT_BATCH) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
 	$(call run,rl$(S),train_rl.py --task $(TASK) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
 
 # Short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
@@ -62,7 +66,7 @@ grid: .venv/ready
 	$(call run,warmup,train_sft.py --task $(TASK) --model tiny --evals 0 $(WARMUP),$(GRID),val)
 	@$(MAKE) grid-$(ARM)
 grid-sft:
-	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init $(GRID)/warmup --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
+	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init $(GRID)/warmup --batch $(SFT_BATCH) --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 grid-rl:
 	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --init $(GRID)/warmup --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 
