@@ -1151,7 +1151,11 @@ def main(args):
     if args.n < 1:
         raise ValueError("The number of problems must be 1 or more.")
     if args.show:
-        contact_sheet(args).save(args.show)
+        try:
+            contact_sheet(args).save(args.show)
+        except OSError as error:
+            raise ValueError(f"--show {clean(args.show)} could not be written ({error.strerror}): name a PNG file in a directory "
+                             "that is there.") from None
         return []
     steps = []
     for index in range(args.index, args.index + args.n):
@@ -1238,7 +1242,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends this as any other tool, without a traceback
     try:
         main(parse_args())
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

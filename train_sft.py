@@ -753,6 +753,8 @@ def finish_arguments(parser, argv):
         vars(args).update(stored | given, out=args.resume)
     check_limits(args)
     tasks.make(args.task, args.rule, args.visual, split="train", index=0, tile=4096)  # nothing is drawn
+    if args.train and not tasks.pictures(args.task) and args.train != ["decoder"]:
+        raise ValueError(f"--train: {args.task} shows no pictures, so only the decoder can be trained.")
     if args.eval_suite not in (None, *tasks.SUITES):
         raise ValueError(f"--eval-suite must be one of {', '.join(tasks.SUITES)}.")
     args.fresh = getattr(args, "fresh", False)

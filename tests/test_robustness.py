@@ -98,6 +98,15 @@ BAD = [  # script, flags, words of the sentence
     *[(RL, [flag, value, *NEW], flag) for flag, value in (
         ("--estimator", "ppo2"), ("--group", "1"), ("--group", "0"), ("--problems", "0"), ("--temperature", "0"),
         ("--temperature", "nan"), ("--discount", "1.5"), ("--clip-eps", "-1"), ("--kl-coef", "nan"), ("--kl-every", "-1"))],
+    *[(script, ["--task", task, *flags, "--init", "run", "--out", "new"], words) for script in (SFT, RL) for task, flags, words in (
+        ("gp-vl", ["--visual", "plaid"], "suits one of"), ("gp-vl", ["--visual", "red/glyphs=gothic"], "glyphs one of"),
+        ("gp-vl", ["--visual", "red/light=500"], "light from 40 to 140"), ("gp-vl", ["--visual", "red/light=50/noise=40/scheme=pips"], "at least 4[08] pixels"),
+        ("gp-vl", ["--rule", "10/cards=5"], "at least 40 pixels"), ("gp-vl", ["--train", "eyes"], "--train"),
+        ("gp-l", ["--visual", "black"], "no visual"), ("gp-l", ["--train", "tower"], "only the decoder"))],
+    (SFT, ["--task", "gp-vl", "--visuals", "black:2", "red:x", "--init", "run", "--out", "new"], "--visuals red:x"),
+    (E, ["--compare", "run", "absent"], "absent is not a directory"),
+    (E, ["run", "--compare", "run", "run"], "give one of"),
+    (E, ["run", "--ask", "x", "--image", "file"], "cannot be read as a picture"),
     (SFT, ["--fresh", "--model", "11b", "--out", "new"], "--fresh"),
     (SFT, ["--model", "huge", "--out", "new"], "huge"),
     *[(script, ["--init", name, "--out", "new"], words) for script in (SFT, RL) for name, words in (
