@@ -926,7 +926,8 @@ class Row(NamedTuple):
 
     def legible(self, tile):
         """Whether its pictures, if it has any, can be read at tiles of so many pixels."""
-        return self.visual in (None, "text") or legible_from(parse_look(self.visual), parse_rule(self.rule).cards) <= tile
+        look = self.visual and parse_look(fill_look(self.visual, random.Random(0)))
+        return look in (None, Look("text")) or legible_from(look, parse_rule(self.rule).cards) <= tile
 
 
 # The gap between the rows is the study's result.
@@ -957,6 +958,7 @@ SUITES = {
     ],
     "gp-vl-probes": [
         *(row._replace(visual="black") for row in PROBES),
+        Row("mixed", ID_RULE, visual="*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15"),
         Row("rule-red", OOD_RULE, visual="red"),
     ],
 }
