@@ -893,7 +893,24 @@ def story(study, view=("greedy", "first")):
         out.append(f"Judged by the old rule, SFT's score on prompts that state the other one {words[sign[fake]]} {points[fake]}: "
                    + ("it goes on using the rule it was trained on." if sign[fake] > 0 else
                       "what it lost is not simply replaced by the old rule."))
-    return out
+    return out + story_of_looks(study, view)
+
+
+def story_of_looks(study, view):
+    """Which changes of look separate the arms and which do not, and how well each arm reads. List of sentences, [] for text."""
+    stage = stages(study, view)
+    if not {"sft end", "rl end"} <= stage.keys() or not look_tables(study, view):
+        return []
+    sft, rl = (stage[key][1] for key in ("sft end", "rl end"))
+    rows = [row for row in any_eval(study)["rows"] if row not in ROWS and row not in (SHUFFLED, "text") and measured(sft, row, view, "success")
+            and measured(rl, row, view, "success")]
+    sign = {row: sign_of(paired(_solved(rl, row, view), _solved(sft, row, view), any_eval(study)["classes"])) for row in rows}
+    by_sign = {s: ", ".join(row for row in rows if sign[row] == s) for s in (1, -1, 0)}
+    out = [f"Under other looks RL ends {word} SFT: {by_sign[s]}." for s, word in ((1, "clearly above"), (-1, "clearly below")) if by_sign[s]]
+    out += [f"These looks do not separate the arms: {by_sign[0]}."] if by_sign[0] else []
+    reads = {name_of(arm): [100 * (_solved(evals, row, (view[0], "read")) == 1).mean() for row in rows] for arm, evals in (("sft", sft), ("rl", rl))}
+    return out + ["All cards are read in " + ", ".join(f"{min(r):.0f} to {max(r):.0f} % ({arm})" for arm, r in reads.items() if r)
+                  + " of the hands, from the hardest look to the easiest."]
 
 
 def limits_of(study):

@@ -257,6 +257,17 @@ def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_pa
     assert report.table_text(study).count("row by row: ") == 2 and report.report_html(tmp_path).count("Row by row, in %: ") == 8
 
 
+def test_the_story_says_which_looks_separate_the_arms(tmp_path):
+    study, view = report.load_study(fake_runs.make(tmp_path, kind="pictures", n=90)), ("greedy", "first")
+    assert report.story(study)[-2:] == report.story_of_looks(study, view)[-2:]
+    sft, rl = (study[arm][0][-1]["solved"] for arm in ("sft", "rl"))
+    rl["red", "greedy", "first"][:], sft["red", "greedy", "first"][:] = 1, 0
+    rl["words", "greedy", "first"][:] = sft["words", "greedy", "first"]
+    told = report.story_of_looks(study, view)
+    assert told[:2] == ["Under other looks RL ends clearly above SFT: red.", "These looks do not separate the arms: words."]
+    assert "All cards are read in" in told[2] and report.story_of_looks(report.load_study(fake_runs.make(tmp_path / "t", n=9)), view) == []
+
+
 def test_the_report_shows_the_pictures(tmp_path):
     page = report.report_html(fake_runs.make(tmp_path, kind="pictures", n=40))
     assert page.count(f'src="data:image/png;base64,{fake_runs.PIXEL}"') == 4 * 9  # 4 arms, 3 of ID and rule OOD, 1 of the others
