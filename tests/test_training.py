@@ -758,6 +758,14 @@ def test_an_adapter_given_as_the_start_is_merged_into_it(tiny_run, tmp_path, une
         assert not torch.allclose(start.logits(start(ids)), again.logits(again(ids)), atol=1e-3)
 
 
+def test_the_shipped_base_reads_pictures_and_not_those_of_other_hands():
+    model, tokenizer = M.load_model(E.find_model("tiny", "gp-vl"))
+    result = E.evaluate(model, tokenizer, "gp-vl", 24, split="val", only=("id", "red", "words", "shuffled", "text"))
+    read = {row: sum(share == 1 for share in modes["greedy"]["read"]) for row, modes in result["rows"].items()}
+    assert min(read["id"], read["red"], read["words"], read["text"]) >= 22 and read["shuffled"] <= 2, read
+    assert {s["row"] for s in result["samples"] if "picture" in s} == {"id", "red", "words", "shuffled"}
+
+
 def test_a_question_about_a_picture(tiny_run, tmp_path, capsys):
     Image.new("RGB", (50, 20), "red").save(tmp_path / "red.png")
     E.main([str(tiny_run), "--ask", "What is it?", "--image", str(tmp_path / "red.png"), "--max-new-tokens", "4"])
