@@ -1,7 +1,8 @@
 """The tasks: what is asked, what an expert answers, and how an answer is judged.
 
 GeneralPoints in text, "gp-l": some playing cards are dealt, and a formula that uses each card once must equal a target. The
-rule says what J, Q and K count as. Training sees one rule, the test asks for another, so memory and understanding part ways.
+rule says what J, Q and K count as. V-IRL in text, "virl-l": a walk through a city by instructions, one action at a time; the rule says
+how a turn is called. Training sees one rule, the test asks for another, so memory and understanding part ways.
 
     problem = make("gp-l", rule="11,12,13", split="test", index=0, attempts=5)
     problem.prompt                          the first user turn
@@ -17,22 +18,31 @@ Contents
     6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
     7. The verifier          judge, REWARD, feedback_text
     8. The problem           GeneralPoints, make, KINDS of demonstrators, SUITES
-    9. Command line          python tasks.py --task gp-l
+    9. V-IRL: a city         City: streets, fronts and landmarks; words for bearings and turns
+   10. V-IRL: routes         Position, Route, routes
+   11. V-IRL: words          TurnRule, WORDING, read_action, judge_walk
+   12. V-IRL: the problem    Navigation, WALKERS
+   13. V-IRL: scores         walk_scores, forced_scores
+   14. Command line          python tasks.py --task gp-l
 
 Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak: exact
 rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
 """
 import argparse
+import copy
 import hashlib
 import json
+import math
 import random
 import re
 import signal
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, product
 from math import gcd
+from pathlib import Path
 from typing import NamedTuple
 
 # ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
@@ -561,7 +571,15 @@ def feedback_text(verdict, style):
 
 KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
 
-# Rows of (name, rule of the prompt, rule of the judge where it is another). The gap between the rows is the study's result.
+class Row(NamedTuple):
+    """A row of a suite: its name, the rule of the prompt, the rule of the judge and the look of the pictures where they are other ones."""
+    name: str
+    rule: str
+    judge: str | None = None
+    visual: str | None = None
+
+
+# The gap between the rows of a suite is the study's result.
 SUITES = {
     "gp-l": [
         ("id", ID_RULE, None),         # the rule that was trained
@@ -575,13 +593,23 @@ SUITES = {
         ("five-cards", "10/cards=5", None),
         ("target-36", "10/target=36", None),
     ],
+    "virl-l": [
+        Row("id", "absolute"),
+        Row("rule", "relative"),
+        Row("fake", "relative", "absolute"),
+    ],
+    "virl-l-probes": [                 # the instructions have the words of both rules: only the stated actions tell which to take
+        Row("both-id", "absolute/told=both"),
+        Row("both-rule", "relative/told=both"),
+        Row("both-fake", "relative/told=both", "absolute"),
+    ],
 }
 
 
 class GeneralPoints:
     """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands for
     intervals), image (None in text), prompt, attempts, attempt (answers judged so far), verdict (the latest), done."""
-    image = None
+    image, asks = None, "formula"
 
     def __init__(self, hand, rule, attempts, style, judged_by):
         self.hand, self.rule, self.attempts, self.style, self.judged_by = hand, rule, attempts, style, judged_by
@@ -672,16 +700,17 @@ def full_prompt(hand, rule):
             "formula as a string.")
 
 
-TASKS = ("gp-l",)
+TASKS = ("gp-l", "virl-l")
 
 
-def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0):
+def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule: a text for fill_rule and parse_rule; face wildcards are drawn anew for every index. judge: the face values that answers are judged by where they are not the prompt's (the "fake
-    rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts from 0; the run's
-    `seed` shifts it for "base" and "train" only. attempts: answers per episode. ValueError, in one sentence, for anything unknown or
-    out of range."""
+    rule: for "gp-l" a text for fill_rule and parse_rule (None: ID_RULE), face wildcards drawn anew for every index; for "virl-l" one
+    for parse_turns (None: absolute). judge: the face values, or the rule for turns, that answers are judged by where they are not
+    the prompt's (the "fake rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts
+    from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode, in "virl-l" per position. style:
+    in "virl-l" the "short" routes are other, shorter ones. ValueError, in one sentence, for anything unknown or out of range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     if visual is not None:
@@ -692,22 +721,622 @@ def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, st
     if index < 0 or seed < 0 or attempts < 1:
         raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
     index += seed * 10**9 if split in ("base", "train") else 0
-    rule = parse_rule(fill_rule(rule, random.Random(f"gp/{split}/{index}/rule")))
+    if name == "virl-l":
+        return _make_walk(rule or "absolute", split, index, attempts, style, judge)
+    rule = parse_rule(fill_rule(rule or ID_RULE, random.Random(f"gp/{split}/{index}/rule")))
     hand, rule = deal(rule, split, index)
     judged_by = replace(rule, faces=parse_rule(judge or rule).faces)
     return GeneralPoints(hand, rule, attempts, style, judged_by)
 
 
-# ---- 9. Command line -------------------------------------------------------------------------------------------------
+# ---- 9. V-IRL: a city ------------------------------------------------------------------------------------------------
+# A walk through streets by instructions. Points are (x, y) in metres, x to the east and y to the north; bearings are degrees
+# clockwise from north. A *place* is where one can stand: an intersection (a node's number), or (a, b, k), the k-th point of the
+# street from node a to node b > a. Each place has at most one landmark, and the bearing at which its front is seen from there.
+
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+SIDES = ("front", "right", "back", "left")  # of what is seen, and the order of the four views
+SLIGHT = 60  # a turn by up to so many degrees is a slight one
+SLIGHT_TURNS, PLAIN_TURNS = (20, 52), (68, 150)  # what routes have: clear of straight on, of SLIGHT and of turning round
+OFF_COMPASS = 17.5  # and how far a street may lie off its compass word, whose share ends at 22.5
+GRID = 6  # nodes a side
+SPACING, CURB = 15, 8  # metres between places (10 to 20 come of it), and from the middle of a street to its fronts
+
+
+def wrap(angle):
+    """An angle in degrees brought into (-180, 180]; unwrapped, left and right would change places near north."""
+    return 180 - (180 - angle) % 360
+
+
+def bearing(start, end):
+    """Degrees clockwise from north, in [0, 360)."""
+    return math.degrees(math.atan2(end[0] - start[0], end[1] - start[1])) % 360
+
+
+def compass_word(angle):
+    """The nearest of the eight words of COMPASS."""
+    return COMPASS[round(angle / 45) % 8]
+
+
+def turn_word(words, heading, towards):
+    """What a turn from one bearing to another is called: the compass word of the new one ("absolute"), or "left", "right" and, up
+    to SLIGHT degrees, "slightly left" and "slightly right" ("relative")."""
+    if words == "absolute":
+        return compass_word(towards)
+    angle = wrap(towards - heading)
+    return ("slightly " if abs(angle) <= SLIGHT else "") + ("right" if angle > 0 else "left")
+
+
+def clear_turn(heading, towards):
+    """Whether the turn has one obvious word under both rules, by the margins above."""
+    angle = abs(wrap(towards - heading))
+    return any(low <= angle <= high for low, high in (SLIGHT_TURNS, PLAIN_TURNS)) and clear_bearing(towards) \
+        and compass_word(heading) != compass_word(towards)
+
+
+def clear_bearing(angle):
+    return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
+
+
+@lru_cache(maxsize=1)
+def _words():
+    return json.loads((Path(__file__).parent / "assets" / "virl.json").read_text(encoding="utf-8"))
+
+
+class City:
+    """The city of a name such as "test-3", the same on every machine: a grid of streets, turned, bent, broken, and crossed by
+    diagonals, so that all eight compass words occur. In style "short" its landmarks have the short names of the tiny model.
+
+    Attributes: nodes {number: point}, arms {node: neighbours clockwise from north}, turns {(a, b): nodes that routes turn to from
+    the street a-b}, landmarks {place: (name, bearing)}."""
+
+    def __init__(self, name, style):
+        self.name = name
+        self.nodes = self._grid(random.Random(f"virl/{name}/grid"))
+        self._join_nodes(random.Random(f"virl/{name}/streets"))
+        self.turns = {(a, b): self._clear_arms(a, b) for a in self.arms for b in self.arms[a]}
+        self._place_landmarks(random.Random(f"virl/{name}/landmarks"), style)
+
+    def _grid(self, rng):
+        """Points of a grid of uneven blocks. Beyond a line each way the cross streets bend, one way hardly and the other by about
+        45 degrees, and the whole is turned: all so that most streets stay close to a compass word."""
+        xs, ys = ([sum(steps[:i]) for i in range(GRID)] for steps in ([rng.randint(42, 72) for _ in range(GRID)] for _ in "xy"))
+        angles = rng.sample([rng.uniform(-9, 9), rng.choice((1, -1)) * rng.uniform(37, 50)], 2)
+        slope_x, slope_y = (math.tan(math.radians(angle)) for angle in angles)
+        bend_x, bend_y = (line[rng.randint(1, GRID - 2)] for line in (xs, ys))
+        turned = math.radians(rng.choice((0, 45)) + rng.uniform(-8, 8))
+        sin, cos = math.sin(turned), math.cos(turned)
+        nodes = {}
+        for i, j in product(range(GRID), repeat=2):
+            x = xs[i] + slope_y * max(ys[j] - bend_y, 0) + rng.uniform(-2, 2)
+            y = ys[j] + slope_x * max(xs[i] - bend_x, 0) + rng.uniform(-2, 2)
+            nodes[i * GRID + j] = (round(x * cos + y * sin, 1), round(y * cos - x * sin, 1))
+        return nodes
+
+    def _join_nodes(self, rng):
+        """Streets along the grid, a few missing, then diagonals; none at less than 30 degrees to another, no dead ends."""
+        along = [(n, m) for n in self.nodes for m in (n + 1, n + GRID) if m in self.nodes and (m == n + GRID or m % GRID)]
+        cells = [n for n in self.nodes if n + GRID in self.nodes and (n + 1) % GRID]
+        diagonals = [rng.choice([(n, n + GRID + 1), (n + 1, n + GRID)]) for n in cells]
+        streets = [street for street in along if rng.random() > 0.2] + [street for street in diagonals if rng.random() < 0.3]
+        arms = {node: [] for node in self.nodes}
+        for a, b in streets:
+            if all(abs(wrap(self.heading(n, m) - self.heading(n, k))) >= 30 for n, m in ((a, b), (b, a)) for k in arms[n]):
+                arms[a].append(b)
+                arms[b].append(a)
+        while dead := [node for node in arms if len(arms[node]) < 2]:
+            for other in arms.pop(dead[0]):
+                arms[other].remove(dead[0])
+        self.arms = {node: sorted(arms[node], key=lambda other: self.heading(node, other)) for node in arms}
+
+    def _clear_arms(self, a, b):
+        """The nodes to which it takes a clear turn from the street a-b, one whose words fit no other street from b."""
+        heading, others = self.heading(a, b), {c: self.heading(b, c) for c in self.arms[b] if c != a}
+        said = Counter(turn_word(words, heading, towards) for words in WORDS for towards in others.values())
+        return [c for c, towards in others.items() if clear_turn(heading, towards)
+                and all(said[turn_word(words, heading, towards)] == 1 for words in WORDS)]
+
+    def heading(self, a, b):
+        """The bearing from node a to its neighbour b."""
+        return bearing(self.nodes[a], self.nodes[b])
+
+    def count(self, a, b):
+        """Into how many steps the street between two nodes is divided."""
+        return max(round(math.dist(self.nodes[a], self.nodes[b]) / SPACING), 1)
+
+    def place(self, a, b, k):
+        """The place k steps along the street from a towards b: a node at its ends."""
+        count = self.count(a, b)
+        return a if k == 0 else b if k == count else (a, b, k) if a < b else (b, a, count - k)
+
+    def point(self, place):
+        """Where a place is."""
+        if isinstance(place, int):
+            return self.nodes[place]
+        a, b, k = place
+        (x, y), (u, v), share = self.nodes[a], self.nodes[b], k / self.count(a, b)
+        return x + (u - x) * share, y + (v - y) * share
+
+    def front(self, a, b, side):
+        """(start, end): between which distances from node a the street to b has fronts on its right (side 1) or left (-1).
+
+        Around a node the lines of two neighbouring streets' fronts end where they meet, so that fronts close every block."""
+        return (self._setback(a, b, side), math.dist(self.nodes[a], self.nodes[b]) - self._setback(b, a, -side))
+
+    def _setback(self, a, b, side):
+        arms = self.arms[a]
+        other = arms[(arms.index(b) + side) % len(arms)]
+        between = side * (self.heading(a, other) - self.heading(a, b)) % 360
+        return min(max(CURB / math.tan(math.radians(between / 2)), -CURB), 3 * CURB)
+
+    def _place_landmarks(self, rng, style):
+        """At a third of the places along streets, and at most intersections that have a long front on one side."""
+        spots = [(place, angle) for place, angle in self._spots(rng) if rng.random() < (0.8 if isinstance(place, int) else 0.35)]
+        words = _words()
+        if style == "short":
+            names = [rng.choice(words["short"]) for _ in spots]
+        else:
+            names = rng.sample([pattern.format(name) for pattern in words["patterns"] for name in words["names"]], len(spots))
+        self.landmarks = {place: (name, angle) for (place, angle), name in zip(spots, names)}
+
+    def _spots(self, rng):
+        """Yield (place, bearing of a front) for every place that could have a landmark."""
+        for a, arms in self.arms.items():
+            for b, after in zip(arms, arms[1:] + arms[:1]):
+                gap = (self.heading(a, after) - self.heading(a, b)) % 360
+                if 150 <= gap <= 210:
+                    yield a, (self.heading(a, b) + gap / 2) % 360
+                    break
+            for b in (b for b in arms if a < b):
+                for k in range(1, self.count(a, b)):
+                    side, along = rng.choice((1, -1)), k * math.dist(self.nodes[a], self.nodes[b]) / self.count(a, b)
+                    if self.front(a, b, side)[0] + 4 <= along <= self.front(a, b, side)[1] - 4:
+                        yield (a, b, k), (self.heading(a, b) + 90 * side) % 360
+
+    def seen(self, place, heading):
+        """((landmark, side),) at a place for someone who faces `heading`, the side empty where not clear; () without a landmark."""
+        if place not in self.landmarks:
+            return ()
+        name, angle = self.landmarks[place]
+        quarter = wrap(angle - heading) / 90
+        return ((name, SIDES[round(quarter) % 4] if abs(quarter - round(quarter)) < 0.3 else ""),)
+
+
+@lru_cache(maxsize=64)
+def city(name, style):
+    """The City of a name, kept."""
+    return City(name, style)
+
+
+# ---- 10. V-IRL: routes -----------------------------------------------------------------------------------------------
+# A route is its rail: one Position after another, each with one right action. A turn also takes the first step into the new street,
+# as in the released data. Every leg leads to the next intersection, where the route turns; the turn's word fits no other street there.
+
+ROUTES = 20  # of a city
+LEGS = {"full": (2, 6), "short": (1, 2)}
+LENGTHS = {"full": (4, 40), "short": (3, 6)}  # in positions
+
+
+class Position(NamedTuple):
+    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there, whether it is an intersection,
+    the right action ("turn", "forward" or "stop"), the bearing to turn to (None for others), the instruction's number from 0."""
+    place: object
+    heading: float
+    landmarks: tuple
+    crossing: bool
+    action: str
+    towards: float | None
+    instruction: int
+
+
+class Route(NamedTuple):
+    """A city's name and a tuple of Positions, the last one the destination's."""
+    city: str
+    rail: tuple
+
+    def shape(self):
+        """The turns in their order, as in "right, slightly left"."""
+        return ", ".join(turn_word("relative", here.heading, here.towards) for here in self.rail if here.action == "turn")
+
+    def key(self):
+        """What makes it another problem than other routes, whatever the city is called."""
+        start = compass_word(self.rail[0].heading)
+        return start, *((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
+
+
+@lru_cache(maxsize=256)
+def routes(name, style):
+    """The ROUTES distinct Routes of the city "SPLIT-N". Their keys belong to the split too, by a hash, so that no problem of one
+    split occurs in another, whatever the cities are called ("base" shares with "train"). ValueError when too few are found."""
+    town, rng, found = city(name, style), random.Random(f"virl/{name}/{style}/routes"), {}
+    wanted = name.split("-")[0].replace("base", "train")
+    for _ in range(TRIES):
+        route = Route(name, _walk(town, rng, style))
+        if route.rail and split_of(f"virl/{route.key()}") == wanted:
+            found.setdefault(route.key(), route)
+        if len(found) == ROUTES:
+            return tuple(found.values())
+    raise ValueError(f"The city {name} has no {ROUTES} routes in {TRIES} walks: choose another index.")
+
+
+def _walk(town, rng, style):
+    """The rail of a random walk; empty where its length is not as wanted, it cannot be told clearly, or has no landmark to end at."""
+    nodes = _turning_points(town, rng, rng.randint(*LEGS[style]))
+    if not nodes:
+        return ()
+    (a, b), (c, d) = nodes[:2], nodes[-2:]
+    start, facing = rng.randint(1, town.count(a, b) - 1), _facing(rng, town.heading(a, b))
+    ends = [k for k in range(start + 1 if len(nodes) == 2 else 1, town.count(c, d)) if town.place(c, d, k) in town.landmarks]
+    clear = clear_bearing(facing) and clear_turn(facing, town.heading(a, b)) and town.place(a, b, start) not in town.landmarks
+    if not ends or not clear:
+        return ()
+    rail = _rail(town, nodes, start, rng.choice(ends), facing)
+    seen = [landmark for here in rail for landmark in here.landmarks]
+    told = all(side for _, side in seen) and len({name for name, _ in seen}) == len(seen)
+    return rail if told and LENGTHS[style][0] <= len(rail) <= LENGTHS[style][1] else ()
+
+
+def _turning_points(town, rng, legs):
+    """The nodes of a random walk of so many streets, with a clear turn at every node between; None where it gets stuck."""
+    first = rng.choice(tuple(town.arms))
+    nodes = [first, rng.choice(town.arms[first])]
+    while len(nodes) <= legs:
+        following = [node for node in town.turns[nodes[-2], nodes[-1]] if node not in nodes]
+        if not following:
+            return None
+        nodes.append(rng.choice(following))
+    return nodes
+
+
+def _facing(rng, heading):
+    """A bearing from which it takes a turn to face `heading`; each relative word is as likely as the others."""
+    return round(heading + rng.choice((1, -1)) * rng.uniform(*rng.choice((SLIGHT_TURNS, PLAIN_TURNS)))) % 360
+
+
+def _rail(town, nodes, start, end, facing):
+    """All Positions from the start-th place of the first street to the end-th of the last; instructions count turn, move, turn ..."""
+    heading = town.heading(*nodes[:2])
+    rail = [Position(town.place(*nodes[:2], start), facing, (), False, "turn", heading, 0)]
+    for leg, (a, b) in enumerate(zip(nodes, nodes[1:])):
+        heading, last = town.heading(a, b), leg == len(nodes) - 2
+        for k in range(start + 1 if leg == 0 else 1, (end if last else town.count(a, b)) + 1):
+            place = town.place(a, b, k)
+            here = Position(place, heading, town.seen(place, heading), place == b, "forward", None, 2 * leg + 1)
+            if place == b:
+                here = here._replace(action="turn", towards=town.heading(b, nodes[leg + 2]), instruction=2 * leg + 2)
+            rail.append(here)
+    return (*rail[:-1], rail[-1]._replace(action="stop"))
+
+
+# ---- 11. V-IRL: words ------------------------------------------------------------------------------------------------
+
+WORDS = ("absolute", "relative")  # the rule trained in the paper, and the one that is not
+TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "slightly right")}
+
+
+class TurnRule(NamedTuple):
+    """What the x of turn_direction(x) means, a name in WORDS, and the words that the instructions use for turns: those of the rule,
+    or, told="both", those of both rules, as in the paper's absolute prompts; then only the stated actions tell which to take."""
+    words: str = "absolute"
+    told: str = "rule"
+
+    def __str__(self):
+        return self.words + ("/told=both" if self.told == "both" else "")
+
+
+def parse_turns(text):
+    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=both"; str() undoes it. ValueError for other texts."""
+    if isinstance(text, TurnRule):
+        return text
+    words, slash, told = text.partition("/")
+    if words not in WORDS or slash + told not in ("", "/told=both"):
+        raise ValueError(f"{clean(text)!r} is no rule for turns: write absolute, relative, or one of them with /told=both.")
+    return TurnRule(words, "both" if slash else "rule")
+
+
+# What the agent reads and writes. "full": plain words for an instruct model; "short": few tokens for the tiny one.
+WORDING = {
+    "full": {"absolute": "Turn to face {absolute}.", "relative": "Turn {relative}.", "both": "Turn {relative} to face {absolute}.",
+             "crossing": "Move forward until you reach the next intersection{where}.",
+             "goal": "Move forward until you reach the destination{where}.", "where": " where {name} is on your {side}",
+             "seen": "{name} is on your {side}", "here": "You observe an intersection", "none": "No landmarks nearby", "between": "; ",
+             "doing": "{text}", "keys": ("current observation", "current instruction")},
+    "short": {"absolute": "turn {absolute}", "relative": "turn {relative}", "both": "turn {relative} to {absolute}",
+              "crossing": "go to crossing{where}",
+              "goal": "go to end{where}", "where": ", {name} {side}",
+              "seen": "{name} {side}", "here": "crossing", "none": "none", "between": ", ",
+              "doing": "{number} {text}", "keys": ("obs", "ins")},
+}
+
+
+def observation(here, style):
+    """What is seen at a Position, in words: "Hotel Iris is on your right; You observe an intersection"."""
+    words = WORDING[style]
+    parts = [words["seen"].format(name=name, side=side) for name, side in here.landmarks] or [words["none"]]
+    if here.crossing:  # the short style does without "none" there
+        parts = [part for part in parts if style == "full" or part != words["none"]] + [words["here"]]
+    return words["between"].join(parts)
+
+
+def instructions(route, rule, style):
+    """The route's instructions as a list of texts: a turn, a move to the next turn or the destination, a turn, ..."""
+    words, texts = WORDING[style], []
+    for here in route.rail:
+        where = "".join(words["where"].format(name=name, side=side) for name, side in here.landmarks)
+        if here.crossing and here.action == "turn" or here.action == "stop":
+            texts.append(words["goal" if here.action == "stop" else "crossing"].format(where=where))
+        if here.action == "turn":
+            known = {name: turn_word(name, here.heading, here.towards) for name in WORDS}
+            texts.append(words["both" if rule.told == "both" else rule.words].format(**known))
+    return texts
+
+
+MAX_ACTION = 60
+ACTION = re.compile(r"(forward|stop) ?\( ?\)|turn_direction ?\( ?['\"]?([a-z]+(?: [a-z]+)?)['\"]? ?\)")
+
+
+def read_action(text):
+    """Read "forward()", "stop()" or "turn_direction(x)": ("forward", ""), ("stop", "") or ("turn", x), x any one or two words.
+
+    Case, quotes round x and more or fewer spaces do not matter. Raises Illegal for anything else."""
+    match = ACTION.fullmatch(" ".join(text[: MAX_ACTION + 1].lower().split())) if len(text) <= MAX_ACTION else None
+    if not match:
+        raise Illegal(f"{_quoted(text)} is not forward(), stop() or turn_direction(x)")
+    return match[1] or "turn", match[2] or ""
+
+
+def right_word(here, rule):
+    """The x of a Position's turn under a TurnRule, "" where the right action is no turn."""
+    return turn_word(rule.words, here.heading, here.towards) if here.action == "turn" else ""
+
+
+class Walked(NamedTuple):
+    """What the verifier found: the outcome (a key of WALK_REWARD), why, as a key of WHY, the fact for its sentence, and whether
+    the observation named the landmarks and intersection that are there and no other (None where there is none to read)."""
+    outcome: str
+    why: str
+    fact: str = ""
+    observed: bool | None = None
+
+
+def judge_walk(response, here, rule, style):
+    """Judge a response (text of a model, of any content) at a Position under a TurnRule; never raises for a str."""
+    observed = None
+    try:
+        answer = read_answer(response)
+        if isinstance(answer.get(WORDING[style]["keys"][0]), str):
+            observed = _parts(answer[WORDING[style]["keys"][0]]) == _parts(observation(here, style))
+        if not isinstance(answer.get("action"), str):
+            raise Illegal("the JSON object has no key 'action' with a string")
+        kind, word = read_action(answer["action"])
+    except Illegal as error:
+        return Walked("illegal", "illegal", str(error), observed)
+    if (kind, word) == (here.action, right_word(here, rule)):
+        return Walked("correct" if kind == "stop" else "right_action", "right", "", observed)
+    return Walked("wrong_action", _why(kind, word, here, rule), clean(word), observed)
+
+
+def _parts(text):
+    """The set of things that an observation names, without case, "no landmarks" and the like."""
+    parts = {" ".join(part.lower().removeprefix("the destination ").split()) for part in re.split("[;,.]", text)}
+    return {part for part in parts if part not in ("", "none", "no landmarks nearby", "no landmark nearby")}
+
+
+def _why(kind, word, here, rule):
+    """The key in WHY of what is wrong with an action; each of its sentences is true wherever this gives it."""
+    if here.action == "stop":
+        return "arrived"
+    if kind == "stop":
+        return "not_there"
+    if here.action == "forward":
+        return "no_turn"
+    if kind == "forward":
+        return "turn"
+    return "direction" if word in TURNS[rule.words] else "word"
+
+
+WHY = {
+    "full": {"right": "Correct. {seen}", "illegal": "Your answer is not legal: {fact}. " + AGAIN,
+             "arrived": "Wrong: this is the destination. " + AGAIN, "not_there": "Wrong: this is not the destination. " + AGAIN,
+             "no_turn": "Wrong: the instruction is to move on, not to turn yet. " + AGAIN,
+             "turn": "Wrong: the instruction is to turn here. " + AGAIN,
+             "direction": "Wrong: {fact} is not the way to turn here. " + AGAIN,
+             "word": "Wrong: {fact} is not one of the words for turn_direction(x). " + AGAIN},
+    "short": {"right": "{seen}", "illegal": "not legal", "arrived": "no: the end", "not_there": "no: not the end",
+              "no_turn": "no: no turn yet", "turn": "no: turn here", "direction": "no: other way", "word": "no: other word"}}
+
+
+# ---- 12. V-IRL: the problem ------------------------------------------------------------------------------------------
+
+# One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In addition
+# LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD where the observation is not right.
+WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
+MISREAD = -1.5
+WALKERS = ("expert", "careless", "inattentive", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
+
+
+class Navigation:
+    """One walk along a route, for one episode. Attributes: route, rule, position (index into route.rail), cls (city and turns:
+    groups routes for intervals), image (None in text), prompt, attempts (answers per position), attempt (answers judged at this
+    position so far), verdict (the latest Walked), done."""
+    image, asks = None, "action"
+
+    def __init__(self, route, rule, attempts, style, judged_by):
+        self.route, self.rule, self.attempts, self.style, self.judged_by = route, rule, attempts, style, judged_by
+        self.cls = f"{route.city}: {route.shape()}"
+        self.texts = instructions(route, rule, style)
+        self.position, self.attempt, self.verdict, self.done = 0, 0, None, False
+
+    @property
+    def prompt(self):
+        """The first user turn: the rule, the instructions and, in text, the first observation."""
+        return (short_walk_prompt if self.style == "short" else full_walk_prompt)(self)
+
+    @property
+    def actions(self):
+        """The kind of right action at each position, "turn", "forward" or "stop", for the scores of section 13."""
+        return tuple(here.action for here in self.route.rail)
+
+    def seen(self):
+        """The observation at the current position in words; with pictures a pointer to the next one."""
+        if self.image is None:
+            return observation(self.route.rail[self.position], self.style)
+        return "next" if self.style == "short" else "Look at the next picture."
+
+    def step(self, response):
+        """Judge the next answer. A right action moves on, and the feedback has the next observation; a wrong one is not executed.
+        Done when stop() is right or the attempts at this position are used up; a RuntimeError after that."""
+        if self.done:
+            raise RuntimeError("This episode is over: make the problem anew.")
+        here = self.route.rail[self.position]
+        self.verdict = judge_walk(response, here, self.judged_by, self.style)
+        outcome, right = self.verdict.outcome, self.verdict.why == "right"
+        self.attempt += 1
+        failed = not right and self.attempt == self.attempts
+        self.done = failed or outcome == "correct"
+        if outcome == "right_action":
+            self.position, self.attempt = self.position + 1, 0
+        misread = self.image is not None and not self.verdict.observed
+        reward = WALK_REWARD[outcome] + (MISREAD if misread else 0) + (LAST_ATTEMPT if failed else 0)
+        return Step(float(reward), self.done, self._feedback(), outcome)
+
+    def _feedback(self):
+        if self.verdict.outcome == "correct":
+            return "the end" if self.style == "short" else "Correct. You have arrived."
+        return WHY[self.style][self.verdict.why].format(fact=self.verdict.fact, seen=self.seen())
+
+    def expert(self):
+        """A right response at the current position, by the rule of the prompt."""
+        return self._response(self._right())
+
+    def at(self, position):
+        """(problem, texts): a fresh copy that stands at a position, and the conversation after the prompt that leads there with
+        right answers by the rule of the prompt: response, feedback, ..., feedback (list of str).
+
+        For scores with a given history: read problem.prompt and the texts, sample one response, and judge it by problem.step."""
+        walker, texts = self._fresh(self.rule), []
+        while walker.position < position:
+            response = walker.expert()
+            texts += [response, walker.step(response).feedback]
+        walker.judged_by = self.judged_by
+        return walker, texts
+
+    def demonstrate(self, kind, rng):
+        """What a demonstrator of the base stage writes on a whole walk: response, feedback, response, ... (list of str).
+
+        "expert": the right action everywhere. "retry": at one position first a wrong action and then, after the verifier's words,
+        the right one. "careless": so at every fourth position or so. "inattentive": on half of the walks every turn is first said
+        in the words of the other rule. ValueError for other kinds."""
+        if kind not in WALKERS:
+            raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(WALKERS)}.")
+        slips = {"expert": [], "retry": [rng.randrange(len(self.route.rail))],
+                 "careless": [i for i in range(len(self.route.rail)) if rng.random() < 0.25],
+                 "inattentive": [i for i, action in enumerate(self.actions) if action == "turn"] * rng.randint(0, 1)}[kind]
+        walker, texts = self._fresh(self.rule), []
+        while not walker.done:
+            slip = walker.position in slips and walker.attempt == 0
+            response = walker._response(walker._slip(kind, rng)) if slip else walker.expert()
+            texts += [response, walker.step(response).feedback]
+        return texts[:-1]
+
+    def _fresh(self, judged_by):
+        """A copy at the start; two attempts at least, since demonstrators err once."""
+        walker = copy.copy(self)
+        walker.position, walker.attempt, walker.verdict, walker.done = 0, 0, None, False
+        walker.judged_by, walker.attempts = judged_by, max(self.attempts, 2)
+        return walker
+
+    def _right(self):
+        here = self.route.rail[self.position]
+        return f"turn_direction({right_word(here, self.rule)})" if here.action == "turn" else f"{here.action}()"
+
+    def _slip(self, kind, rng):
+        """A wrong action: the right turn in the words of the other rule, or any other action of this rule."""
+        if kind == "inattentive":
+            words = WORDS[self.rule.words == "absolute"]
+            return f"turn_direction({right_word(self.route.rail[self.position], TurnRule(words))})"
+        actions = ["forward()", "stop()", f"turn_direction({rng.choice(TURNS[self.rule.words])})"]
+        return rng.choice([action for action in actions if action != self._right()])
+
+    def _response(self, action):
+        here, words = self.route.rail[self.position], WORDING[self.style]
+        doing = words["doing"].format(number=here.instruction + 1, text=self.texts[here.instruction])
+        fields = dict(zip(words["keys"], (observation(here, self.style), doing)), action=action)
+        return json.dumps(fields, separators=(",", ":") if self.style == "short" else None)
+
+
+def short_walk_prompt(problem):
+    """Few tokens, for the tiny model: `facing south, compass. 1 turn east. 2 go to crossing, bank right. ...`."""
+    facing = compass_word(problem.route.rail[0].heading)
+    told = ". ".join(f"{number} {text}" for number, text in enumerate(problem.texts, 1))
+    return f"facing {facing}, {'compass' if problem.rule.words == 'absolute' else 'sides'}. {told}.\n{problem.seen()}"
+
+
+def full_walk_prompt(problem):
+    """Plain words, for an instruct model."""
+    rule = problem.rule.words
+    told = "\n".join(f"{number}. {text}" for number, text in enumerate(problem.texts, 1))
+    turns = "the direction that you then face" if rule == "absolute" else "the side to which you turn"
+    seen = f"You observe: {problem.seen()}" if problem.image is None else (
+        "The picture has four views of where you are: front and right above, back and left below.")
+    return (
+        f"You walk through a city along a route, one action at a time.\n\nInstructions:\n{told}\n\nActions:\nforward() moves one step "
+        f"ahead.\nturn_direction(x) turns, and moves one step into the new street; x is {turns}, one of: {', '.join(TURNS[rule])}.\n"
+        'stop() ends the walk, at the destination.\n\nReply with one JSON object and nothing else, with these keys: "current '
+        'observation", the landmarks here, as in "Hotel X is on your left" (or front, right, back), and "You observe an intersection" '
+        'where there is one, separated by semicolons, or "No landmarks nearby"; "current instruction", the instruction that you are '
+        f'following; "action", your next action as a string.\n\nYou face {compass_word(problem.route.rail[0].heading)}. {seen}')
+
+
+def _make_walk(rule, split, index, attempts, style, judge):
+    rule = parse_turns(rule)
+    route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
+    return Navigation(route, rule, attempts, style, parse_turns(judge or rule))
+
+
+# ---- 13. V-IRL: scores -----------------------------------------------------------------------------------------------
+
+KINDS_OF_ACTION = ("turn", "forward", "stop")
+
+
+def walk_scores(actions, outcomes):
+    """Scores of one episode. actions: problem.actions; outcomes: those of its answers in order, up to where it ended.
+
+    "first": the share of the route's positions passed before the first wrong answer, "episode": before the attempts ran out (the
+    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1. "failed_at":
+    the position of the first wrong answer, or None. "by_action": {action: (right at the first answer, positions reached)}."""
+    position, attempt, failed_at, by_action = 0, 0, None, {kind: (0, 0) for kind in KINDS_OF_ACTION}
+    for outcome in outcomes:
+        right = outcome in ("right_action", "correct")
+        if attempt == 0:
+            hits, met = by_action[actions[position]]
+            by_action[actions[position]] = (hits + right, met + 1)
+        if not right and failed_at is None:
+            failed_at = position
+        position, attempt = (position + 1, 0) if right else (position, attempt + 1)
+    passed = position if failed_at is None else failed_at
+    return {"first": passed / len(actions), "episode": position / len(actions), "success_first": int(passed == len(actions)),
+            "success": int(position == len(actions)), "failed_at": failed_at, "by_action": by_action}
+
+
+def forced_scores(actions, right):
+    """Scores with the right history given at every position (see Navigation.at). right: one truth value per position of actions.
+
+    {"all": share of right answers, "turn": ..., "forward": ..., "stop": ...}, None for an action that does not occur."""
+    groups = {"all": list(right)} | {kind: [hit for hit, action in zip(right, actions) if action == kind] for kind in KINDS_OF_ACTION}
+    return {name: sum(map(bool, hits)) / len(hits) if hits else None for name, hits in groups.items()}
+
+
+# ---- 14. Command line ------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """Command line that shows problems."""
     parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
     which = parser.add_argument_group("which problems")
     which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
-    which.add_argument("--rule", default=ID_RULE, help="what J, Q, K count as: 10 or 11,12,13, * or ? for any of 1..13 or "
-                       f"10..13; then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards). Not "
-                       "named: 24 and 4 cards (default 10)")
+    which.add_argument("--rule", help="virl-l: absolute or relative, perhaps with /told=both (default absolute). gp-l: what J, Q, K "
+                       "count as: 10 or 11,12,13, * or ? for any of 1..13 or 10..13; then /target=N or * (any of "
+                       f"{TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards). Not named: 24 and 4 cards (default 10)")
     which.add_argument("--split", default="test", help=f"{', '.join(SPLITS[:-1])} or test (default test)")
     which.add_argument("--index", type=int, default=0, help="the first problem's index (default 0)")
     which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")
@@ -732,8 +1361,8 @@ def main(args):
             steps += [_judged(problem, args.answer)] if index == args.index else []
         elif args.ask or sys.stdin.isatty():
             steps += _asked(problem)
-        _say(f"Expert: {problem.expert()}")
-        if len(problem.hand) <= 4:
+        _say("Expert: " + "\n        ".join(problem.demonstrate("expert", random.Random(0))))
+        if args.task == "gp-l" and len(problem.hand) <= 4:
             _say(f"Distinct solutions: {len(solutions(problem.numbers, problem.rule.target))}")
         _say("")
     return steps
@@ -743,10 +1372,10 @@ def _asked(problem):
     steps = []
     while not problem.done:
         try:
-            line = input("Your formula, or a whole response: ")
+            line = input(f"Your {problem.asks}, or a whole response: ")
         except EOFError:
             break
-        steps.append(_judged(problem, line if "{" in line else json.dumps({"formula": line})))
+        steps.append(_judged(problem, line if "{" in line else json.dumps({problem.asks: line})))
     return steps
 
 

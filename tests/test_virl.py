@@ -1,0 +1,387 @@
+"""Tests of V-IRL in tasks.py: cities and routes against their coordinates, rules, the verifier, demonstrators, scores."""
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import tasks  # noqa: E402
+from tasks import COMPASS, Position, Route, TurnRule, city, forced_scores, make, parse_turns, routes, turn_word, walk_scores  # noqa: E402
+
+RULES = ("absolute", "relative")
+STYLES = ("full", "short")
+
+
+def walks(style, count=500, rule="absolute", split="train", **more):
+    return [make("virl-l", rule, split=split, index=i, style=style, **more) for i in range(count)]
+
+
+def by_hand(rule, attempts=1, judge=None, style="short"):
+    """Facing south-east, right into the street to the west, one step, at the intersection to the south-east, and the pub there on the right."""
+    rail = (Position((1, 2, 1), 135, (), False, "turn", 270, 0), Position((1, 2, 2), 270, (), False, "forward", None, 1),
+            Position(2, 270, (), True, "turn", 139, 2), Position((2, 3, 1), 139, (("pub", "right"),), False, "stop", None, 3))
+    return tasks.Navigation(Route("test-0", rail), parse_turns(rule), attempts, style, parse_turns(judge or rule))
+
+
+def say(action, obs="none", style="short"):
+    return json.dumps(dict(zip(tasks.WORDING[style]["keys"], (obs, "?")), action=action))
+
+
+# ---- Cities and routes -----------------------------------------------------------------------------------------------
+
+def test_wrapped_angles():
+    assert [tasks.wrap(angle) for angle in (0, 180, -180, 190, -190, 359, 720, 540)] == [0, 180, 180, -170, 170, -1, 0, 180]
+    assert [round(tasks.bearing((0, 0), point)) for point in ((0, 1), (1, 1), (1, 0), (0, -1), (-1, 0))] == [0, 45, 90, 180, 270]
+    assert turn_word("relative", 350, 80) == "right" and turn_word("relative", 10, 330) == "slightly left"  # across north
+
+
+@pytest.mark.parametrize("heading, towards, relative, absolute", [
+    (0, 90, "right", "east"), (0, 270, "left", "west"), (0, 45, "slightly right", "northeast"), (300, 300 - 60, "slightly left", "southwest"),
+    (300, 300 - 61, "left", "southwest"), (180, 337, "right", "north"), (180, 338, "right", "north"), (0, 337, "slightly left", "northwest")])
+def test_words_of_turns(heading, towards, relative, absolute):
+    assert turn_word("relative", heading, towards) == relative
+    assert turn_word("absolute", heading, towards) == absolute or abs(towards - 337.5) < 1
+
+
+def degrees(a, b):
+    """Clockwise from north, by another way than tasks.bearing."""
+    return (90 - math.degrees(math.atan2(b[1] - a[1], b[0] - a[0]))) % 360
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_words_and_sides_match_the_coordinates(style):
+    """Every turn and landmark of 500 routes, worked out anew from points: the cross product says left or right."""
+    seen = Counter()
+    for walk in walks(style):
+        town = city(walk.route.city, style)
+        points = [town.point(here.place) for here in walk.route.rail]
+        for here, point, after in zip(walk.route.rail, points, points[1:] + [None]):
+            ahead = (math.sin(math.radians(here.heading)), math.cos(math.radians(here.heading)))
+            if after is not None:
+                step = (after[0] - point[0], after[1] - point[1])
+                assert 9 < math.hypot(*step) < 21
+                dot, cross = (ahead[0] * step[0] + ahead[1] * step[1]) / math.hypot(*step), ahead[0] * step[1] - ahead[1] * step[0]
+                if here.action == "forward":
+                    assert dot > 0.9999
+                else:
+                    angle = math.degrees(math.acos(dot))
+                    assert angle < 53 or 67 < angle < 151
+                    word = ("slightly " if angle < 60 else "") + ("left" if cross > 0 else "right")
+                    assert turn_word("relative", here.heading, here.towards) == word
+                    compass = COMPASS[min(range(8), key=lambda i: abs((degrees(point, after) - 45 * i + 180) % 360 - 180))]
+                    assert turn_word("absolute", here.heading, here.towards) == compass
+                    seen.update((word, compass))
+            for name, side in here.landmarks:
+                assert town.landmarks[here.place][0] == name
+                angle = math.radians(town.landmarks[here.place][1])
+                dot, cross = ahead[0] * math.sin(angle) + ahead[1] * math.cos(angle), ahead[0] * math.cos(angle) - ahead[1] * math.sin(angle)
+                assert {"front": dot, "left": cross, "right": -cross}[side] > 0.85
+            assert here.crossing == isinstance(here.place, int)
+        assert [here.action for here in walk.route.rail][::len(points) - 1] == ["turn", "stop"]
+        assert all(here.crossing == (here.action == "turn") for here in walk.route.rail[1:])
+    assert min(seen[word] for word in COMPASS) > 50 and min(seen[word] for word in tasks.TURNS["relative"]) > 100
+
+
+def test_the_word_fits_only_one_street_of_an_intersection():
+    for walk in walks("full"):
+        town = city(walk.route.city, "full")
+        for here in walk.route.rail:
+            arms = [town.heading(here.place, b) for b in town.arms[here.place]] if here.crossing else []
+            arms = [arm for arm in arms if abs(tasks.wrap(arm - here.heading - 180)) > 1e-6]
+            for words in RULES if here.crossing else ():
+                said = [turn_word(words, here.heading, arm) for arm in arms]
+                assert said.count(turn_word(words, here.heading, here.towards)) == 1
+
+
+def test_fronts_close_every_block():
+    """Where two neighbouring streets' fronts end, they meet."""
+    town, met = city("train-3", "full"), 0
+    def end(a, b, side):
+        along, across, angle = town.front(a, b, side)[0], 8 * side, math.radians(town.heading(a, b))
+        x, y = town.nodes[a]
+        return x + along * math.sin(angle) + across * math.cos(angle), y + along * math.cos(angle) - across * math.sin(angle)
+    for a, arms in town.arms.items():
+        for b, after in zip(arms, arms[1:] + arms[:1]):
+            gap = (town.heading(a, after) - town.heading(a, b)) % 360
+            if 40 < gap < 265:
+                met += 1
+                assert math.dist(end(a, b, 1), end(a, after, -1)) < 1e-6
+    assert met > 60
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_routes_are_distinct_and_splits_share_none(style):
+    keys = {}
+    for split in ("train", "val", "test"):
+        made = walks(style, split=split)
+        keys[split] = {walk.route.key() for walk in made}
+        assert {walk.route.city.split("-")[0] for walk in made} == {split}
+        by_city = Counter(walk.route.city for walk in made)
+        assert len(by_city) == 25 and set(by_city.values()) == {20}
+        assert len(keys[split]) > (499 if style == "full" else 450)
+        assert all(len({route.key() for route in routes(name, style)}) == 20 for name in by_city)
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["val"] and not keys["val"] & keys["test"]
+    lengths = Counter(len(walk.route.rail) for walk in made)
+    legs = Counter(walk.actions.count("turn") for walk in made)
+    assert (max(lengths) <= 6 and min(lengths) == 3 and set(legs) == {1, 2}) if style == "short" else (set(legs) == {2, 3, 4, 5, 6} and max(lengths) <= 40)
+
+
+def test_base_shares_problems_with_train_only():
+    base = {walk.route.key() for walk in walks("short", split="base")}
+    assert not base & {walk.route.key() for walk in walks("short", split="test")}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_streams_are_pure(style):
+    first = [walk.route for walk in walks(style, 30, "relative", "test")]
+    random.seed(0)
+    routes.cache_clear(), city.cache_clear()
+    assert first == [make("virl-l", "absolute", None, "test", i, 7, style, "relative", seed=3).route for i in reversed(range(30))][::-1]
+    code = f"import tasks; print(hash(0), [tasks.make('virl-l', None, None, 'test', i, style={style!r}).prompt for i in range(30)])"
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"PYTHONHASHSEED": "99"})
+    assert other.stdout.strip() == f"0 {[walk.prompt for walk in walks(style, 30, split='test')]}"
+    assert make("virl-l", seed=1, index=3).route.city == "train-50000000" and make("virl-l", split="test", seed=1).route.city == "test-0"
+
+
+def test_the_stream_does_not_change():
+    """Literal problems: results are compared across machines and versions."""
+    assert [make("virl-l", rule, split="test", index=i, style="short").prompt for i, rule in enumerate(RULES)] == [
+        "facing west, compass. 1 turn northwest. 2 go to crossing. 3 turn northeast. 4 go to end, zoo right.\nnone",
+        "facing north, sides. 1 turn slightly right. 2 go to crossing. 3 turn slightly left. 4 go to end, club left.\nnone"]
+    assert make("virl-l", split="test").texts[2:] == [
+        "Turn to face northeast.", "Move forward until you reach the destination where Osprey Bank is on your left."]
+
+
+def test_cli_shows_a_walk_and_judges_an_action():
+    def cli(*args):
+        return subprocess.run([sys.executable, "tasks.py", "--task", "virl-l", *args], cwd=ROOT, capture_output=True, text=True, input="stop()\n")
+    walk = make("virl-l", "relative", split="test", index=2)
+    shown = cli("--rule", "relative", "--index", "2", "--n", "1", "--attempts", "3", "--ask").stdout
+    assert walk.prompt in shown and "Verdict: wrong_action, reward -1. Wrong: this is not the destination." in shown
+    assert all(text in shown for text in walk.demonstrate("expert", random))
+    refused = cli("--rule", "10")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
+# ---- Rules -----------------------------------------------------------------------------------------------------------
+
+def test_rules_are_read_and_written():
+    for text in ("absolute", "relative", "absolute/told=both", "relative/told=both"):
+        assert str(parse_turns(text)) == text and parse_turns(parse_turns(text)) == parse_turns(text)
+    for text in ("", "abs", "10", "absolute/told=rule", "absolute/", "relative/told=both/told=both", "\x1b[31m"):
+        with pytest.raises(ValueError, match="no rule for turns.*\\.$") as caught:
+            parse_turns(text)
+        assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [dict(rule="10"), dict(visual="day"), dict(split="exam"), dict(style="long"), dict(index=-1), dict(attempts=0),
+                                 dict(judge="11,12,13"), dict(seed=-1)])
+def test_make_refuses_what_it_does_not_know(bad):
+    with pytest.raises(ValueError, match="\\.$"):
+        make(**{"name": "virl-l"} | bad)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_prompts_state_their_rule_and_no_other(style):
+    for index in range(50):
+        absolute, relative, both = (make("virl-l", rule, index=index, style=style) for rule in ("absolute", "relative", "relative/told=both"))
+        turns = [[turn_word(words, here.heading, here.towards) for here in absolute.route.rail if here.action == "turn"] for words in RULES]
+        for walk, words, others in ((absolute, *turns), (relative, *turns[::-1])):
+            said = [text.rstrip(".").split("urn ")[1].removeprefix("to face ") for text in walk.texts if "urn " in text]
+            assert said == words and said != others
+        assert absolute.route == relative.route == both.route and absolute.prompt.split("\n")[-1] == relative.prompt.split("\n")[-1]
+        assert all(a in text and b in text for a, b, text in zip(*turns, both.texts[::2])) and both.prompt != relative.prompt
+
+
+# ---- The verifier ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_expert_walks_every_route_to_its_end(rule, style):
+    for walk in walks(style, rule=rule):
+        steps = []
+        while not walk.done:
+            steps.append(walk.step(walk.expert()))
+        assert [step.outcome for step in steps] == ["right_action"] * (len(walk.route.rail) - 1) + ["correct"]
+        assert all(step.reward == 1 and step.done == (step is steps[-1]) for step in steps) and walk.verdict.observed
+        with pytest.raises(RuntimeError):
+            walk.step("{}")
+
+
+def test_rewards_attempts_and_feedback():
+    walk = by_hand("absolute", 2)
+    assert walk.prompt == "facing southeast, compass. 1 turn west. 2 go to crossing. 3 turn southeast. 4 go to end, pub right.\nnone"
+    assert by_hand("relative/told=both").prompt == (
+        "facing southeast, sides. 1 turn right to west. 2 go to crossing. 3 turn left to southeast. 4 go to end, pub right.\nnone")
+    assert (walk.cls, walk.actions) == ("test-0: right, left", ("turn", "forward", "turn", "stop"))
+    assert walk.step(say("forward()")) == (-1, False, "no: turn here", "wrong_action") and walk.position == 0
+    assert walk.step(say("turn_direction(west)")) == (1, False, "none", "right_action") and (walk.position, walk.attempt) == (1, 0)
+    assert walk.step(say("turn_direction(west)")) == (-1, False, "no: no turn yet", "wrong_action")
+    assert walk.step(say("forward()")) == (1, False, "crossing", "right_action")
+    assert walk.step(say("turn_direction(left)")) == (-1, False, "no: other word", "wrong_action")
+    assert walk.step(say("stop()")) == (-2, True, "no: not the end", "wrong_action") and walk.done
+    _, texts = walk.at(3)
+    last, _ = walk.at(3)
+    assert texts[-1] == "pub right" and last.step("what?") == (-1, False, "not legal", "illegal")
+    assert last.step(say("stop()", "pub right")) == (1, True, "the end", "correct")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_feedback_is_true(style):
+    """What each sentence says is checked at every position of many routes, for every action there is."""
+    claims = {"arrived": lambda here, said: here.action == "stop", "not_there": lambda here, said: here.action != "stop",
+              "no_turn": lambda here, said: here.action == "forward", "turn": lambda here, said: here.action == "turn",
+              "direction": lambda here, said: here.action == "turn" and said != turn_word("relative", here.heading, here.towards),
+              "word": lambda here, said: said in COMPASS}
+    for walk in walks(style, 15, "relative", "test"):
+        for i, here in enumerate(walk.route.rail):
+            for action in ("forward()", "stop()", *(f"turn_direction({word})" for word in (*tasks.TURNS["relative"], "north"))):
+                at, _ = walk.at(i)
+                step = at.step(say(action, style=style))
+                if at.verdict.why != "right":
+                    assert claims[at.verdict.why](here, at.verdict.fact) and "intersection" not in step.feedback, (action, step)
+                    assert step.feedback == tasks.WHY[style][at.verdict.why].format(fact=at.verdict.fact)
+                elif i + 1 < len(walk.route.rail):
+                    assert step.feedback.endswith(tasks.observation(walk.route.rail[i + 1], style))
+
+
+@pytest.mark.parametrize("action, read", [
+    ("forward()", ("forward", "")), (" Forward ( ) ", ("forward", "")), ("stop()", ("stop", "")), ("turn_direction(slightly  left)", ("turn", "slightly left")),
+    ("turn_direction( 'north' )", ("turn", "north")), ('TURN_DIRECTION("North")', ("turn", "north")), ("turn_direction(x)", ("turn", "x")),
+    ("forward", None), ("forward(2)", None), ("stop();", None), ("turn_direction()", None), ("turn_direction(north", None), ("", None),
+    ("turn_direction(north, east)", None), ("forward() forward()", None), ("turn_direction(a b c)", None), ("turn_direction(" + "a" * 60 + ")", None),
+    ("__import__('os').system('ls')", None), ("forward\n()\x00", None), ("tu\u0280n_direction(north)", None)])
+def test_actions(action, read):
+    if read is None:
+        with pytest.raises(tasks.Illegal):
+            tasks.read_action(action)
+    else:
+        assert tasks.read_action(action) == read
+
+
+@pytest.mark.parametrize("response", [
+    "", "forward()", "{}", "[]", '{"action": 1}', '{"action": ["forward()"]}', '{"action": {"a": "forward()"}}', '{"action": null}',
+    '{"action": "forward()", "action": "stop()"}', '{"action": "forward()"} {"action": "stop()"}', '{"act": "forward()"}', "{" * 5000,
+    '{"action": "forward()"' + " " * 5000 + "}", '{"action": "' + "(" * 3000 + '"}', '{"action": "\ud800"}', '{"action": "<|eot_id|>"}'])
+def test_hostile_answers_are_illegal(response):
+    for style in STYLES:
+        walk = make("virl-l", style=style, attempts=3)
+        began = time.perf_counter()
+        step = walk.step(response)
+        assert (step.outcome, step.reward, step.done) == ("illegal", -1, False) and time.perf_counter() - began < 0.1
+        assert step.feedback.isprintable() and len(step.feedback) < 250
+
+
+def test_near_json_is_read():
+    walk = by_hand("absolute")
+    for response in ("Sure!\n```json\n{'action': 'turn_direction(west)',}\n```", '{"obs": "none", "ins": 1, "action": "turn_direction(\\u0077est)"}'):
+        assert walk.at(0)[0].step(response).outcome == "right_action"
+
+
+def test_observations_are_read():
+    here = Position(1, 0, (("Hotel Iris", "right"),), True, "turn", 90, 2)
+    assert tasks.observation(here, "full") == "Hotel Iris is on your right; You observe an intersection"
+    for text, right in (("you observe an  intersection; HOTEL IRIS is on your right.", True), ("The destination Hotel Iris is on your right; You observe an intersection", True),
+                        ("Hotel Iris is on your left; You observe an intersection", False), ("Hotel Iris is on your right", False), ("", False),
+                        ("Hotel Iris is on your right; You observe an intersection; Cafe Opal is on your left", False)):
+        verdict = tasks.judge_walk(json.dumps({"current observation": text, "action": "turn_direction(right)"}), here, TurnRule("relative"), "full")
+        assert (verdict.outcome, verdict.observed) == ("right_action", right), text
+    assert tasks.judge_walk('{"action": "forward()"}', here, TurnRule(), "full").observed is None
+    none = here._replace(landmarks=(), crossing=False)
+    assert tasks.judge_walk('{"current observation": "no landmark nearby", "action": "forward()"}', none, TurnRule(), "full").observed
+
+
+def test_fake_rule_judges_by_the_old_rule():
+    for style in STYLES:
+        for index in range(30):
+            fake = make("virl-l", "relative", None, "test", index, 2, style, judge="absolute")
+            assert fake.prompt == make("virl-l", "relative", None, "test", index, 2, style).prompt
+            assert fake.step(fake.expert()).outcome == "wrong_action"
+            memorized = make("virl-l", "absolute", None, "test", index, 2, style)
+            assert fake.step(memorized.expert()).outcome == "right_action"
+            assert [fake.at(i)[0].step(fake.at(i)[0].expert()).outcome for i in (0, 1)] == [
+                "wrong_action", "wrong_action" if fake.actions[1] == "turn" else "correct" if fake.actions[1] == "stop" else "right_action"]
+
+
+def test_suites_can_be_walked():
+    for rows in (tasks.SUITES["virl-l"], tasks.SUITES["virl-l-probes"]):
+        for row in rows:
+            for style in STYLES:
+                walk = make("virl-l", row.rule, row.visual, "test", 0, style=style, judge=row.judge)
+                assert walk.step(walk.expert()).outcome == ("right_action" if row.judge is None else "wrong_action")
+
+
+# ---- Demonstrators, histories, scores, lengths -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("style", STYLES)
+def test_demonstrators_do_what_they_say(style):
+    slips = Counter()
+    for rule in RULES:
+        for index, walk in enumerate(walks(style, 30, rule)):
+            for kind in tasks.WALKERS:
+                texts = walk.demonstrate(kind, random.Random(f"{kind}/{index}"))
+                assert texts == walk.demonstrate(kind, random.Random(f"{kind}/{index}")) and walk.position == 0 and not walk.done
+                played, outcomes = walk.at(0)[0], []
+                for i, text in enumerate(texts):
+                    if i % 2 == 0:
+                        step = played.step(text)
+                        outcomes.append(step.outcome)
+                        if step.outcome == "wrong_action":
+                            slips[kind, played.verdict.why] += 1
+                    else:
+                        assert text == step.feedback
+                assert played.done and outcomes[-1] == "correct" and "illegal" not in outcomes
+                assert kind != "expert" or set(outcomes) <= {"right_action", "correct"}
+                assert kind != "retry" or outcomes.count("wrong_action") == 1
+    assert {why for kind, why in slips if kind == "inattentive"} == {"word"} and slips["inattentive", "word"] > 40
+    assert {why for kind, why in slips if kind == "careless"} == {"arrived", "not_there", "no_turn", "turn", "direction"}
+    with pytest.raises(ValueError, match="expert"):
+        walk.demonstrate("lazy", random)
+
+
+def test_histories_lead_to_their_position():
+    for rule, judge in (("absolute", None), ("relative", "absolute")):
+        walk = make("virl-l", rule, index=5, attempts=2, judge=judge)
+        whole = walk.demonstrate("expert", random)
+        for i in range(len(walk.route.rail)):
+            at, texts = walk.at(i)
+            assert texts == whole[: 2 * i] and (at.position, at.attempt, at.done) == (i, 0, False)
+            assert at.expert() == whole[2 * i]
+
+
+def test_scores_by_hand():
+    actions = ("turn", "forward", "turn", "stop")
+    right, wrong = "right_action", "wrong_action"
+    assert walk_scores(actions, [right, right, right, "correct"]) == {
+        "first": 1, "episode": 1, "success_first": 1, "success": 1, "failed_at": None, "by_action": {"turn": (2, 2), "forward": (1, 1), "stop": (1, 1)}}
+    assert walk_scores(actions, [right, wrong, right, "illegal", wrong]) == {
+        "first": 0.25, "episode": 0.5, "success_first": 0, "success": 0, "failed_at": 1, "by_action": {"turn": (1, 2), "forward": (0, 1), "stop": (0, 0)}}
+    assert walk_scores(actions, [wrong, right, right, right, wrong, "correct"]) == {
+        "first": 0, "episode": 1, "success_first": 0, "success": 1, "failed_at": 0, "by_action": {"turn": (1, 2), "forward": (1, 1), "stop": (0, 1)}}
+    assert walk_scores(actions, [wrong, wrong])["episode"] == 0 and walk_scores(actions, [])["failed_at"] is None
+    assert forced_scores(actions, [False, True, True, True]) == {"all": 0.75, "turn": 0.5, "forward": 1, "stop": 1}
+    assert forced_scores(("turn", "stop"), [True, False]) == {"all": 0.5, "turn": 1, "forward": None, "stop": 0}
+
+
+def test_scores_of_a_model_that_only_gets_turn_words_wrong():
+    """The paper's score of it is 0; with the right history given it is the share of the other actions."""
+    walk = make("virl-l", "relative", index=2, attempts=2)
+    steps = [walk.step(walk.expert().replace("direction(", "direction(north")) for _ in range(2)]
+    assert walk.done and walk_scores(walk.actions, [step.outcome for step in steps])["episode"] == 0
+    right = [action != "turn" for action in walk.actions]
+    assert forced_scores(walk.actions, right)["all"] == pytest.approx(1 - walk.actions.count("turn") / len(walk.actions))
+
+
+def test_short_walks_are_short_and_all_is_fast():
+    began = time.perf_counter()
+    lengths = [len(walk.prompt) + sum(map(len, walk.demonstrate("expert", random))) for rule in RULES for walk in walks("short", rule=rule, split="val")]
+    assert max(lengths) < 800 and sum(lengths) / len(lengths) < 500
+    assert time.perf_counter() - began < 10
