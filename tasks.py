@@ -1,8 +1,8 @@
 """The tasks: what is asked, what an expert answers, and how an answer is judged.
 
 GeneralPoints in text, "gp-l": some playing cards are dealt, and a formula that uses each card once must equal a target. The
-rule says what J, Q and K count as. V-IRL in text, "virl-l": a walk through a city by instructions, one action at a time; the rule says
-how a turn is called. Training sees one rule, the test asks for another, so memory and understanding part ways.
+rule says what J, Q and K count as. V-IRL, in text "virl-l" and with street views "virl-vl": a walk through a city by instructions, one
+action at a time; the rule says how a turn is called. Training sees one rule, the test asks for another, so memory and understanding part ways.
 
     problem = make("gp-l", rule="11,12,13", split="test", index=0, attempts=5)
     problem.prompt                          the first user turn
@@ -23,7 +23,8 @@ Contents
    11. V-IRL: words          TurnRule, WORDING, read_action, judge_walk
    12. V-IRL: the problem    Navigation, WALKERS
    13. V-IRL: scores         walk_scores, forced_scores
-   14. Command line          python tasks.py --task gp-l
+   14. V-IRL: views          Look, parse_look, draw_grid (what the model sees), draw_walk (a route for people)
+   15. Command line          python tasks.py --task gp-l; --task virl-vl --show walk.png
 
 Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak: exact
 rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
@@ -44,6 +45,9 @@ from itertools import combinations, product
 from math import gcd
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 # ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
 
@@ -603,6 +607,12 @@ SUITES = {
         Row("both-rule", "relative/told=both"),
         Row("both-fake", "relative/told=both", "absolute"),
     ],
+    "virl-vl": [
+        Row("id", "absolute"),
+        Row("rule", "relative"),
+        Row("fake", "relative", "absolute"),
+        Row("visual", "absolute", None, "dusk/weather=rain/palette=brick"),
+    ],
 }
 
 
@@ -700,29 +710,33 @@ def full_prompt(hand, rule):
             "formula as a string.")
 
 
-TASKS = ("gp-l", "virl-l")
+TASKS = ("gp-l", "virl-l", "virl-vl")
 
 
-def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0):
+def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule: for "gp-l" a text for fill_rule and parse_rule (None: ID_RULE), face wildcards drawn anew for every index; for "virl-l" one
+    rule: for "gp-l" a text for fill_rule and parse_rule (None: ID_RULE), face wildcards drawn anew for every index; for V-IRL one
     for parse_turns (None: absolute). judge: the face values, or the rule for turns, that answers are judged by where they are not
     the prompt's (the "fake rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts
-    from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode, in "virl-l" per position. style:
-    in "virl-l" the "short" routes are other, shorter ones. ValueError, in one sentence, for anything unknown or out of range."""
+    from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL per position. style: in
+    V-IRL the "short" routes are other, shorter ones. visual, for "virl-vl": a text for parse_look (None: "day"), and tile: the
+    pixels of the model's tile each way (None: 560, or 32 for "short"). ValueError, in one sentence, for anything unknown or out of
+    range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
-    if visual is not None:
+    if visual is not None and name != "virl-vl":
         raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
     for value, known in ((split, SPLITS), (style, STYLES)):
         if value not in known:
             raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
     if index < 0 or seed < 0 or attempts < 1:
         raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
+    if tile is not None and not 16 <= tile <= 1120:
+        raise ValueError("The tile must have from 16 to 1120 pixels each way.")
     index += seed * 10**9 if split in ("base", "train") else 0
-    if name == "virl-l":
-        return _make_walk(rule or "absolute", split, index, attempts, style, judge)
+    if name.startswith("virl"):
+        return _make_walk(name, rule or "absolute", visual, split, index, attempts, style, judge, tile or (560 if style == "full" else 32))
     rule = parse_rule(fill_rule(rule or ID_RULE, random.Random(f"gp/{split}/{index}/rule")))
     hand, rule = deal(rule, split, index)
     judged_by = replace(rule, faces=parse_rule(judge or rule).faces)
@@ -740,7 +754,7 @@ SLIGHT = 60  # a turn by up to so many degrees is a slight one
 SLIGHT_TURNS, PLAIN_TURNS = (20, 52), (68, 150)  # what routes have: clear of straight on, of SLIGHT and of turning round
 OFF_COMPASS = 17.5  # and how far a street may lie off its compass word, whose share ends at 22.5
 GRID = 6  # nodes a side
-SPACING, CURB = 15, 8  # metres between places (10 to 20 come of it), and from the middle of a street to its fronts
+SPACING, CURB = 15, 9  # metres between places (10 to 20 come of it), and from the middle of a street to its fronts
 
 
 def wrap(angle):
@@ -801,7 +815,7 @@ class City:
         """Points of a grid of uneven blocks. Beyond a line each way the cross streets bend, one way hardly and the other by about
         45 degrees, and the whole is turned: all so that most streets stay close to a compass word."""
         xs, ys = ([sum(steps[:i]) for i in range(GRID)] for steps in ([rng.randint(42, 72) for _ in range(GRID)] for _ in "xy"))
-        angles = rng.sample([rng.uniform(-9, 9), rng.choice((1, -1)) * rng.uniform(37, 50)], 2)
+        angles = rng.sample([rng.uniform(-6, 6), rng.choice((1, -1)) * rng.uniform(37, 43)], 2)
         slope_x, slope_y = (math.tan(math.radians(angle)) for angle in angles)
         bend_x, bend_y = (line[rng.randint(1, GRID - 2)] for line in (xs, ys))
         turned = math.radians(rng.choice((0, 45)) + rng.uniform(-8, 8))
@@ -814,14 +828,14 @@ class City:
         return nodes
 
     def _join_nodes(self, rng):
-        """Streets along the grid, a few missing, then diagonals; none at less than 30 degrees to another, no dead ends."""
+        """Streets along the grid, a few missing, then diagonals; none at less than 40 degrees to another, no dead ends."""
         along = [(n, m) for n in self.nodes for m in (n + 1, n + GRID) if m in self.nodes and (m == n + GRID or m % GRID)]
         cells = [n for n in self.nodes if n + GRID in self.nodes and (n + 1) % GRID]
         diagonals = [rng.choice([(n, n + GRID + 1), (n + 1, n + GRID)]) for n in cells]
         streets = [street for street in along if rng.random() > 0.2] + [street for street in diagonals if rng.random() < 0.3]
         arms = {node: [] for node in self.nodes}
         for a, b in streets:
-            if all(abs(wrap(self.heading(n, m) - self.heading(n, k))) >= 30 for n, m in ((a, b), (b, a)) for k in arms[n]):
+            if all(abs(wrap(self.heading(n, m) - self.heading(n, k))) >= 40 for n, m in ((a, b), (b, a)) for k in arms[n]):
                 arms[a].append(b)
                 arms[b].append(a)
         while dead := [node for node in arms if len(arms[node]) < 2]:
@@ -854,8 +868,13 @@ class City:
         if isinstance(place, int):
             return self.nodes[place]
         a, b, k = place
-        (x, y), (u, v), share = self.nodes[a], self.nodes[b], k / self.count(a, b)
-        return x + (u - x) * share, y + (v - y) * share
+        return self.beside(a, b, k * math.dist(self.nodes[a], self.nodes[b]) / self.count(a, b), 0)
+
+    def beside(self, a, b, along, across):
+        """The point so far along the street from node a towards b, and so far to the right of its middle."""
+        (x, y), heading = self.nodes[a], math.radians(self.heading(a, b))
+        sin, cos = math.sin(heading), math.cos(heading)
+        return x + along * sin + across * cos, y + along * cos - across * sin
 
     def front(self, a, b, side):
         """(start, end): between which distances from node a the street to b has fronts on its right (side 1) or left (-1).
@@ -900,6 +919,13 @@ class City:
         name, angle = self.landmarks[place]
         quarter = wrap(angle - heading) / 90
         return ((name, SIDES[round(quarter) % 4] if abs(quarter - round(quarter)) < 0.3 else ""),)
+
+
+    def sign_point(self, place):
+        """Where a landmark's sign stands: close to the front; a little further off at an intersection, where fronts may bend."""
+        (x, y), angle = self.point(place), math.radians(self.landmarks[place][1])
+        off = CURB - (1.2 if isinstance(place, int) else 0.3)
+        return x + off * math.sin(angle), y + off * math.cos(angle)
 
 
 @lru_cache(maxsize=64)
@@ -1157,15 +1183,23 @@ WALKERS = ("expert", "careless", "inattentive", "retry")  # demonstrators of the
 
 class Navigation:
     """One walk along a route, for one episode. Attributes: route, rule, position (index into route.rail), cls (city and turns:
-    groups routes for intervals), image (None in text), prompt, attempts (answers per position), attempt (answers judged at this
-    position so far), verdict (the latest Walked), done."""
-    image, asks = None, "action"
+    groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position so far),
+    image (a grid of four views, None in text), verdict (the latest Walked), done; look and tile of the pictures, None in text.
 
-    def __init__(self, route, rule, attempts, style, judged_by):
+    `image` is the picture of the current position. It changes when step moves on, so a rollout that shows every position puts
+    problem.image into the turn that opens with step's feedback whenever the outcome is "right_action"."""
+    asks = "action"
+
+    def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
         self.route, self.rule, self.attempts, self.style, self.judged_by = route, rule, attempts, style, judged_by
         self.cls = f"{route.city}: {route.shape()}"
         self.texts = instructions(route, rule, style)
-        self.position, self.attempt, self.verdict, self.done = 0, 0, None, False
+        self.position, self.attempt, self.verdict, self.done, self.look, self.tile = 0, 0, None, False, look, tile
+
+    @property
+    def image(self):
+        here = self.route.rail[self.position]
+        return self.look and draw_grid(self.route.city, self.style, here.place, here.heading, self.look, self.tile)
 
     @property
     def prompt(self):
@@ -1179,7 +1213,7 @@ class Navigation:
 
     def seen(self):
         """The observation at the current position in words; with pictures a pointer to the next one."""
-        if self.image is None:
+        if self.look is None:
             return observation(self.route.rail[self.position], self.style)
         return "next" if self.style == "short" else "Look at the next picture."
 
@@ -1196,7 +1230,7 @@ class Navigation:
         self.done = failed or outcome == "correct"
         if outcome == "right_action":
             self.position, self.attempt = self.position + 1, 0
-        misread = self.image is not None and not self.verdict.observed
+        misread = self.look is not None and not self.verdict.observed
         reward = WALK_REWARD[outcome] + (MISREAD if misread else 0) + (LAST_ATTEMPT if failed else 0)
         return Step(float(reward), self.done, self._feedback(), outcome)
 
@@ -1207,7 +1241,7 @@ class Navigation:
 
     def expert(self):
         """A right response at the current position, by the rule of the prompt."""
-        return self._response(self._right())
+        return self._response(self.right())
 
     def at(self, position):
         """(problem, texts): a fresh copy that stands at a position, and the conversation after the prompt that leads there with
@@ -1246,7 +1280,8 @@ class Navigation:
         walker.judged_by, walker.attempts = judged_by, max(self.attempts, 2)
         return walker
 
-    def _right(self):
+    def right(self):
+        """The right action at the current position, by the rule of the prompt, as in "turn_direction(left)"."""
         here = self.route.rail[self.position]
         return f"turn_direction({right_word(here, self.rule)})" if here.action == "turn" else f"{here.action}()"
 
@@ -1256,7 +1291,7 @@ class Navigation:
             words = WORDS[self.rule.words == "absolute"]
             return f"turn_direction({right_word(self.route.rail[self.position], TurnRule(words))})"
         actions = ["forward()", "stop()", f"turn_direction({rng.choice(TURNS[self.rule.words])})"]
-        return rng.choice([action for action in actions if action != self._right()])
+        return rng.choice([action for action in actions if action != self.right()])
 
     def _response(self, action):
         here, words = self.route.rail[self.position], WORDING[self.style]
@@ -1277,7 +1312,7 @@ def full_walk_prompt(problem):
     rule = problem.rule.words
     told = "\n".join(f"{number}. {text}" for number, text in enumerate(problem.texts, 1))
     turns = "the direction that you then face" if rule == "absolute" else "the side to which you turn"
-    seen = f"You observe: {problem.seen()}" if problem.image is None else (
+    seen = f"You observe: {problem.seen()}" if problem.look is None else (
         "The picture has four views of where you are: front and right above, back and left below.")
     return (
         f"You walk through a city along a route, one action at a time.\n\nInstructions:\n{told}\n\nActions:\nforward() moves one step "
@@ -1288,10 +1323,10 @@ def full_walk_prompt(problem):
         f'following; "action", your next action as a string.\n\nYou face {compass_word(problem.route.rail[0].heading)}. {seen}')
 
 
-def _make_walk(rule, split, index, attempts, style, judge):
-    rule = parse_turns(rule)
+def _make_walk(name, rule, visual, split, index, attempts, style, judge, tile):
+    look = parse_look(visual or "day") if name == "virl-vl" else None
     route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
-    return Navigation(route, rule, attempts, style, parse_turns(judge or rule))
+    return Navigation(route, parse_turns(rule), attempts, style, parse_turns(judge or rule), look, tile)
 
 
 # ---- 13. V-IRL: scores -----------------------------------------------------------------------------------------------
@@ -1327,7 +1362,325 @@ def forced_scores(actions, right):
     return {name: sum(map(bool, hits)) / len(hits) if hits else None for name, hits in groups.items()}
 
 
-# ---- 14. Command line ------------------------------------------------------------------------------------------------
+# ---- 14. V-IRL: views -----------------------------------------------------------------------------------------------
+# Four views of a place, each 90 degrees wide, drawn with pillow from the same city as the text: the sky, the ground, then everything
+# that stands on it, the farthest first. A camera point is (x, z): metres to its right and ahead of it.
+
+EYE, HORIZON, NEAR, FAR = 1.7, 0.6, 0.4, 110  # metres above ground; share of the picture above it; nearest and farthest metres drawn
+
+# sky above and at the horizon, pavement, road, how light the walls are, and the windows
+LIGHTS = {
+    "day": ((96, 156, 222), (214, 232, 244), (190, 186, 178), (104, 106, 112), 1.0, (74, 96, 120)),
+    "dusk": ((62, 52, 110), (246, 166, 110), (128, 116, 120), (72, 68, 80), 0.66, (255, 214, 130)),
+    "night": ((8, 12, 30), (38, 44, 76), (66, 68, 82), (38, 40, 52), 0.36, (255, 226, 150)),
+}
+PALETTES = {  # walls, then the boards of signs and their writing
+    "stone": (((222, 208, 182), (205, 190, 168), (233, 224, 206), (188, 176, 160), (214, 196, 160)), (24, 62, 92), (255, 255, 255)),
+    "brick": (((158, 78, 60), (134, 62, 52), (176, 96, 70), (120, 72, 64), (148, 90, 82)), (250, 240, 214), (88, 24, 20)),
+    "glass": (((122, 150, 170), (92, 122, 146), (150, 172, 184), (108, 132, 140), (134, 160, 178)), (16, 16, 20), (120, 240, 220)),
+    "pastel": (((244, 194, 190), (190, 222, 200), (246, 224, 170), (186, 206, 236), (224, 196, 230)), (255, 255, 255), (140, 30, 90)),
+}
+WEATHERS = {"clear": 0.15, "rain": 0.4, "fog": 0.95, "snow": 0.5}  # and how much of a thing FAR away is lost in the haze
+EMBLEMS = ((214, 40, 40), (30, 90, 220), (20, 150, 60), (240, 170, 0))  # of the short names: four colours of four shapes
+
+
+class Look(NamedTuple):
+    """How a city is drawn: names in LIGHTS, WEATHERS and PALETTES, and `tiles`: 4 for one view a tile, 1 for all four in one tile."""
+    light: str = "day"
+    weather: str = "clear"
+    palette: str = "stone"
+    tiles: int = 4
+
+    def __str__(self):
+        parts = (f"/{name}={value}" for name, value in zip(self._fields[1:], self[1:]) if value != self._field_defaults[name])
+        return self.light + "".join(parts)
+
+
+def parse_look(text):
+    """Read a Look from "day" or "dusk/weather=rain/palette=brick/tiles=1" (options in any order); str() undoes it. ValueError else."""
+    light, *options = str(text).split("/")
+    known = {"light": LIGHTS, "weather": WEATHERS, "palette": PALETTES, "tiles": {"4": 4, "1": 1}}
+    pairs = [("light", light)] + [tuple(option.partition("=")[::2]) for option in options]
+    if len(dict(pairs)) < len(pairs) or not all(value in known.get(name, ()) for name, value in pairs):
+        raise ValueError(f"{clean(str(text))!r} is no look: write a light ({', '.join(LIGHTS)}), then perhaps /weather= "
+                         f"({', '.join(WEATHERS)}), /palette= ({', '.join(PALETTES)}) or /tiles=1 (or 4).")
+    return Look(**{name: int(value) if name == "tiles" else value for name, value in pairs})
+
+
+class Wall(NamedTuple):
+    """The front of a building: its left and right ends as seen from the street, its height, and a number that picks its colours."""
+    left: tuple
+    right: tuple
+    height: float
+    pick: int
+
+
+@lru_cache(maxsize=32)
+def walls(name, style):
+    """All fronts of a city, about 11 m wide each."""
+    town, rng, found = city(name, style), random.Random(f"virl/{name}/walls"), []
+    for (a, b), side in product(((a, b) for a in town.arms for b in town.arms[a] if a < b), (1, -1)):
+        start, end = town.front(a, b, side)
+        count = max(round((end - start) / 11), 1)
+        ends = [town.beside(a, b, start + (end - start) * i / count, side * CURB) for i in range(count + 1)][::-side]
+        found += [Wall(left, right, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for left, right in zip(ends, ends[1:])]
+    return found
+
+
+class View:
+    """One view in the making: a point of a city, a heading, a look, and `size` pixels each way. Every method draws one kind of thing."""
+
+    def __init__(self, point, heading, look, size):
+        self.point, self.size, self.look = point, size, look
+        self.sin, self.cos = math.sin(math.radians(heading)), math.cos(math.radians(heading))
+        self.sky, self.low, self.pave, self.road, self.light, self.pane = LIGHTS[look.light]
+        haze = WEATHERS[look.weather]
+        self.sky = tuple(int(a + (b - a) * haze) for a, b in zip(self.sky, self.low))
+        if look.weather == "snow":
+            self.pave = tuple((value + 480) // 3 for value in self.pave)
+        self.image = Image.new("RGB", (size, size), self.pave)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def ahead(self, point):
+        """A point of the city as a camera point."""
+        x, y = point[0] - self.point[0], point[1] - self.point[1]
+        return x * self.cos - y * self.sin, x * self.sin + y * self.cos
+
+    def pixel(self, spot, height):
+        """Where a camera point at a height above ground is in the picture, from its top left."""
+        scale = self.size / 2 / spot[1]
+        return self.size / 2 + scale * spot[0], self.size * HORIZON - scale * (height - EYE)
+
+    def shade(self, colour, distance, light):
+        """A colour in this light (1: its own) and, at this distance, in this weather's haze."""
+        haze = WEATHERS[self.look.weather] * min(distance / FAR, 1)
+        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in zip(colour, self.low))
+
+    def draw_sky(self):
+        """From its colour above to the one at the horizon."""
+        horizon = int(self.size * HORIZON)
+        for y in range(horizon):
+            self.draw.line((0, y, self.size, y), tuple(int(a + (b - a) * y / horizon) for a, b in zip(self.sky, self.low)))
+
+    def draw_ground(self, points, colour):
+        """A flat shape on the ground, given by its corners in the city; what is behind the camera is cut off."""
+        spots, shown = [self.ahead(point) for point in points], []
+        for (x, z), (u, w) in zip(spots, spots[1:] + spots[:1]):
+            if z >= NEAR:
+                shown.append((x, z))
+            if (z >= NEAR) != (w >= NEAR):
+                shown.append((x + (u - x) * (NEAR - z) / (w - z), NEAR))
+        if shown:  # without haze: overlapping roads should show no seams
+            self.draw.polygon([self.pixel(spot, 0) for spot in shown], colour)
+
+    def draw_wall(self, wall):
+        """A front: its wall, the edge of its roof, its shop and its windows."""
+        left, right = self.ahead(wall.left), self.ahead(wall.right)
+        low, high = _in_sight(left, right)
+        if low >= high:
+            return
+        distance, colour = math.hypot(left[0] + right[0], left[1] + right[1]) / 2, PALETTES[self.look.palette][0][wall.pick % 5]
+
+        def part(first, last, bottom, top, colour, light):
+            """A part of the front between two shares of its width, from the left, and two heights."""
+            first, last = max(first, low), min(last, high)
+            if first < last:
+                ends = [(left[0] + (right[0] - left[0]) * share, left[1] + (right[1] - left[1]) * share) for share in (first, last)]
+                corners = [self.pixel(ends[0], bottom), self.pixel(ends[0], top), self.pixel(ends[1], top), self.pixel(ends[1], bottom)]
+                self.draw.polygon(corners, self.shade(colour, distance, light))
+
+        part(0, 1, 0, wall.height, colour, self.light)
+        part(0, 1, wall.height - 0.5, wall.height, colour, self.light * 0.75)
+        part(0.06, 0.94, 0, 2.6, self.pane, 0.7)
+        part(0, 1, 2.6, 3.2, EMBLEMS[wall.pick % 4], self.light * 0.6)
+        columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(wall.height - 3.5) // 3
+        for column, floor in product(range(columns), range(floors) if distance < min(FAR, self.size / 2) / 2 else ()):
+            lit = self.light == 1 or (wall.pick + floor * 5 + column * 3) % 4 < 2
+            part((column + 0.25) / columns, (column + 0.75) / columns, 4.2 + 3 * floor, 6 + 3 * floor,
+                 self.pane if lit else LIGHTS["day"][5], 1 if lit else self.light)
+
+    def draw_board(self, name, spot, angle):
+        """The sign of a landmark, seen at this bearing by someone in front of it: its picture in perspective."""
+        board = sign(name, self.look.palette)
+        wide, bottom, top = (9, 0.6, 9.6) if board.size[0] == board.size[1] else (8, 2.4, 6.4)
+        across = (math.cos(math.radians(angle)) * wide / 2, -math.sin(math.radians(angle)) * wide / 2)
+        left, right = (self.ahead((spot[0] + s * across[0], spot[1] + s * across[1])) for s in (-1, 1))
+        if _in_sight(left, right) != (0, 1):
+            return
+        corners = [self.pixel(left, top), self.pixel(right, top), self.pixel(right, bottom), self.pixel(left, bottom)]
+        low_x, low_y = (max(int(min(axis)), 0) for axis in zip(*corners))
+        high_x, high_y = (min(int(max(axis)) + 1, self.size) for axis in zip(*corners))
+        if low_x >= high_x or low_y >= high_y:
+            return
+        flat = board.transform((high_x - low_x, high_y - low_y), Image.Transform.PERSPECTIVE,
+                               _perspective([(x - low_x, y - low_y) for x, y in corners], *board.size), Image.Resampling.BILINEAR)
+        haze = Image.new("RGB", flat.size, self.low)
+        share = WEATHERS[self.look.weather] * min(math.hypot(*self.ahead(spot)) / FAR, 1)
+        self.image.paste(Image.blend(flat.convert("RGB"), haze, share), (low_x, low_y), flat.getchannel("A"))
+
+    def draw_weather(self, rng):
+        """Rain or snow in the air."""
+        for _ in range({"rain": 160, "snow": 240}.get(self.look.weather, 0) * self.size // 560):
+            x, y, long = rng.uniform(0, self.size), rng.uniform(0, self.size), rng.uniform(0.01, 0.05) * self.size
+            if self.look.weather == "rain":
+                self.draw.line((x, y, x - long / 4, y + long), self.shade((200, 210, 225), 0, 0.9))
+            else:
+                self.draw.ellipse((x, y, x + long / 4, y + long / 4), (250, 250, 255))
+
+
+def _in_sight(left, right):
+    """(first, last): the part of a line between two camera points, in shares of it, that is ahead of the camera; (0, 0) where none
+    is, where it is outside the view, and where it is seen from behind."""
+    (x, z), (u, w) = left, right
+    if max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0:
+        return 0, 0
+    return 0 if z >= NEAR else (NEAR - z) / (w - z), 1 if w >= NEAR else (NEAR - z) / (w - z)
+
+
+def _perspective(corners, width, height):
+    """The eight numbers with which pillow fills the quadrilateral `corners` (from the top left, clockwise) with a width x height
+    picture: u = (a x + b y + c) / (g x + h y + 1), v = (d x + e y + f) / (g x + h y + 1)."""
+    rows, values = [], []
+    for (x, y), (u, v) in zip(corners, ((0, 0), (width, 0), (width, height), (0, height))):
+        rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
+        values += [u, v]
+    return np.linalg.solve(np.array(rows), np.array(values)).tolist()
+
+
+@lru_cache(maxsize=512)
+def sign(name, palette):
+    """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem that the tiny model can make out."""
+    back, ink = PALETTES[palette][1:]
+    if name in _words()["short"]:
+        return _emblem(_words()["short"].index(name))
+    image = Image.new("RGBA", (320, 160), back)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((4, 4, 315, 155), outline=ink, width=4)
+    lines = name.split()
+    size = min(int(46 * 300 / max(draw.textlength(line, ImageFont.load_default(46)) for line in lines)), 66)
+    for line, middle in zip(lines, (48, 112) if len(lines) == 2 else (80,)):
+        draw.text((160, middle), line, ink, ImageFont.load_default(size), "mm")
+    return image
+
+
+def _emblem(number):
+    """One of sixteen: a disc, a cross, a triangle or a ring in one of four colours, on white."""
+    image = Image.new("RGBA", (64, 64), (255, 255, 255))
+    draw, colour = ImageDraw.Draw(image), EMBLEMS[number % 4]
+    draw.rectangle((0, 0, 63, 63), outline=(20, 20, 20), width=5)
+    if number // 4 == 1:
+        draw.rectangle((24, 9, 39, 54), colour)
+        draw.rectangle((9, 24, 54, 39), colour)
+    elif number // 4 == 2:
+        draw.polygon([(32, 9), (55, 54), (9, 54)], colour)
+    else:
+        draw.ellipse((9, 9, 54, 54), colour if number < 4 else None, colour, 13)
+    return image
+
+
+def draw_view(name, style, place, heading, look, size):
+    """What is seen from a place of a city in one direction: an RGB picture of size x size pixels."""
+    town, fine = city(name, style), size * (2 if size >= 100 else 4)
+    view = View(town.point(place), heading, look, fine)
+    reach = min(FAR, fine / 2)  # a small picture shows less of what is far
+    view.draw_sky()
+    for points, colour in _streets(name, style):
+        if colour is None or math.dist(points[0], view.point) < reach / 2:
+            view.draw_ground(points, colour or view.road)
+    stood = [(math.dist(wall.left, view.point) + math.dist(wall.right, view.point), view.draw_wall, (wall,)) for wall in walls(name, style)]
+    for spot, (label, angle) in town.landmarks.items():
+        spot = town.sign_point(spot)
+        stood.append((2 * math.dist(spot, view.point) - 4, view.draw_board, (label, spot, angle)))
+    for _, draw, what in sorted((item for item in stood if item[0] < 2 * reach), key=lambda item: -item[0]):
+        draw(*what)
+    view.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
+    return view.image.reduce(fine // size)
+
+
+@lru_cache(maxsize=32)
+def _streets(name, style):
+    """What lies on a city's ground, as (corners, colour): roads (None: the colour of the light), then their white lines."""
+    town, roads, lines = city(name, style), [], []
+    for a, b in ((a, b) for a in town.arms for b in town.arms[a]):
+        long = math.dist(town.nodes[a], town.nodes[b])
+
+        def strip(start, end, left, right):
+            return [town.beside(a, b, *corner) for corner in ((start, left), (end, left), (end, right), (start, right))]
+        if a < b:
+            roads.append((strip(-4, long + 4, -5, 5), None))
+            lines += [(strip(at, at + 2, -0.12, 0.12), (236, 232, 220)) for at in range(16, int(long) - 16, 5)]
+        begin = max(town.front(a, b, 1)[0], town.front(a, b, -1)[0], 5)
+        lines += [(strip(begin - 2, begin + 0.6, at, at + 0.7), (236, 232, 220)) for at in (-4.2, -2.8, -1.4, 0, 1.4, 2.8)]
+    return roads + lines
+
+
+@lru_cache(maxsize=64)
+def draw_grid(name, style, place, heading, look, tile):
+    """The four views of a place in one picture: front and right above, back and left below. Each fills a tile of the model, or, for a
+    look with tiles=1, a quarter of the one: the picture has 2 tile or tile pixels each way."""
+    size = tile if look.tiles == 4 else tile // 2
+    image = Image.new("RGB", (2 * size, 2 * size))
+    for i in range(4):
+        image.paste(draw_view(name, style, place, (heading + 90 * i) % 360, look, size), (size * (i % 2), size * (i // 2)))
+    return image
+
+
+
+def draw_walk(problem, width=340):
+    """A route for people: its map, north up, with numbered positions, the instructions under it, and beside it what each position
+    shows, asks and wants."""
+    rail, columns, side = problem.route.rail, min(len(problem.route.rail), 4), 3 * width
+    small, large = ImageFont.load_default(16), ImageFont.load_default(18)
+    rows, step = -(-len(rail) // columns), width + 58
+    height = max(rows * step + 10, side + 50 + 26 * len(problem.texts))
+    sheet = Image.new("RGB", (side + columns * (width + 10) + 20, height), (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    sheet.paste(_map(problem, side), (10, 10))
+    for i, text in enumerate(problem.texts):
+        draw.text((20, side + 24 + 26 * i), f"{i + 1}.  {text}", (30, 30, 40), large)
+    for i, here in enumerate(rail):
+        x, y = side + 20 + i % columns * (width + 10), 10 + i // columns * step
+        draw.text((x, y), f"{i + 1}. {observation(here, problem.style)}"[: width // 8], (30, 30, 40), small)
+        doing = f"instruction {here.instruction + 1}: {problem.at(i)[0].right()}"
+        draw.text((x, y + 22), doing, (170, 20, 20), small)
+        look = (problem.look or Look())._replace(tiles=1)
+        sheet.paste(draw_grid(problem.route.city, problem.style, here.place, here.heading, look, width), (x, y + 46))
+    return sheet
+
+
+def _map(problem, size):
+    """The part of the city around a route, size x size pixels, north up."""
+    town, rail = city(problem.route.city, problem.style), problem.route.rail
+    points = [town.point(here.place) for here in rail]
+    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
+    scale = size / (max(right - left, high - low) + 70)
+
+    def pixel(point):
+        return size / 2 + (point[0] - (left + right) / 2) * scale, size / 2 - (point[1] - (low + high) / 2) * scale
+    image = Image.new("RGB", (size, size), (222, 214, 200))
+    draw = ImageDraw.Draw(image)
+    for width, colour in ((2 * CURB, (190, 186, 178)), (10, (250, 250, 250))):
+        for a, b in town.turns:
+            draw.line((pixel(town.nodes[a]), pixel(town.nodes[b])), colour, int(width * scale))
+            radius = width * scale / 2
+            draw.ellipse([n + sign * radius for sign in (-1, 1) for n in pixel(town.nodes[a])], colour)
+    draw.line([pixel(point) for point in points], (214, 40, 40), 5)
+    for place, (name, angle) in town.landmarks.items():
+        x, y = pixel(town.sign_point(place))
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), (24, 62, 92))
+        off_x, off_y = 10 * math.sin(math.radians(angle)), -10 * math.cos(math.radians(angle))  # the name stands away from the street
+        anchor = ("r" if off_x < -5 else "l" if off_x > 5 else "m") + ("m" if abs(off_x) > 5 else "b" if off_y < 0 else "t")
+        draw.text((x + off_x, y + off_y), name, (24, 62, 92), ImageFont.load_default(15), anchor)
+    for i, point in enumerate(points):
+        x, y = pixel(point)
+        draw.ellipse((x - 13, y - 13, x + 13, y + 13), (255, 255, 255), (214, 40, 40), 3)
+        draw.text((x, y), str(i + 1), (30, 30, 40), ImageFont.load_default(15), "mm")
+    draw.text((size - 30, 30), "N", (30, 30, 40), ImageFont.load_default(28), "mm")
+    draw.polygon([(size - 30, 44), (size - 38, 64), (size - 22, 64)], (30, 30, 40))
+    return image
+
+
+# ---- 15. Command line ------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """Command line that shows problems."""
@@ -1341,6 +1694,9 @@ def parse_args(argv=None):
     which.add_argument("--index", type=int, default=0, help="the first problem's index (default 0)")
     which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")
     which.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")
+    which.add_argument("--visual", help="virl-vl: the look, such as dusk/weather=rain/palette=brick (default day)")
+    which.add_argument("--tile", type=int, help="virl-vl: pixels of a model's tile each way (default 560, or 32 in short style)")
+    which.add_argument("--show", metavar="PNG", help="virl-l, virl-vl: draw the first walk, its map, views and right actions, into this file")
     which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
@@ -1353,9 +1709,11 @@ def main(args):
     """Print the problems, ask for answers where asked to, and return the list of Steps that were judged."""
     if args.n < 1:
         raise ValueError("The number of problems must be 1 or more.")
+    if args.show:
+        return show(args)
     steps = []
     for index in range(args.index, args.index + args.n):
-        problem = make(args.task, args.rule, None, args.split, index, args.attempts, args.style, seed=args.seed)
+        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts, args.style, seed=args.seed, tile=args.tile)
         _say(f"--- {args.task} | rule {problem.rule} | {args.split} {index} | class {problem.cls}\n{problem.prompt}\n")
         if args.answer is not None:
             steps += [_judged(problem, args.answer)] if index == args.index else []
@@ -1366,6 +1724,15 @@ def main(args):
             _say(f"Distinct solutions: {len(solutions(problem.numbers, problem.rule.target))}")
         _say("")
     return steps
+
+
+def show(args):
+    """Write the picture of the first walk, and return its path."""
+    if not args.task.startswith("virl"):
+        raise ValueError("Only walks can be drawn: add --task virl-vl.")
+    problem = make(args.task, args.rule, args.visual, args.split, args.index, style=args.style, seed=args.seed)
+    draw_walk(problem).save(args.show, "png")
+    return args.show
 
 
 def _asked(problem):

@@ -9,7 +9,9 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -105,7 +107,7 @@ def test_fronts_close_every_block():
     """Where two neighbouring streets' fronts end, they meet."""
     town, met = city("train-3", "full"), 0
     def end(a, b, side):
-        along, across, angle = town.front(a, b, side)[0], 8 * side, math.radians(town.heading(a, b))
+        along, across, angle = town.front(a, b, side)[0], tasks.CURB * side, math.radians(town.heading(a, b))
         x, y = town.nodes[a]
         return x + along * math.sin(angle) + across * math.cos(angle), y + along * math.cos(angle) - across * math.sin(angle)
     for a, arms in town.arms.items():
@@ -121,12 +123,12 @@ def test_fronts_close_every_block():
 def test_routes_are_distinct_and_splits_share_none(style):
     keys = {}
     for split in ("train", "val", "test"):
-        made = walks(style, split=split)
+        made = walks(style, 100 if split == "val" else 500, split=split)
         keys[split] = {walk.route.key() for walk in made}
         assert {walk.route.city.split("-")[0] for walk in made} == {split}
         by_city = Counter(walk.route.city for walk in made)
-        assert len(by_city) == 25 and set(by_city.values()) == {20}
-        assert len(keys[split]) > (499 if style == "full" else 450)
+        assert set(by_city.values()) == {20}
+        assert len(keys[split]) > len(made) * (0.99 if style == "full" else 0.9)
         assert all(len({route.key() for route in routes(name, style)}) == 20 for name in by_city)
     assert not keys["train"] & keys["test"] and not keys["train"] & keys["val"] and not keys["val"] & keys["test"]
     lengths = Counter(len(walk.route.rail) for walk in made)
@@ -154,10 +156,10 @@ def test_streams_are_pure(style):
 def test_the_stream_does_not_change():
     """Literal problems: results are compared across machines and versions."""
     assert [make("virl-l", rule, split="test", index=i, style="short").prompt for i, rule in enumerate(RULES)] == [
-        "facing west, compass. 1 turn northwest. 2 go to crossing. 3 turn northeast. 4 go to end, zoo right.\nnone",
-        "facing north, sides. 1 turn slightly right. 2 go to crossing. 3 turn slightly left. 4 go to end, club left.\nnone"]
-    assert make("virl-l", split="test").texts[2:] == [
-        "Turn to face northeast.", "Move forward until you reach the destination where Osprey Bank is on your left."]
+        "facing west, compass. 1 turn southwest. 2 go to crossing, club front. 3 turn north. 4 go to end, lab left.\nnone",
+        "facing east, sides. 1 turn slightly right. 2 go to end, cafe left.\nnone"]
+    assert make("virl-l", split="test").texts[-2:] == [
+        "Turn to face southeast.", "Move forward until you reach the destination where Cedar Pizza is on your left."]
 
 
 def test_cli_shows_a_walk_and_judges_an_action():
@@ -274,9 +276,9 @@ def test_actions(action, read):
 def test_hostile_answers_are_illegal(response):
     for style in STYLES:
         walk = make("virl-l", style=style, attempts=3)
-        began = time.perf_counter()
+        began = time.process_time()
         step = walk.step(response)
-        assert (step.outcome, step.reward, step.done) == ("illegal", -1, False) and time.perf_counter() - began < 0.1
+        assert (step.outcome, step.reward, step.done) == ("illegal", -1, False) and time.process_time() - began < 0.1
         assert step.feedback.isprintable() and len(step.feedback) < 250
 
 
@@ -312,10 +314,10 @@ def test_fake_rule_judges_by_the_old_rule():
 
 
 def test_suites_can_be_walked():
-    for rows in (tasks.SUITES["virl-l"], tasks.SUITES["virl-l-probes"]):
-        for row in rows:
+    for name in ("virl-l", "virl-l-probes", "virl-vl"):
+        for row in tasks.SUITES[name]:
             for style in STYLES:
-                walk = make("virl-l", row.rule, row.visual, "test", 0, style=style, judge=row.judge)
+                walk = make(name.removesuffix("-probes"), row.rule, row.visual, "test", 0, style=style, judge=row.judge)
                 assert walk.step(walk.expert()).outcome == ("right_action" if row.judge is None else "wrong_action")
 
 
@@ -381,7 +383,137 @@ def test_scores_of_a_model_that_only_gets_turn_words_wrong():
 
 
 def test_short_walks_are_short_and_all_is_fast():
-    began = time.perf_counter()
-    lengths = [len(walk.prompt) + sum(map(len, walk.demonstrate("expert", random))) for rule in RULES for walk in walks("short", rule=rule, split="val")]
+    began = time.process_time()
+    lengths = [len(walk.prompt) + sum(map(len, walk.demonstrate("expert", random))) for rule in RULES for walk in walks("short", rule=rule)]
     assert max(lengths) < 800 and sum(lengths) / len(lengths) < 500
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
+
+
+# ---- Views -----------------------------------------------------------------------------------------------------------
+
+SIDES = ("front", "right", "back", "left")
+
+
+def seen(index, style="full", visual=None, **more):
+    return make("virl-vl", "absolute", visual, "test", index, style=style, **more)
+
+
+def parts(image):
+    """The four views of a grid, by their sides."""
+    n = image.size[0] // 2
+    return {side: np.asarray(image.crop((x, y, x + n, y + n))).astype(int) for side, (x, y) in zip(SIDES, ((0, 0), (n, 0), (0, n), (n, n)))}
+
+
+@pytest.mark.parametrize("style, tile", [("full", 120), ("short", 32)])
+def test_a_landmark_is_drawn_where_the_text_says(style, tile, monkeypatch):
+    """The picture with the landmark differs from the one without it most in the middle of the view on the side that is told."""
+    sides = Counter()
+    for index in range(6 if style == "full" else 16):
+        walk = seen(index, style, tile=tile)
+        town = city(walk.route.city, style)
+        for i, here in enumerate(walk.route.rail):
+            for name, side in here.landmarks:
+                assert f"{name}" in tasks.observation(here, style) and side in tasks.observation(here, style)
+                with_it = parts(walk.at(i)[0].image)
+                tasks.draw_grid.cache_clear()
+                monkeypatch.setattr(town, "landmarks", {place: mark for place, mark in town.landmarks.items() if place != here.place})
+                without = parts(walk.at(i)[0].image)
+                tasks.draw_grid.cache_clear()
+                monkeypatch.undo()
+                changed = {each: abs(with_it[each] - without[each]).sum() for each in SIDES}
+                assert max(changed, key=changed.get) == side, (index, i, changed)
+                n = len(with_it[side])
+                middle = (slice(n // 4, n * 5 // 8), slice(n * 3 // 8, n * 5 // 8))
+                assert abs(with_it[side][middle] - without[side][middle]).sum() > changed[side] / 8
+                sides[side] += 1
+    assert set(sides) >= {"right", "left"} and sum(sides.values()) > 15
+
+
+def test_streets_are_drawn_where_they_are():
+    """Straight ahead, the ground 25 m away is road just where a street leads there, and hidden by a front where none does."""
+    found = Counter()
+    for index in range(20):
+        walk = seen(index, tile=200)
+        town = city(walk.route.city, "full")
+        for i, here in enumerate(walk.route.rail):
+            if here.crossing:
+                arms = [town.heading(here.place, b) for b in town.arms[here.place]]
+                for k, (side, view) in enumerate(parts(walk.at(i)[0].image).items()):
+                    off = min(abs(tasks.wrap(arm - here.heading - 90 * k)) for arm in arms)
+                    pixel = view[int(200 * tasks.HORIZON + 100 / 25 * tasks.EYE), 100]
+                    if off < 3 or off > 40:
+                        found[off < 3, bool(np.ptp(pixel) < 22)] += 1  # the ground is grey, fronts are not
+    assert found[True, True] > 20 and found[False, False] > 20
+    assert found[True, False] == 0 and found[False, True] <= 0.2 * found[False, False], found
+
+
+@pytest.mark.parametrize("text, look", [("day", tasks.Look()), ("dusk/weather=rain/palette=brick", tasks.Look("dusk", "rain", "brick")),
+                                        ("night/palette=glass/tiles=1", tasks.Look("night", "clear", "glass", 1))])
+def test_looks_are_read_and_written(text, look):
+    assert tasks.parse_look(text) == tasks.parse_look(look) == look and str(look) == text
+
+
+@pytest.mark.parametrize("text", ["", "noon", "day/", "day/weather", "day/weather=hail", "day/tiles=2", "day/tiles=1/tiles=1", "day/light=dusk", "\x1b"])
+def test_bad_looks_give_one_sentence(text):
+    with pytest.raises(ValueError, match="\\.$"):
+        tasks.parse_look(text)
+
+
+def test_pictures_have_the_tile_sizes_and_all_looks_differ():
+    for style, tile, size in (("full", None, 1120), ("short", None, 64), ("short", 40, 80), ("full", 448, 896)):
+        assert seen(1, style, tile=tile).image.size == (size, size)
+    assert seen(1, "short", "day/tiles=1").image.size == (32, 32) and seen(1, visual="day/tiles=1").image.size == (560, 560)
+    looks = [f"{light}/weather={weather}/palette={palette}" for light in tasks.LIGHTS for weather in tasks.WEATHERS for palette in tasks.PALETTES]
+    pictures = [seen(1, "short", look, tile=16).image for look in looks]
+    assert len({picture.tobytes() for picture in pictures}) == 48 and all(picture.mode == "RGB" for picture in pictures)
+    for tile in (0, 15, 1121):
+        with pytest.raises(ValueError, match="tile"):
+            seen(1, tile=tile)
+
+
+def test_pictures_are_pure_and_follow_the_walk():
+    walk = seen(3, "short", "day/weather=snow")
+    pictures = []
+    while not walk.done:
+        pictures.append(walk.image.tobytes())
+        walk.step(walk.expert())
+    tasks.draw_grid.cache_clear(), tasks.walls.cache_clear(), city.cache_clear(), routes.cache_clear()
+    assert len(set(pictures)) == len(pictures) == len(walk.route.rail)
+    assert pictures == [walk.at(i)[0].image.tobytes() for i in range(len(pictures))]
+    assert walk.route == make("virl-l", "relative", None, "test", 3, style="short").route
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_with_pictures_the_text_gives_no_observation_and_misreading_costs(style):
+    for index in range(10):
+        walk = seen(index, style, attempts=2)
+        told = [tasks.observation(here, style) for here in walk.route.rail]
+        key = tasks.WORDING[style]["keys"][0]
+        assert not walk.prompt.endswith(told[0]) and "picture" in walk.prompt or style == "short"
+        for i in range(len(told)):
+            at, texts = walk.at(i)
+            assert not any(text.endswith(obs) for text, obs in zip(texts[1::2], told[1:]))
+            right = at.expert()
+            blind = json.dumps(json.loads(right) | {key: "Hotel Nowhere is on your left"})
+            assert walk.at(i)[0].step(right).reward == 1 and walk.at(i)[0].step(blind).reward == -0.5
+            assert walk.at(i)[0].step(blind.replace("()", "").replace("turn_", "")).reward == -2.5
+
+
+def test_speed_of_drawing():
+    for style, look, tile, limit in (("full", "day/tiles=1", 560, 0.25), ("short", "day", 32, 0.15)):
+        walk, began = seen(2, style, look, tile=tile), time.process_time()
+        tasks.draw_grid.cache_clear()
+        for i in range(len(walk.route.rail)):
+            assert walk.at(i)[0].image
+        assert (time.process_time() - began) / len(walk.route.rail) < limit  # about 0.03 and 0.015 s
+
+
+def test_cli_draws_a_walk(tmp_path):
+    for style in STYLES:
+        shown = subprocess.run([sys.executable, "tasks.py", "--task", "virl-vl", "--style", style, "--visual", "night", "--show", tmp_path / "a.png"],
+                               cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0 and not shown.stderr
+        with Image.open(tmp_path / "a.png") as image:
+            assert image.format == "PNG" and min(image.size) > 1000
+    refused = subprocess.run([sys.executable, "tasks.py", "--show", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not (tmp_path / "b.png").exists()
