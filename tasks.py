@@ -24,7 +24,8 @@ Contents
    12. V-IRL: the problem    Navigation, WALKERS
    13. V-IRL: scores         walk_scores, forced_scores
    14. V-IRL: views          Look, parse_look, draw_grid (what the model sees), draw_walk (a route for people)
-   15. Command line          python tasks.py --task gp-l; --task virl-vl --show walk.png
+   15. V-IRL: released data  read_plain_pickle, released_routes, perspective
+   16. Command line          python tasks.py --task gp-l; --task virl-vl --show walk.png
 
 Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak: exact
 rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
@@ -32,8 +33,10 @@ rationals, a split by class, one outcome per answer, exactly `attempts` answers,
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
+import pickletools
 import random
 import re
 import signal
@@ -713,7 +716,7 @@ def full_prompt(hand, rule):
 TASKS = ("gp-l", "virl-l", "virl-vl")
 
 
-def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None):
+def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None, data=None):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
     rule: for "gp-l" a text for fill_rule and parse_rule (None: ID_RULE), face wildcards drawn anew for every index; for V-IRL one
@@ -721,8 +724,8 @@ def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style
     the prompt's (the "fake rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts
     from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL per position. style: in
     V-IRL the "short" routes are other, shorter ones. visual, for "virl-vl": a text for parse_look (None: "day"), and tile: the
-    pixels of the model's tile each way (None: 560, or 32 for "short"). ValueError, in one sentence, for anything unknown or out of
-    range."""
+    pixels of the model's tile each way (None: 560, or 32 for "short"). data, for V-IRL: a folder of released routes to take instead, over
+    and over; its routes are all of one split. ValueError, in one sentence, for anything unknown or out of range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     if visual is not None and name != "virl-vl":
@@ -736,7 +739,8 @@ def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style
         raise ValueError("The tile must have from 16 to 1120 pixels each way.")
     index += seed * 10**9 if split in ("base", "train") else 0
     if name.startswith("virl"):
-        return _make_walk(name, rule or "absolute", visual, split, index, attempts, style, judge, tile or (560 if style == "full" else 32))
+        tile = tile or (560 if style == "full" else 32)
+        return _make_walk(name, rule or "absolute", visual, split, index, attempts, style, judge, tile, data)
     rule = parse_rule(fill_rule(rule or ID_RULE, random.Random(f"gp/{split}/{index}/rule")))
     hand, rule = deal(rule, split, index)
     judged_by = replace(rule, faces=parse_rule(judge or rule).faces)
@@ -956,9 +960,10 @@ class Position(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A city's name and a tuple of Positions, the last one the destination's."""
+    """A city's name and a tuple of Positions, the last one the destination's; the folder it is from, where it is released data."""
     city: str
     rail: tuple
+    folder: str = ""
 
     def shape(self):
         """The turns in their order, as in "right, slightly left"."""
@@ -1199,6 +1204,8 @@ class Navigation:
     @property
     def image(self):
         here = self.route.rail[self.position]
+        if self.look and self.route.folder:
+            return released_grid(self.route.folder, here.place, here.heading, self.look, self.tile)
         return self.look and draw_grid(self.route.city, self.style, here.place, here.heading, self.look, self.tile)
 
     @property
@@ -1323,9 +1330,13 @@ def full_walk_prompt(problem):
         f'following; "action", your next action as a string.\n\nYou face {compass_word(problem.route.rail[0].heading)}. {seen}')
 
 
-def _make_walk(name, rule, visual, split, index, attempts, style, judge, tile):
+def _make_walk(name, rule, visual, split, index, attempts, style, judge, tile, data):
     look = parse_look(visual or "day") if name == "virl-vl" else None
-    route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
+    if data:
+        found = released_routes(str(data))
+        route = found[index % len(found)]
+    else:
+        route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
     return Navigation(route, parse_turns(rule), attempts, style, parse_turns(judge or rule), look, tile)
 
 
@@ -1428,7 +1439,7 @@ def walls(name, style):
 
 
 class View:
-    """One view in the making: a point of a city, a heading, a look, and `size` pixels each way. Every method draws one kind of thing."""
+    """One view in the making, `size` pixels each way, from a point of a city. Every draw method adds one kind of thing."""
 
     def __init__(self, point, heading, look, size):
         self.point, self.size, self.look = point, size, look
@@ -1549,7 +1560,7 @@ def _perspective(corners, width, height):
 
 @lru_cache(maxsize=512)
 def sign(name, palette):
-    """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem that the tiny model can make out."""
+    """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem for the tiny model."""
     back, ink = PALETTES[palette][1:]
     if name in _words()["short"]:
         return _emblem(_words()["short"].index(name))
@@ -1587,11 +1598,14 @@ def draw_view(name, style, place, heading, look, size):
     for points, colour in _streets(name, style):
         if colour is None or math.dist(points[0], view.point) < reach / 2:
             view.draw_ground(points, colour or view.road)
-    stood = [(math.dist(wall.left, view.point) + math.dist(wall.right, view.point), view.draw_wall, (wall,)) for wall in walls(name, style)]
-    for spot, (label, angle) in town.landmarks.items():
-        spot = town.sign_point(spot)
-        stood.append((2 * math.dist(spot, view.point) - 4, view.draw_board, (label, spot, angle)))
-    for _, draw, what in sorted((item for item in stood if item[0] < 2 * reach), key=lambda item: -item[0]):
+
+    def far(*points):
+        return sum(math.dist(point, view.point) for point in points) / len(points)
+    stood = [(far(wall.left, wall.right), view.draw_wall, (wall,)) for wall in walls(name, style)]
+    for at, (label, angle) in town.landmarks.items():
+        spot = town.sign_point(at)
+        stood.append((far(spot) - 2, view.draw_board, (label, spot, angle)))  # before the wall that it hangs on
+    for _, draw, what in sorted((item for item in stood if item[0] < reach), key=lambda item: -item[0]):
         draw(*what)
     view.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
     return view.image.reduce(fine // size)
@@ -1680,7 +1694,154 @@ def _map(problem, size):
     return image
 
 
-# ---- 15. Command line ------------------------------------------------------------------------------------------------
+# ---- 15. V-IRL: released data ----------------------------------------------------------------------------------------
+# The paper's routes (dataset tianzhechu/SFTvsRL_Data), from a folder with route_infos.json, gps_pano_mapping.pkl and street_views/.
+# All of it is material from elsewhere: it is bounded, read field by field, and never executed.
+
+MAX_DATA = 1 << 28  # bytes of a file
+PUSHES = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
+TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read_plain_pickle(data):
+    """Read a pickle (bytes, protocols 2 to 5) of dict, tuple, str, int and float. Nothing is imported or called: any other
+    opcode, such as those that name a class or a function, is a ValueError with its name, and so is a broken stream."""
+    stack, memo, marks = [], {}, []
+    try:
+        for opcode, arg, _ in pickletools.genops(data):
+            name = opcode.name
+            if name in PUSHES:
+                stack.append(arg)
+            elif name in TUPLES:
+                count = TUPLES[name]
+                stack[len(stack) - count:] = [tuple(stack[len(stack) - count:])]
+            elif name == "MARK":
+                marks.append(len(stack))
+            elif name == "TUPLE":
+                start = marks.pop()
+                stack[start:] = [tuple(stack[start:])]
+            elif name == "EMPTY_DICT":
+                stack.append({})
+            elif name in ("SETITEM", "SETITEMS"):
+                start = len(stack) - 2 if name == "SETITEM" else marks.pop()
+                _set_items(stack[start - 1], stack[start:])
+                del stack[start:]
+            elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+                memo[len(memo) if arg is None else arg] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[arg])
+            elif name not in ("PROTO", "FRAME", "STOP"):
+                raise ValueError(f"it has the opcode {name}; only dict, tuple, str, int and float are read")
+        return stack.pop()
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"This pickle is not plain data: {clean(str(error), 120)}.") from None
+
+
+def _set_items(target, items):
+    for key, value in zip(items[::2], items[1::2]):
+        flat = key if isinstance(key, tuple) else (key,)
+        if not isinstance(target, dict) or len(flat) > 2 or not all(isinstance(part, (str, int, float)) for part in flat):
+            raise ValueError("a key is not a str, a number or a pair of them")  # nested pairs could take for ever to hash
+        target[key] = value
+
+
+def metres(a, b):
+    """The distance of two points (latitude, longitude) in degrees, by the haversine formula."""
+    lat_a, lng_a, lat_b, lng_b = map(math.radians, (*a, *b))
+    h = math.sin((lat_b - lat_a) / 2) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin((lng_b - lng_a) / 2) ** 2
+    return 2 * 6_371_000 * math.asin(math.sqrt(min(h, 1)))
+
+
+def _read_bytes(path):
+    if not path.is_file() or path.stat().st_size > MAX_DATA:
+        raise ValueError(f"{path} is missing or larger than {MAX_DATA >> 20} MB: give the unpacked folder of released routes.")
+    return path.read_bytes()
+
+
+@lru_cache(maxsize=4)
+def released_routes(folder):
+    """All Routes of a folder, in their order; each place is the name of a panorama. ValueError where a file is not as described."""
+    folder = Path(folder)
+    panoramas = read_plain_pickle(_read_bytes(folder / "gps_pano_mapping.pkl"))
+    try:
+        infos = json.loads(_read_bytes(folder / "route_infos.json"))[0]
+        known = [(tuple(map(float, point)), str(name)) for point, name in panoramas.items()]
+        found = tuple(Route(folder.name, _released_rail(info, i, known), str(folder)) for i, info in enumerate(infos))
+        if not found:
+            raise ValueError("the list of routes is empty")
+        return found
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{folder} does not hold routes as released: {type(error).__name__} {clean(str(error))}.") from None
+
+
+def _released_rail(info, number, known):
+    """start -> points on the way, kept by chance -> turning point -> ... -> destination, as Positions."""
+    rng = random.Random(f"virl/released/{number}")
+    points = [tuple(map(float, point)) for point in (info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"])]
+    blocks = [read_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
+    if len(blocks) != len(points) - 1 or not blocks:
+        raise ValueError(f"Route {number} has {len(points) - 1} points but {len(blocks)} milestones.")
+    headings = [float(re.match(r"\d+(\.\d+)?", block["to_next_intersection_heading"].strip())[0]) for block in blocks]
+    facing = round(float(info["init_heading"])) % 360 or _facing(rng, headings[0])
+    rail = [Position(_nearest(points[0], known), facing, (), False, "turn", headings[0], 0)]
+    for i, block in enumerate(blocks):
+        start, end, last = points[i], points[i + 1], i == len(blocks) - 1
+        for share in (k / 6 for k in range(1, 6)) if metres(start, end) > 5 else ():
+            kept, point = rng.random() < 0.5, tuple(a + (b - a) * share for a, b in zip(start, end))
+            if kept and min(metres(point, start), metres(point, end)) > 8 and (name := _nearest(point, known)):
+                rail.append(Position(name, headings[i], (), False, "forward", None, 2 * i + 1))
+        told = re.findall(r"(?:The destination )?([^;]+?) is on your ([a-z ]+)", block["landmarks"])
+        landmarks = tuple((clean(name.strip()), side) for name, side in told)
+        rail.append(Position(_nearest(end, known), headings[i], landmarks, not last, "stop" if last else "turn",
+                             None if last else headings[i + 1], 2 * i + (1 if last else 2)))
+    return tuple(rail)
+
+
+def _nearest(point, known):
+    """The name of the panorama nearest to a point, None where there is none within 20 m."""
+    near = [(metres(point, at), name) for at, name in known if abs(at[0] - point[0]) < 3e-4]
+    distance, name = min(near, default=(math.inf, None))
+    return name if distance <= 20 else None
+
+
+@lru_cache(maxsize=16)
+def released_grid(folder, name, heading, look, tile):
+    """As draw_grid, from the panorama `name` of the folder. ValueError where it is missing, too large or wrongly named."""
+    if not re.fullmatch(r"[\w-]{1,64}", name or "", re.ASCII):
+        raise ValueError(f"{_quoted(name)} is no name of a panorama." if name else "There is no panorama within 20 m: walk in text.")
+    folder, size = Path(folder) / "street_views", tile if look.tiles == 4 else tile // 2
+    metadata = json.loads(_read_bytes(folder / f"{name}.metadata.json"))
+    rotation = metadata.get("rotation") if isinstance(metadata, dict) else None
+    if not isinstance(rotation, (int, float)) or not math.isfinite(rotation):
+        raise ValueError(f"The metadata of the panorama {name} has no rotation in degrees.")
+    with Image.open(io.BytesIO(_read_bytes(folder / f"{name}.jpg")), formats=("JPEG",)) as image:
+        if image.size[0] * image.size[1] > 1 << 27:
+            raise ValueError(f"The panorama {name} has more than {1 << 27} pixels.")
+        panorama = np.asarray(image.convert("RGB"))
+    sheet = Image.new("RGB", (2 * size, 2 * size))
+    for i in range(4):
+        view = perspective(panorama, (heading + 90 * i - 180) % 360 + rotation, 640)
+        sheet.paste(Image.fromarray(view).resize((size, size), Image.Resampling.BILINEAR), (size * (i % 2), size * (i // 2)))
+    return sheet
+
+
+def perspective(panorama, yaw, size):
+    """A flat view of size x size, 90 degrees wide, pitch 0, from an equirectangular panorama (H, W, 3) uint8; yaw in degrees to the
+    right of its middle."""
+    high, wide = panorama.shape[:2]
+    across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # the plane one unit ahead, from -1 to 1
+    x, y = np.meshgrid(across, across)
+    u = ((np.arctan(x) / (2 * np.pi) + yaw / 360 + 0.5) % 1 * wide - 0.5).astype(np.float32)
+    v = (0.5 + np.arctan2(y, np.hypot(x, 1)) / np.pi) * high - 0.5
+    left, top = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
+    share_u, share_v = (u - left)[..., None], (v - top)[..., None]
+    left, right, low = left % wide, (left + 1) % wide, np.minimum(top + 1, high - 1)
+    upper = panorama[top, left] * (1 - share_u) + panorama[top, right] * share_u
+    lower = panorama[low, left] * (1 - share_u) + panorama[low, right] * share_u
+    return (upper * (1 - share_v) + lower * share_v + 0.5).astype(np.uint8)
+
+
+# ---- 16. Command line ------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """Command line that shows problems."""
@@ -1689,14 +1850,15 @@ def parse_args(argv=None):
     which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
     which.add_argument("--rule", help="virl-l: absolute or relative, perhaps with /told=both (default absolute). gp-l: what J, Q, K "
                        "count as: 10 or 11,12,13, * or ? for any of 1..13 or 10..13; then /target=N or * (any of "
-                       f"{TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards). Not named: 24 and 4 cards (default 10)")
+                       f"{TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards); 24 and 4 cards (default 10)")
     which.add_argument("--split", default="test", help=f"{', '.join(SPLITS[:-1])} or test (default test)")
     which.add_argument("--index", type=int, default=0, help="the first problem's index (default 0)")
     which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")
     which.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")
     which.add_argument("--visual", help="virl-vl: the look, such as dusk/weather=rain/palette=brick (default day)")
     which.add_argument("--tile", type=int, help="virl-vl: pixels of a model's tile each way (default 560, or 32 in short style)")
-    which.add_argument("--show", metavar="PNG", help="virl-l, virl-vl: draw the first walk, its map, views and right actions, into this file")
+    which.add_argument("--data", metavar="FOLDER", help="virl-l, virl-vl: take released routes from this folder")
+    which.add_argument("--show", metavar="PNG", help="virl-l, virl-vl: draw the first walk, map and views, into this file")
     which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
@@ -1713,7 +1875,8 @@ def main(args):
         return show(args)
     steps = []
     for index in range(args.index, args.index + args.n):
-        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts, args.style, seed=args.seed, tile=args.tile)
+        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts, args.style, seed=args.seed,
+                       tile=args.tile, data=args.data)
         _say(f"--- {args.task} | rule {problem.rule} | {args.split} {index} | class {problem.cls}\n{problem.prompt}\n")
         if args.answer is not None:
             steps += [_judged(problem, args.answer)] if index == args.index else []
@@ -1728,8 +1891,8 @@ def main(args):
 
 def show(args):
     """Write the picture of the first walk, and return its path."""
-    if not args.task.startswith("virl"):
-        raise ValueError("Only walks can be drawn: add --task virl-vl.")
+    if not args.task.startswith("virl") or args.data:
+        raise ValueError("Only walks through generated cities can be drawn: take --task virl-vl and no --data.")
     problem = make(args.task, args.rule, args.visual, args.split, args.index, style=args.style, seed=args.seed)
     draw_walk(problem).save(args.show, "png")
     return args.show

@@ -1,6 +1,7 @@
 """Tests of V-IRL in tasks.py: cities and routes against their coordinates, rules, the verifier, demonstrators, scores."""
 import json
 import math
+import pickle
 import random
 import subprocess
 import sys
@@ -517,3 +518,100 @@ def test_cli_draws_a_walk(tmp_path):
             assert image.format == "PNG" and min(image.size) > 1000
     refused = subprocess.run([sys.executable, "tasks.py", "--show", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not (tmp_path / "b.png").exists()
+
+
+# ---- Released data ---------------------------------------------------------------------------------------------------
+
+def street(metres_north, metres_east):
+    return 40.7 + metres_north / 111_195, -74 + metres_east / (111_195 * math.cos(math.radians(40.7)))
+
+
+@pytest.fixture
+def released(tmp_path):
+    """One route: 60 m north to Prince St, then 50 m east to Shuka. The panoramas are painted by bearing: red where north is."""
+    points = [street(n, 0) for n in range(0, 61, 5)] + [street(60, e) for e in range(5, 51, 5)]
+    blocks = """{ "intersection_idx": "1", "landmarks": "Prince St is on your right behind", "to_next_intersection_heading": "2 (north)", }
+                { "intersection_idx": "2", "landmarks": "The destination Shuka is on your left", "to_next_intersection_heading": "90 (east)", }"""
+    route = {"start_place": {"relocated_geocode": points[0]}, "dest_place": {"name": "Shuka"}, "init_heading": 300,
+             "route_results": {"geocode_list": [street(60, 0), street(60, 50)]}, "milestone_info": blocks}
+    (tmp_path / "route_infos.json").write_text(json.dumps([[route], 0]))
+    (tmp_path / "gps_pano_mapping.pkl").write_bytes(pickle.dumps({point: f"pano_{i}" for i, point in enumerate(points)}))
+    (tmp_path / "street_views").mkdir()
+    for i in range(len(points)):
+        rotation = 17.5 * i
+        columns = (np.arange(1024) + 0.5) / 1024 * 360  # a heading h is h - 180 + rotation to the right of the middle
+        off = (columns - 180 - rotation + 180 + 180) % 360 - 180
+        image = np.zeros((512, 1024, 3), np.uint8)
+        image[:, abs(off) < 20] = (255, 0, 0)
+        image[:, abs(off - 90) < 20] = (0, 255, 0)
+        Image.fromarray(image).save(tmp_path / "street_views" / f"pano_{i}.jpg", quality=95)
+        (tmp_path / "street_views" / f"pano_{i}.metadata.json").write_text(json.dumps({"rotation": rotation}))
+    return tmp_path
+
+
+def test_released_routes_are_walked(released):
+    walk = make("virl-l", "relative", data=released, attempts=2)
+    assert walk.texts == ["Turn right.", "Move forward until you reach the next intersection where Prince St is on your right behind.",
+                          "Turn right.", "Move forward until you reach the destination where Shuka is on your left."]
+    assert set(walk.actions[1:-1]) == {"forward", "turn"} and walk.actions.count("turn") == 2 and walk.route.rail[-1].place == "pano_22"
+    assert [here.instruction for here in walk.route.rail] == sorted(here.instruction for here in walk.route.rail)
+    assert tasks.observation(next(here for here in walk.route.rail if here.crossing), "full") == (
+        "Prince St is on your right behind; You observe an intersection")
+    assert make("virl-l", "absolute", data=released, index=5).texts[::2] == ["Turn to face north.", "Turn to face east."]
+    while not walk.done:
+        outcome = walk.step(walk.expert()).outcome
+    assert outcome == "correct" and abs(tasks.metres(street(0, 0), street(30, 40)) - 50) < 0.1
+
+
+def test_released_views_show_what_the_grid_says(released):
+    walk = make("virl-vl", "absolute", "day/tiles=1", data=released, tile=128)
+    for i, here in enumerate(walk.route.rail):
+        if here.heading in (2, 90):  # facing north: red ahead, green on the right; facing east: green ahead, red on the left
+            views = parts(walk.at(i)[0].image)
+            red, green = ("front", "right") if here.heading == 2 else ("left", "front")
+            assert {side: view[32, 32].argmax() for side, view in views.items() if view[32, 32].max() > 200} == {red: 0, green: 1}
+    assert walk.image.size == (128, 128)
+    panorama, began = np.zeros((1664, 3328, 3), np.uint8), time.process_time()
+    for yaw in range(0, 360, 90):
+        assert tasks.perspective(panorama, yaw, 640).shape == (640, 640, 3)
+    assert time.process_time() - began < 1.5  # about 0.4 s
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("thing, name", [(Bomb(), "GLOBAL"), ({(1.0, 2.0): Bomb()}, "GLOBAL"), ([1], "EMPTY_LIST"), ({1: None}, "NONE"),
+                                         ({1: b"x"}, "BINBYTES|SHORT_BINBYTES|GLOBAL"), ({((1, 2), 3): 1}, "key"), ({1: {2}}, "EMPTY_SET|GLOBAL")])
+def test_pickles_of_other_things_are_refused_by_name_and_not_run(thing, name, capsys):
+    for protocol in (2, 4):
+        with pytest.raises(ValueError, match=name):
+            tasks.read_plain_pickle(pickle.dumps(thing, protocol))
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_pickles_are_read_and_broken_ones_refused():
+    plain = {(40.7, -74.0): "a", (1, -2): "b" * 300, "c": (1, 2.5, "x", (), (1, 2, 3, 4)), 7: {"d": 2**40, "e": -1}}
+    for protocol in range(2, 6):
+        data = pickle.dumps(plain, protocol)
+        assert tasks.read_plain_pickle(data) == plain
+        for cut in range(0, len(data) - 1, 7):
+            with pytest.raises(ValueError, match="not plain data"):
+                tasks.read_plain_pickle(data[:cut])
+    for hostile in (b"", b".", b"s.", b"(.", b"u.", b"0.", b"cos\nsystem\n(S'ls'\ntR.", b"\x80\x04h\x00.", b"}(K\x01u."):
+        with pytest.raises(ValueError):
+            tasks.read_plain_pickle(hostile)
+
+
+def test_broken_folders_give_one_sentence(released):
+    with pytest.raises(ValueError, match="is missing"):
+        make("virl-l", data=released / "nowhere")
+    for text in ("[]", "{}", "[[{}], 0]", "[[1], 0]", "[[], 0]", "nothing", '[[{"start_place": {"relocated_geocode": ["a", 2]}}], 0]', "[" * 100000):
+        (released / "route_infos.json").write_text(text)
+        tasks.released_routes.cache_clear()
+        with pytest.raises(ValueError, match="does not hold routes as released.*\\.$"):
+            make("virl-l", data=released)
+    for name in ("../../etc/passwd", "a/b", "", None, "x" * 65):
+        with pytest.raises(ValueError, match="panorama"):
+            tasks.released_grid(str(released), name, 0, tasks.Look(), 64)
