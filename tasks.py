@@ -1713,8 +1713,8 @@ def read_plain_pickle(data):
             if name in PUSHES:
                 stack.append(arg)
             elif name in TUPLES:
-                count = TUPLES[name]
-                stack[len(stack) - count:] = [tuple(stack[len(stack) - count:])]
+                parts = [stack.pop() for _ in range(TUPLES[name])]
+                stack.append(tuple(parts[::-1]))
             elif name == "MARK":
                 marks.append(len(stack))
             elif name == "TUPLE":
@@ -1738,6 +1738,8 @@ def read_plain_pickle(data):
 
 
 def _set_items(target, items):
+    if len(items) % 2:
+        raise ValueError("a key has no value")
     for key, value in zip(items[::2], items[1::2]):
         flat = key if isinstance(key, tuple) else (key,)
         if not isinstance(target, dict) or len(flat) > 2 or not all(isinstance(part, (str, int, float)) for part in flat):
