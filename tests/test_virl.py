@@ -599,7 +599,7 @@ def test_plain_pickles_are_read_and_broken_ones_refused():
         for cut in range(0, len(data) - 1, 7):
             with pytest.raises(ValueError, match="not plain data"):
                 tasks.read_plain_pickle(data[:cut])
-    for hostile in (b"", b".", b"s.", b"(.", b"u.", b"0.", b"cos\nsystem\n(S'ls'\ntR.", b"\x80\x04h\x00.", b"}(K\x01u."):
+    for hostile in (b"", b".", b"s.", b"(.", b"u.", b"0.", b"cos\nsystem\n(S'ls'\ntR.", b"\x80\x04h\x00.", b"}(K\x01u.", b"K\x01\x86.", b"K\x01K\x02K\x03s."):
         with pytest.raises(ValueError):
             tasks.read_plain_pickle(hostile)
 
