@@ -244,7 +244,7 @@ def test_feedback_is_true(style):
               "no_turn": lambda here, said: here.action == "forward", "turn": lambda here, said: here.action == "turn",
               "direction": lambda here, said: here.action == "turn" and said != turn_word("relative", here.heading, here.towards),
               "word": lambda here, said: said in COMPASS}
-    for walk in walks(style, 15, "relative", "test"):
+    for walk in walks(style, 6, "relative", "test"):
         for i, here in enumerate(walk.route.rail):
             for action in ("forward()", "stop()", *(f"turn_direction({word})" for word in (*tasks.TURNS["relative"], "north"))):
                 at, _ = walk.at(i)
@@ -328,7 +328,7 @@ def test_suites_can_be_walked():
 def test_demonstrators_do_what_they_say(style):
     slips = Counter()
     for rule in RULES:
-        for index, walk in enumerate(walks(style, 30, rule)):
+        for index, walk in enumerate(walks(style, 20, rule)):
             for kind in tasks.WALKERS:
                 texts = walk.demonstrate(kind, random.Random(f"{kind}/{index}"))
                 assert texts == walk.demonstrate(kind, random.Random(f"{kind}/{index}")) and walk.position == 0 and not walk.done
@@ -344,7 +344,7 @@ def test_demonstrators_do_what_they_say(style):
                 assert played.done and outcomes[-1] == "correct" and "illegal" not in outcomes
                 assert kind != "expert" or set(outcomes) <= {"right_action", "correct"}
                 assert kind != "retry" or outcomes.count("wrong_action") == 1
-    assert {why for kind, why in slips if kind == "inattentive"} == {"word"} and slips["inattentive", "word"] > 40
+    assert {why for kind, why in slips if kind == "inattentive"} == {"word"} and slips["inattentive", "word"] > 20
     assert {why for kind, why in slips if kind == "careless"} == {"arrived", "not_there", "no_turn", "turn", "direction"}
     with pytest.raises(ValueError, match="expert"):
         walk.demonstrate("lazy", random)
@@ -409,7 +409,7 @@ def parts(image):
 def test_a_landmark_is_drawn_where_the_text_says(style, tile, monkeypatch):
     """The picture with the landmark differs from the one without it most in the middle of the view on the side that is told."""
     sides = Counter()
-    for index in range(6 if style == "full" else 16):
+    for index in range(5 if style == "full" else 10):
         walk = seen(index, style, tile=tile)
         town = city(walk.route.city, style)
         for i, here in enumerate(walk.route.rail):
@@ -427,13 +427,13 @@ def test_a_landmark_is_drawn_where_the_text_says(style, tile, monkeypatch):
                 middle = (slice(n // 4, n * 5 // 8), slice(n * 3 // 8, n * 5 // 8))
                 assert abs(with_it[side][middle] - without[side][middle]).sum() > changed[side] / 8
                 sides[side] += 1
-    assert set(sides) >= {"right", "left"} and sum(sides.values()) > 15
+    assert set(sides) >= {"right", "left"} and sum(sides.values()) > 8
 
 
 def test_streets_are_drawn_where_they_are():
     """Straight ahead, the ground 25 m away is road just where a street leads there, and hidden by a front where none does."""
     found = Counter()
-    for index in range(20):
+    for index in range(12):
         walk = seen(index, tile=200)
         town = city(walk.route.city, "full")
         for i, here in enumerate(walk.route.rail):
@@ -444,7 +444,7 @@ def test_streets_are_drawn_where_they_are():
                     pixel = view[int(200 * tasks.HORIZON + 100 / 25 * tasks.EYE), 100]
                     if off < 3 or off > 40:
                         found[off < 3, bool(np.ptp(pixel) < 22)] += 1  # the ground is grey, fronts are not
-    assert found[True, True] > 20 and found[False, False] > 20
+    assert found[True, True] > 12 and found[False, False] > 12
     assert found[True, False] == 0 and found[False, True] <= 0.2 * found[False, False], found
 
 
@@ -566,7 +566,7 @@ def test_released_routes_are_walked(released):
 def test_released_views_show_what_the_grid_says(released):
     walk = make("virl-vl", "absolute", "day/tiles=1", data=released, tile=128)
     for i, here in enumerate(walk.route.rail):
-        if here.heading in (2, 90):  # facing north: red ahead, green on the right; facing east: green ahead, red on the left
+        if here.heading in (2, 90) and walk.route.rail[i - 1].action == "turn":  # facing north: red ahead, green on the right; facing east: green ahead, red on the left
             views = parts(walk.at(i)[0].image)
             red, green = ("front", "right") if here.heading == 2 else ("left", "front")
             assert {side: view[32, 32].argmax() for side, view in views.items() if view[32, 32].max() > 200} == {red: 0, green: 1}
