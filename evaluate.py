@@ -85,8 +85,14 @@ class Episode:
         return sum(discount**t * turn["reward"] for t, turn in enumerate(self.turns))
 
     def solved(self, attempts=None):
-        """Whether one of the first `attempts` answers (default: any) was right."""
-        return any(turn["outcome"] == "correct" for turn in self.turns[:attempts])
+        """Whether one of the first `attempts` answers (default: any) was right; on a walk, the steps that were right do not count
+        as attempts, and only the last one solves it."""
+        return solved([turn["outcome"] for turn in self.turns], attempts)
+
+
+def solved(outcomes, attempts=None):
+    """Episode.solved, from the outcomes of the answers in their order."""
+    return "correct" in [outcome for outcome in outcomes if outcome != "right_action"][:attempts]
 
 
 @torch.no_grad()
@@ -214,25 +220,27 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
     Rows whose rules have the same target and number of cards deal the same n held-out hands. "greedy" is temperature 0,
     "sampled" temperature 1; "first" counts the first answer, "episode" any of the `attempts`, both 0 or 1; "read" is the share
     of the cards that the first answer names rightly. A row with a judge of its own ("fake rule") judges the answers of the row
-    with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand.
+    with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand. A walk is right when it
+    arrives, and its fake row is walked anew, since the verifier decides there what is seen next.
     """
     began, result, turns, classes, shown, cut = time.time(), {}, {}, {}, [], []
     suite_rows = [row for row in legible_rows(model, suite) if not only or row.name in only]
     for row in suite_rows:
         problems = suite_problems(model, tokenizer, suite, row, n, attempts, split)
         result[row.name], classes[row.name] = {}, [p.cls for p in problems]
+        judged_again = row.judge is not None and not tasks.walks(suite)
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            if row.judge is None:
+            if not judged_again:
                 played = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows)
                 played = [episode for group in played for episode in group]
                 shown += [show_episode(row.name, e) for e in played[: samples * (mode == "greedy")]]
                 cut.append(truncated(played, tokenizer))
                 turns[row.name, mode] = [e.turns for e in played]  # without the pictures
-            asked = next(r.name for r in suite_rows if (r.rule, r.visual, r.judge) == (row.rule, row.visual, None))
-            answers = turns[row.name if row.judge is None else asked, mode]
-            right = [[copy.copy(p).step(turn["response"]).outcome == "correct" if row.judge else turn["outcome"] == "correct"
-                      for turn in answer] for p, answer in zip(problems, answers)]
-            result[row.name][mode] = {"first": [int(r[0]) for r in right], "episode": [int(any(r)) for r in right],
+            asked = [r.name for r in suite_rows if judged_again and (r.rule, r.visual, r.judge) == (row.rule, row.visual, None)]
+            answers = turns[asked[0] if judged_again else row.name, mode]
+            outcomes = [[copy.copy(p).step(turn["response"]).outcome if judged_again else turn["outcome"] for turn in answer]
+                        for p, answer in zip(problems, answers)]
+            result[row.name][mode] = {"first": [int(solved(o, 1)) for o in outcomes], "episode": [int(solved(o)) for o in outcomes],
                                       "read": [round(answer[0]["read"], 4) for answer in answers]}
     return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": next(iter(classes.values())),
             "row_classes": classes, "truncated": max(cut), "rows": result, "samples": shown,
@@ -380,6 +388,13 @@ def check_limits(args):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {str(value)[:20]} must lie from {low:g} to {high:g}.")
+
+
+def check_still(name):
+    """ValueError for a task or suite whose pictures change within an episode: a rollout shows those of its first turn."""
+    if tasks.walks(name) and tasks.pictures(name):
+        raise ValueError(f"{name} cannot be trained or evaluated: pictures that change within an episode are not built into rollouts "
+                         "yet. Take virl-l, the same walks in text.")
 
 
 def run_main(main):
@@ -1071,6 +1086,7 @@ def parse_args(argv=None):
                          "a grid of runs.")
     if args.suite not in tasks.SUITES:
         raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
+    check_still(args.suite)
     if args.out and (Path(args.out).is_file() or (Path(args.out) / "args.json").exists() or (Path(args.out) / "evals/000000.json").exists()):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     if args.image and not args.ask:

@@ -1,8 +1,9 @@
 """The tasks: what is asked, what an expert answers, and how an answer is judged.
 
 GeneralPoints in text, "gp-l": some playing cards are dealt, and a formula that uses each card once must equal a target. The
-rule says what J, Q and K count as. Training sees one rule, the test asks for another, so memory and understanding part ways. In
-pictures, "gp-vl": the cards have to be seen first, and the test changes their look too.
+rule says what J, Q and K count as. V-IRL in text, "virl-l": a walk through a city by instructions, one action at a time. The rule
+says how a turn is called. Training sees one rule, the test asks for another, so memory and understanding part ways. In pictures,
+"gp-vl" and "virl-vl": the cards, or the streets, have to be seen first, and the test changes their look too.
 
     problem = make("gp-l", rule="11,12,13", split="test", index=0, attempts=5)
     problem.prompt, problem.image           the first user turn; the picture, None in text
@@ -17,17 +18,29 @@ Contents
     5. Splits and deals      problem_class, split_of, deal
     6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
     7. The verifier          judge, REWARD, feedback_text, read_share (the cards that were recognized)
-    8. Looks                 Look, parse_look, fill_look (wildcards), legible_from
+    8. Looks                 Visual (options as text, wildcards), Look, parse_look, fill_look, legible_from
     9. Pictures of cards     picture
-    10. The problem          GeneralPoints, make, KINDS of demonstrators, SUITES
-    11. Command line         python tasks.py --task gp-l
+    10. GeneralPoints        GeneralPoints, KINDS of demonstrators
+    11. V-IRL: a city        City: streets, fronts and landmarks; words for bearings and turns
+    12. V-IRL: routes        Position, Route, routes
+    13. V-IRL: words         TurnRule, WORDING, read_action, judge_walk
+    14. V-IRL: a walk        Navigation, WALKERS
+    15. V-IRL: scores        walk_scores, forced_scores
+    16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_walk (a route for people)
+    17. V-IRL: released data read_plain_pickle, released_routes, perspective
+    18. Problems and suites  make, Row, SUITES
+    19. Command line         python tasks.py --task gp-l; --task virl-vl --show walk.png
 
 Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak: exact
 rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
 """
 import argparse
+import copy
 import hashlib
+import io
 import json
+import math
+import pickletools
 import random
 import re
 import signal
@@ -35,7 +48,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from itertools import combinations
+from itertools import combinations, product
 from math import ceil, cos, gcd, pi, sin
 from pathlib import Path
 from typing import NamedTuple
@@ -601,9 +614,65 @@ OPTIONS = {
 }
 
 
+class Visual:
+    """What pictures look like, as data: a value of `options` for each field. Its text is the first value, then the others that are
+    not the default, as in "red/layout=grid". ValueError for values that are not options."""
+    options = {}
+
+    def __post_init__(self):
+        for name, known in self.options.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"A {type(self).__name__.lower()} needs {name} {_any_of(known)}, not {clean(str(getattr(self, name)))!r}.")
+
+    def __str__(self):
+        first, *others = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
+        given = [f"/{name}={value}" for name, value, default in others if value != default and first[1] != "text"]
+        return first[1] + "".join(given)
+
+    @classmethod
+    def parse(cls, text):
+        """Read a text, its options in any order; str() undoes it.
+
+        What is read already passes through; "text" ignores its options. Any other text is a ValueError that says what is wrong."""
+        if isinstance(text, cls):
+            return text
+        head, second, *more = cls.options
+        found = {head: text.partition("/")[0]}
+        for option in text.split("/")[1:]:
+            name, _, value = option.partition("=")
+            if name not in cls.options or name in found:
+                example = f"{cls.options[head][0]}/{second}={cls.options[second][1]}"
+                raise ValueError(f"{clean(text)!r} is not a {cls.__name__.lower()}: after the {head} only {', '.join([second, *more])} may "
+                                 f"follow, each once, as in {example}.")
+            found[name] = int(value) if isinstance(cls.options[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
+        return cls(**found)
+
+    @classmethod
+    def fill(cls, text, rng):
+        """The text with its wildcards drawn: `*` for any value but text, `a|b` for one of those named.
+
+        All of a list are read, so that a wrong one raises its ValueError at once and not when it happens to be drawn."""
+        parts, (head, *_) = str(text).split("/"), cls.options
+        for i, part in enumerate(parts):
+            name, equals, value = part.rpartition("=")
+            known = cls.options.get(name or head, ())
+            choices = [each for each in known if each != "text"] if value == "*" else value.split("|")
+            if len(choices) > 1:
+                filled = [f"{name}{equals}{each}" for each in choices]
+                for each in filled if value != "*" else ():
+                    cls.parse(f"{cls.options[head][0]}/{each}" if i else each)
+                parts[i] = rng.choice(filled)
+        return "/".join(parts)
+
+
+def _any_of(known):
+    return f"from {known[0]} to {known[-1]}" if len(known) > 4 else "one of " + ", ".join(map(str, known))
+
+
 @dataclass(frozen=True)
-class Look:
-    """What the cards look like: a value of OPTIONS for each name. ValueError otherwise."""
+class Look(Visual):
+    """What the cards look like: a value of OPTIONS for each name, as in "red/layout=grid/light=60"."""
+    options = OPTIONS
     suits: str = "black"
     layout: str = "row"
     scheme: str = "index"
@@ -614,53 +683,8 @@ class Look:
     noise: int = 0
     tiles: int = 4
 
-    def __post_init__(self):
-        for name, known in OPTIONS.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"A look needs {name} {_any_of(name)}, not {clean(str(getattr(self, name)))!r}.")
 
-    def __str__(self):
-        options = ((each.name, getattr(self, each.name), each.default) for each in fields(self)[1:] if self.suits != "text")
-        return self.suits + "".join(f"/{name}={value}" for name, value, default in options if value != default)
-
-
-def _any_of(name):
-    known = OPTIONS[name]
-    return f"from {known[0]} to {known[-1]}" if len(known) > 4 else "one of " + ", ".join(map(str, known))
-
-
-@lru_cache(maxsize=1 << 12)
-def parse_look(text):
-    """Read a Look from its suits, then options in any order, such as "red/layout=grid/light=60"; str(look) undoes it.
-
-    A Look passes through unchanged; "text" ignores its options. Any other text raises a ValueError that says what is wrong."""
-    if isinstance(text, Look):
-        return text
-    suits, *options = text.split("/")
-    found = {"suits": suits}
-    for option in options:
-        name, _, value = option.partition("=")
-        if name not in OPTIONS or name in found:
-            raise ValueError(f"{clean(text)!r} is not a look: after the suits only {', '.join(list(OPTIONS)[1:])} may follow, "
-                             "each once, as in black/layout=grid.")
-        found[name] = int(value) if isinstance(OPTIONS[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
-    return Look(**found)
-
-
-def fill_look(text, rng):
-    """Look text with its wildcards drawn: `*` for the suits or an option's value from all but text, `a|b` from those named.
-
-    All of a list are read, so that a wrong one raises its ValueError at once and not when it happens to be drawn."""
-    parts = str(text).split("/")
-    for i, part in enumerate(parts):
-        name, equals, value = part.rpartition("=")
-        choices = [each for each in OPTIONS.get(name or "suits", ()) if each != "text"] if value == "*" else value.split("|")
-        if len(choices) > 1:
-            filled = [f"{name}{equals}{each}" for each in choices]
-            for each in filled if value != "*" else ():
-                parse_look(f"black/{each}" if i else each)
-            parts[i] = rng.choice(filled)
-    return "/".join(parts)
+parse_look, fill_look = lru_cache(maxsize=1 << 12)(Look.parse), Look.fill
 
 
 def _canvas(look, cards, tile):
@@ -913,62 +937,17 @@ _small_card = lru_cache(maxsize=4096)(partial(_card, _small_face, 4))  # at most
 _large_card = lru_cache(maxsize=256)(partial(_card, _large_face, 2))  # at most a MB each in a picture of 1,120 x 1,120 pixels
 
 
-# ---- 10. The problem -------------------------------------------------------------------------------------------------
+# ---- 10. GeneralPoints -----------------------------------------------------------------------------------------------
 
 KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
-
-class Row(NamedTuple):
-    """One test of a suite: its name, the rule of the prompt, the rule of the judge where it is another, the look of the cards."""
-    name: str
-    rule: str
-    judge: str | None = None
-    visual: str | None = None
-
-    def legible(self, tile):
-        """Whether its pictures, if it has any, can be read at tiles of so many pixels."""
-        look = self.visual and parse_look(fill_look(self.visual, random.Random(0)))
-        return look in (None, Look("text")) or legible_from(look, parse_rule(self.rule).cards) <= tile
-
-
-# The gap between the rows is the study's result.
-PROBES = [                                    # further away, one change from the trained rule each
-    Row("faces-5", "5"),                      # faces as numbers that other cards have too
-    Row("faces-7", "7"),
-    Row("faces-12", "12"),                    # faces as one number that no card of the trained rule has
-    Row("five-cards", "10/cards=5"),
-    Row("target-36", "10/target=36"),
-]
-SUITES = {
-    "gp-l": [
-        Row("id", ID_RULE),                   # the rule that was trained
-        Row("rule", OOD_RULE),                # the same hands under the rule that was not
-        Row("fake", OOD_RULE, ID_RULE),       # told the new rule, judged by the old: high where the old rule was memorized,
-    ],                                        # low where arithmetic was lost
-    "gp-l-probes": PROBES,
-    "gp-vl": [
-        Row("id", ID_RULE, visual="black"),   # the rule and the look that were trained
-        Row("rule", OOD_RULE, visual="black"),
-        Row("fake", OOD_RULE, ID_RULE, "black"),
-        Row("red", ID_RULE, visual="red"),    # the paper's change of look: only ink and suits
-        *(Row(name, ID_RULE, visual="black/" + look) for name, look in (
-            ("grid", "layout=grid"), ("scattered", "layout=scattered"), ("serif", "glyphs=serif"), ("dark", "style=dark"),
-            ("dim", "light=50/noise=15"), ("numbers", "scheme=numbers"), ("words", "scheme=words"), ("pips", "scheme=pips"))),
-        Row("shuffled", ID_RULE, visual="black"),  # the control: every hand beside the picture of another one
-        Row("text", ID_RULE, visual="text"),  # the same hands in words: the difference to "id" is the cost of seeing
-    ],
-    "gp-vl-probes": [
-        *(row._replace(visual="black") for row in PROBES),
-        Row("mixed", ID_RULE, visual="*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15"),
-        Row("rule-red", OOD_RULE, visual="red"),
-    ],
-}
-
 
 class GeneralPoints:
     """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands for
     intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest), done.
 
     A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
+
+    asks = "formula"
 
     def __init__(self, hand, rule, attempts, style, judged_by, look=None, tile=32, stream=""):
         self.hand, self.rule, self.attempts, self.style, self.judged_by = hand, rule, attempts, style, judged_by
@@ -1080,36 +1059,9 @@ def full_prompt(hand, rule, look=None):
 SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K. ",
          "words": "Their names are written as words: ACE is A, JACK is J, QUEEN is Q and KING is K. ",
          "pips": "Each shows as many signs as its number: one is A, and 11, 12 and 13 are J, Q and K. "}
-TASKS = ("gp-l", "gp-vl")
-
-
-def pictures(name):
-    """Whether a task or suite shows pictures."""
-    return name.removesuffix("-probes").endswith("-vl")
-
-
-def make(name, rule=ID_RULE, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=32):
-    """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
-
-    rule: a text for fill_rule and parse_rule; wildcards are drawn anew for every index. visual: for "gp-vl", a text for fill_look
-    and parse_look (None: "black"), drawn likewise. judge: the face values that answers are judged by where they are not the
-    prompt's (the "fake rule" control); target and cards are always the prompt's, and the expert follows the prompt. index counts
-    from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode. tile: the size of the model's
-    image tiles in pixels, for pictures. ValueError, in one sentence, for anything unknown or out of range."""
-    if name not in TASKS:
-        raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
-    for value, known in ((split, SPLITS), (style, STYLES)):
-        if value not in known:
-            raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
-    if index < 0 or seed < 0 or attempts < 1:
-        raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
-    index += seed * 10**9 if split in ("base", "train") else 0
-    return _general_points(name, rule, visual, split, index, attempts, style, judge, tile)
 
 
 def _general_points(name, rule, visual, split, index, attempts, style, judge, tile):
-    if name == "gp-l" and visual is not None:
-        raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
     rule = parse_rule(fill_rule(rule, random.Random(f"gp/{split}/{index}/rule")))
     look = None if name == "gp-l" else parse_look(fill_look(visual or "black", random.Random(f"gp/{split}/{index}/look")))
     if look and look.suits != "text" and tile < (smallest := legible_from(look, rule.cards)):
@@ -1120,32 +1072,1245 @@ def _general_points(name, rule, visual, split, index, attempts, style, judge, ti
     return GeneralPoints(hand, rule, attempts, style, judged_by, look, tile, f"gp/{split}/{index}/picture")
 
 
-# ---- 11. Command line ------------------------------------------------------------------------------------------------
+# ---- 11. V-IRL: a city -----------------------------------------------------------------------------------------------
+# A walk through streets by instructions. Points are (x, y) in metres, x to the east and y to the north; bearings are degrees
+# clockwise from north. A *place* is where one can stand: an intersection (a node's number), or (a, b, k), the k-th point of the
+# street from node a to node b > a. Each place has at most one landmark, and the bearing at which its front is seen from there.
+
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+SIDES = ("front", "right", "back", "left")  # of what is seen, and the order of the four views
+SLIGHT = 60  # a turn by up to so many degrees is a slight one
+SLIGHT_TURNS, PLAIN_TURNS = (20, 52), (68, 150)  # what routes have: clear of straight on, of SLIGHT and of turning round
+OFF_COMPASS = 17.5  # and how far a street may lie off its compass word, whose share ends at 22.5
+GRID = 6  # nodes a side
+SPACING, CURB = 15, 9  # metres between places (10 to 20 come of it), and from the middle of a street to its fronts
+
+
+def wrap(angle):
+    """An angle in degrees brought into (-180, 180]; unwrapped, left and right would change places near north."""
+    return 180 - (180 - angle) % 360
+
+
+def bearing(start, end):
+    """Degrees clockwise from north, in [0, 360)."""
+    return math.degrees(math.atan2(end[0] - start[0], end[1] - start[1])) % 360
+
+
+def compass_word(angle):
+    """The nearest of the eight words of COMPASS."""
+    return COMPASS[round(angle / 45) % 8]
+
+
+def turn_word(words, heading, towards):
+    """What a turn from one bearing to another is called: the compass word of the new one ("absolute"), or "left", "right" and, up
+    to SLIGHT degrees, "slightly left" and "slightly right" ("relative")."""
+    if words == "absolute":
+        return compass_word(towards)
+    angle = wrap(towards - heading)
+    return ("slightly " if abs(angle) <= SLIGHT else "") + ("right" if angle > 0 else "left")
+
+
+def clear_turn(heading, towards):
+    """Whether the turn has one obvious word under both rules, by the margins above."""
+    angle = abs(wrap(towards - heading))
+    return any(low <= angle <= high for low, high in (SLIGHT_TURNS, PLAIN_TURNS)) and clear_bearing(towards) \
+        and compass_word(heading) != compass_word(towards)
+
+
+def clear_bearing(angle):
+    return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
+
+
+@lru_cache(maxsize=1)
+def _words():
+    return json.loads((Path(__file__).parent / "assets" / "virl.json").read_text(encoding="utf-8"))
+
+
+class City:
+    """The city of a name such as "test-3", the same on every machine: a grid of streets, turned, bent, broken, and crossed by
+    diagonals, so that all eight compass words occur. In style "short" its landmarks have the short names of the tiny model.
+
+    Attributes: nodes {number: point}, arms {node: neighbours clockwise from north}, turns {(a, b): nodes that routes turn to from
+    the street a-b}, landmarks {place: (name, bearing)}."""
+
+    def __init__(self, name, style):
+        self.name = name
+        self.nodes = self._grid(random.Random(f"virl/{name}/grid"))
+        self._join_nodes(random.Random(f"virl/{name}/streets"))
+        self.turns = {(a, b): self._clear_arms(a, b) for a in self.arms for b in self.arms[a]}
+        self._place_landmarks(random.Random(f"virl/{name}/landmarks"), style)
+
+    def _grid(self, rng):
+        """Points of a grid of uneven blocks. Beyond a line each way the cross streets bend, one way hardly and the other by about
+        45 degrees, and the whole is turned: all so that most streets stay close to a compass word."""
+        xs, ys = ([sum(steps[:i]) for i in range(GRID)] for steps in ([rng.randint(42, 72) for _ in range(GRID)] for _ in "xy"))
+        angles = rng.sample([rng.uniform(-6, 6), rng.choice((1, -1)) * rng.uniform(37, 43)], 2)
+        slope_x, slope_y = (math.tan(math.radians(angle)) for angle in angles)
+        bend_x, bend_y = (line[rng.randint(1, GRID - 2)] for line in (xs, ys))
+        turned = math.radians(rng.choice((0, 45)) + rng.uniform(-8, 8))
+        sin, cos = math.sin(turned), math.cos(turned)
+        nodes = {}
+        for i, j in product(range(GRID), repeat=2):
+            x = xs[i] + slope_y * max(ys[j] - bend_y, 0) + rng.uniform(-2, 2)
+            y = ys[j] + slope_x * max(xs[i] - bend_x, 0) + rng.uniform(-2, 2)
+            nodes[i * GRID + j] = (round(x * cos + y * sin, 1), round(y * cos - x * sin, 1))
+        return nodes
+
+    def _join_nodes(self, rng):
+        """Streets along the grid, a few missing, then diagonals; none at less than 40 degrees to another, no dead ends."""
+        along = [(n, m) for n in self.nodes for m in (n + 1, n + GRID) if m in self.nodes and (m == n + GRID or m % GRID)]
+        cells = [n for n in self.nodes if n + GRID in self.nodes and (n + 1) % GRID]
+        diagonals = [rng.choice([(n, n + GRID + 1), (n + 1, n + GRID)]) for n in cells]
+        streets = [street for street in along if rng.random() > 0.2] + [street for street in diagonals if rng.random() < 0.3]
+        arms = {node: [] for node in self.nodes}
+        for a, b in streets:
+            if all(abs(wrap(self.heading(n, m) - self.heading(n, k))) >= 40 for n, m in ((a, b), (b, a)) for k in arms[n]):
+                arms[a].append(b)
+                arms[b].append(a)
+        while dead := [node for node in arms if len(arms[node]) < 2]:
+            for other in arms.pop(dead[0]):
+                arms[other].remove(dead[0])
+        self.arms = {node: sorted(arms[node], key=lambda other: self.heading(node, other)) for node in arms}
+
+    def _clear_arms(self, a, b):
+        """The nodes to which it takes a clear turn from the street a-b, one whose words fit no other street from b."""
+        heading, others = self.heading(a, b), {c: self.heading(b, c) for c in self.arms[b] if c != a}
+        said = Counter(turn_word(words, heading, towards) for words in TURN_WORDS for towards in others.values())
+        return [c for c, towards in others.items() if clear_turn(heading, towards)
+                and all(said[turn_word(words, heading, towards)] == 1 for words in TURN_WORDS)]
+
+    def heading(self, a, b):
+        """The bearing from node a to its neighbour b."""
+        return bearing(self.nodes[a], self.nodes[b])
+
+    def count(self, a, b):
+        """Into how many steps the street between two nodes is divided."""
+        return max(round(math.dist(self.nodes[a], self.nodes[b]) / SPACING), 1)
+
+    def place(self, a, b, k):
+        """The place k steps along the street from a towards b: a node at its ends."""
+        count = self.count(a, b)
+        return a if k == 0 else b if k == count else (a, b, k) if a < b else (b, a, count - k)
+
+    def point(self, place):
+        """Where a place is."""
+        if isinstance(place, int):
+            return self.nodes[place]
+        a, b, k = place
+        return self.beside(a, b, k * math.dist(self.nodes[a], self.nodes[b]) / self.count(a, b), 0)
+
+    def beside(self, a, b, along, across):
+        """The point so far along the street from node a towards b, and so far to the right of its middle."""
+        (x, y), heading = self.nodes[a], math.radians(self.heading(a, b))
+        sin, cos = math.sin(heading), math.cos(heading)
+        return x + along * sin + across * cos, y + along * cos - across * sin
+
+    def front(self, a, b, side):
+        """(start, end): between which distances from node a the street to b has fronts on its right (side 1) or left (-1).
+
+        Around a node the lines of two neighbouring streets' fronts end where they meet, so that fronts close every block."""
+        return (self._setback(a, b, side), math.dist(self.nodes[a], self.nodes[b]) - self._setback(b, a, -side))
+
+    def _setback(self, a, b, side):
+        arms = self.arms[a]
+        other = arms[(arms.index(b) + side) % len(arms)]
+        between = side * (self.heading(a, other) - self.heading(a, b)) % 360
+        return min(max(CURB / math.tan(math.radians(between / 2)), -CURB), 3 * CURB)
+
+    def _place_landmarks(self, rng, style):
+        """At a third of the places along streets, and at most intersections that have a long front on one side."""
+        spots = [(place, angle) for place, angle in self._spots(rng) if rng.random() < (0.8 if isinstance(place, int) else 0.35)]
+        words = _words()
+        if style == "short":
+            names = [rng.choice(words["short"]) for _ in spots]
+        else:
+            names = rng.sample([pattern.format(name) for pattern in words["patterns"] for name in words["names"]], len(spots))
+        self.landmarks = {place: (name, angle) for (place, angle), name in zip(spots, names)}
+
+    def _spots(self, rng):
+        """Yield (place, bearing of a front) for every place that could have a landmark."""
+        for a, arms in self.arms.items():
+            for b, after in zip(arms, arms[1:] + arms[:1]):
+                gap = (self.heading(a, after) - self.heading(a, b)) % 360
+                if 150 <= gap <= 210:
+                    yield a, (self.heading(a, b) + gap / 2) % 360
+                    break
+            for b in (b for b in arms if a < b):
+                for k in range(1, self.count(a, b)):
+                    side, along = rng.choice((1, -1)), k * math.dist(self.nodes[a], self.nodes[b]) / self.count(a, b)
+                    if self.front(a, b, side)[0] + 4 <= along <= self.front(a, b, side)[1] - 4:
+                        yield (a, b, k), (self.heading(a, b) + 90 * side) % 360
+
+    def seen(self, place, heading):
+        """((landmark, side),) at a place for someone who faces `heading`, the side empty where not clear; () without a landmark."""
+        if place not in self.landmarks:
+            return ()
+        name, angle = self.landmarks[place]
+        quarter = wrap(angle - heading) / 90
+        return ((name, SIDES[round(quarter) % 4] if abs(quarter - round(quarter)) < 0.3 else ""),)
+
+    def sign_point(self, place):
+        """Where a landmark's sign stands: close to the front; a little further off at an intersection, where fronts may bend."""
+        (x, y), angle = self.point(place), math.radians(self.landmarks[place][1])
+        off = CURB - (1.2 if isinstance(place, int) else 0.3)
+        return x + off * math.sin(angle), y + off * math.cos(angle)
+
+
+@lru_cache(maxsize=64)
+def city(name, style):
+    """The City of a name, kept."""
+    return City(name, style)
+
+
+# ---- 12. V-IRL: routes -----------------------------------------------------------------------------------------------
+# A route is its rail: one Position after another, each with one right action. A turn also takes the first step into the new street,
+# as in the released data. Every leg leads to the next intersection, where the route turns; the turn's word fits no other street there.
+
+ROUTES = 20  # of a city
+LEGS = {"full": (2, 6), "short": (1, 2)}
+LENGTHS = {"full": (4, 40), "short": (3, 6)}  # in positions
+
+
+class Position(NamedTuple):
+    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there, whether it is an intersection,
+    the right action ("turn", "forward" or "stop"), the bearing to turn to (None for others), the instruction's number from 0."""
+    place: object
+    heading: float
+    landmarks: tuple
+    crossing: bool
+    action: str
+    towards: float | None
+    instruction: int
+
+
+class Route(NamedTuple):
+    """A city's name and a tuple of Positions, the last one the destination's; the folder it is from, where it is released data."""
+    city: str
+    rail: tuple
+    folder: str = ""
+
+    def shape(self):
+        """The turns in their order, as in "right, slightly left"."""
+        return ", ".join(turn_word("relative", here.heading, here.towards) for here in self.rail if here.action == "turn")
+
+    def key(self):
+        """What makes it another problem than other routes, whatever the city is called."""
+        start = compass_word(self.rail[0].heading)
+        return start, *((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
+
+
+@lru_cache(maxsize=256)
+def routes(name, style):
+    """The ROUTES distinct Routes of the city "SPLIT-N". Their keys belong to the split too, by a hash, so that no problem of one
+    split occurs in another, whatever the cities are called ("base" shares with "train"). ValueError when too few are found."""
+    town, rng, found = city(name, style), random.Random(f"virl/{name}/{style}/routes"), {}
+    wanted = name.split("-")[0].replace("base", "train")
+    for _ in range(TRIES):
+        route = Route(name, _walk(town, rng, style))
+        if route.rail and split_of(f"virl/{route.key()}") == wanted:
+            found.setdefault(route.key(), route)
+        if len(found) == ROUTES:
+            return tuple(found.values())
+    raise ValueError(f"The city {name} has no {ROUTES} routes in {TRIES} walks: choose another index.")
+
+
+def _walk(town, rng, style):
+    """The rail of a random walk; empty where its length is not as wanted, it cannot be told clearly, or has no landmark to end at."""
+    nodes = _turning_points(town, rng, rng.randint(*LEGS[style]))
+    if not nodes:
+        return ()
+    (a, b), (c, d) = nodes[:2], nodes[-2:]
+    start, facing = rng.randint(1, town.count(a, b) - 1), _facing(rng, town.heading(a, b))
+    ends = [k for k in range(start + 1 if len(nodes) == 2 else 1, town.count(c, d)) if town.place(c, d, k) in town.landmarks]
+    clear = clear_bearing(facing) and clear_turn(facing, town.heading(a, b)) and town.place(a, b, start) not in town.landmarks
+    if not ends or not clear:
+        return ()
+    rail = _rail(town, nodes, start, rng.choice(ends), facing)
+    seen = [landmark for here in rail for landmark in here.landmarks]
+    told = all(side for _, side in seen) and len({name for name, _ in seen}) == len(seen)
+    return rail if told and LENGTHS[style][0] <= len(rail) <= LENGTHS[style][1] else ()
+
+
+def _turning_points(town, rng, legs):
+    """The nodes of a random walk of so many streets, with a clear turn at every node between; None where it gets stuck."""
+    first = rng.choice(tuple(town.arms))
+    nodes = [first, rng.choice(town.arms[first])]
+    while len(nodes) <= legs:
+        following = [node for node in town.turns[nodes[-2], nodes[-1]] if node not in nodes]
+        if not following:
+            return None
+        nodes.append(rng.choice(following))
+    return nodes
+
+
+def _facing(rng, heading):
+    """A bearing from which it takes a turn to face `heading`; each relative word is as likely as the others."""
+    return round(heading + rng.choice((1, -1)) * rng.uniform(*rng.choice((SLIGHT_TURNS, PLAIN_TURNS)))) % 360
+
+
+def _rail(town, nodes, start, end, facing):
+    """All Positions from the start-th place of the first street to the end-th of the last; instructions count turn, move, turn ..."""
+    heading = town.heading(*nodes[:2])
+    rail = [Position(town.place(*nodes[:2], start), facing, (), False, "turn", heading, 0)]
+    for leg, (a, b) in enumerate(zip(nodes, nodes[1:])):
+        heading, last = town.heading(a, b), leg == len(nodes) - 2
+        for k in range(start + 1 if leg == 0 else 1, (end if last else town.count(a, b)) + 1):
+            place = town.place(a, b, k)
+            here = Position(place, heading, town.seen(place, heading), place == b, "forward", None, 2 * leg + 1)
+            if place == b:
+                here = here._replace(action="turn", towards=town.heading(b, nodes[leg + 2]), instruction=2 * leg + 2)
+            rail.append(here)
+    return (*rail[:-1], rail[-1]._replace(action="stop"))
+
+
+# ---- 13. V-IRL: words ------------------------------------------------------------------------------------------------
+
+TURN_WORDS = ("absolute", "relative")  # the rule trained in the paper, and the one that is not
+TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "slightly right")}
+
+
+class TurnRule(NamedTuple):
+    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions use for turns: those of the rule,
+    or, told="both", those of both rules, as in the paper's absolute prompts; then only the stated actions tell which to take."""
+    words: str = "absolute"
+    told: str = "rule"
+
+    def __str__(self):
+        return self.words + ("/told=both" if self.told == "both" else "")
+
+
+def parse_turns(text):
+    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=both"; str() undoes it. ValueError for other texts."""
+    if isinstance(text, TurnRule):
+        return text
+    words, slash, told = text.partition("/")
+    if words not in TURN_WORDS or slash + told not in ("", "/told=both"):
+        raise ValueError(f"{clean(text)!r} is no rule for turns: write absolute, relative, or one of them with /told=both.")
+    return TurnRule(words, "both" if slash else "rule")
+
+
+# What the agent reads and writes. "full": plain words for an instruct model; "short": few tokens for the tiny one.
+WORDING = {
+    "full": {"absolute": "Turn to face {absolute}.", "relative": "Turn {relative}.", "both": "Turn {relative} to face {absolute}.",
+             "crossing": "Move forward until you reach the next intersection{where}.",
+             "goal": "Move forward until you reach the destination{where}.", "where": " where {name} is on your {side}",
+             "seen": "{name} is on your {side}", "here": "You observe an intersection", "none": "No landmarks nearby", "between": "; ",
+             "doing": "{text}", "keys": ("current observation", "current instruction")},
+    "short": {"absolute": "turn {absolute}", "relative": "turn {relative}", "both": "turn {relative} to {absolute}",
+              "crossing": "go to crossing{where}",
+              "goal": "go to end{where}", "where": ", {name} {side}",
+              "seen": "{name} {side}", "here": "crossing", "none": "none", "between": ", ",
+              "doing": "{number} {text}", "keys": ("obs", "ins")},
+}
+
+
+def observation(here, style):
+    """What is seen at a Position, in words: "Hotel Iris is on your right; You observe an intersection"."""
+    words = WORDING[style]
+    parts = [words["seen"].format(name=name, side=side) for name, side in here.landmarks] or [words["none"]]
+    if here.crossing:  # the short style does without "none" there
+        parts = [part for part in parts if style == "full" or part != words["none"]] + [words["here"]]
+    return words["between"].join(parts)
+
+
+def instructions(route, rule, style):
+    """The route's instructions as a list of texts: a turn, a move to the next turn or the destination, a turn, ..."""
+    words, texts = WORDING[style], []
+    for here in route.rail:
+        where = "".join(words["where"].format(name=name, side=side) for name, side in here.landmarks)
+        if here.crossing and here.action == "turn" or here.action == "stop":
+            texts.append(words["goal" if here.action == "stop" else "crossing"].format(where=where))
+        if here.action == "turn":
+            known = {name: turn_word(name, here.heading, here.towards) for name in TURN_WORDS}
+            texts.append(words["both" if rule.told == "both" else rule.words].format(**known))
+    return texts
+
+
+MAX_ACTION = 60
+ACTION = re.compile(r"(forward|stop) ?\( ?\)|turn_direction ?\( ?['\"]?([a-z]+(?: [a-z]+)?)['\"]? ?\)")
+
+
+def read_action(text):
+    """Read "forward()", "stop()" or "turn_direction(x)": ("forward", ""), ("stop", "") or ("turn", x), x any one or two words.
+
+    Case, quotes round x and more or fewer spaces do not matter. Raises Illegal for anything else."""
+    match = ACTION.fullmatch(" ".join(text[: MAX_ACTION + 1].lower().split())) if len(text) <= MAX_ACTION else None
+    if not match:
+        raise Illegal(f"{_quoted(text)} is not forward(), stop() or turn_direction(x)")
+    return match[1] or "turn", match[2] or ""
+
+
+def right_word(here, rule):
+    """The x of a Position's turn under a TurnRule, "" where the right action is no turn."""
+    return turn_word(rule.words, here.heading, here.towards) if here.action == "turn" else ""
+
+
+class Walked(NamedTuple):
+    """What the verifier found: the outcome (a key of WALK_REWARD), why, as a key of WHY, the fact for its sentence, and whether
+    the observation named the landmarks and intersection that are there and no other (None where there is none to read)."""
+    outcome: str
+    why: str
+    fact: str = ""
+    observed: bool | None = None
+
+
+def judge_walk(response, here, rule, style):
+    """Judge a response (text of a model, of any content) at a Position under a TurnRule; never raises for a str."""
+    observed = None
+    try:
+        answer = read_answer(response)
+        if isinstance(answer.get(WORDING[style]["keys"][0]), str):
+            observed = _parts(answer[WORDING[style]["keys"][0]]) == _parts(observation(here, style))
+        if not isinstance(answer.get("action"), str):
+            raise Illegal("the JSON object has no key 'action' with a string")
+        kind, word = read_action(answer["action"])
+    except Illegal as error:
+        return Walked("illegal", "illegal", str(error), observed)
+    if (kind, word) == (here.action, right_word(here, rule)):
+        return Walked("correct" if kind == "stop" else "right_action", "right", "", observed)
+    return Walked("wrong_action", _why(kind, word, here, rule), clean(word), observed)
+
+
+def _parts(text):
+    """The set of things that an observation names, without case, "no landmarks" and the like."""
+    parts = {" ".join(part.lower().removeprefix("the destination ").split()) for part in re.split("[;,.]", text)}
+    return {part for part in parts if part not in ("", "none", "no landmarks nearby", "no landmark nearby")}
+
+
+def _why(kind, word, here, rule):
+    """The key in WHY of what is wrong with an action; each of its sentences is true wherever this gives it."""
+    if here.action == "stop":
+        return "arrived"
+    if kind == "stop":
+        return "not_there"
+    if here.action == "forward":
+        return "no_turn"
+    if kind == "forward":
+        return "turn"
+    return "direction" if word in TURNS[rule.words] else "word"
+
+
+WHY = {
+    "full": {"right": "Correct. {seen}", "illegal": "Your answer is not legal: {fact}. " + AGAIN,
+             "arrived": "Wrong: this is the destination. " + AGAIN, "not_there": "Wrong: this is not the destination. " + AGAIN,
+             "no_turn": "Wrong: the instruction is to move on, not to turn yet. " + AGAIN,
+             "turn": "Wrong: the instruction is to turn here. " + AGAIN,
+             "direction": "Wrong: {fact} is not the way to turn here. " + AGAIN,
+             "word": "Wrong: {fact} is not one of the words for turn_direction(x). " + AGAIN},
+    "short": {"right": "{seen}", "illegal": "not legal", "arrived": "no: the end", "not_there": "no: not the end",
+              "no_turn": "no: no turn yet", "turn": "no: turn here", "direction": "no: other way", "word": "no: other word"}}
+
+
+# ---- 14. V-IRL: a walk -----------------------------------------------------------------------------------------------
+
+# One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In addition
+# LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD where the observation is not right.
+WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
+WALKERS = ("expert", "careless", "inattentive", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
+
+
+class Navigation:
+    """One walk along a route, for one episode. Attributes: route, rule, position (index into route.rail), cls (city and turns:
+    groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position so far),
+    image (a grid of four views, None in text), verdict (the latest Walked), done; look (a Scene, None in text) and tile of the pictures.
+
+    `image` is the picture of the current position. It changes when step moves on, so a rollout that shows every position puts
+    problem.image into the turn that opens with step's feedback whenever the outcome is "right_action"."""
+    asks = "action"
+
+    def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
+        self.route, self.rule, self.attempts, self.style, self.judged_by = route, rule, attempts, style, judged_by
+        self.cls = f"{route.city}: {route.shape()}"
+        self.texts = instructions(route, rule, style)
+        self.position, self.attempt, self.verdict, self.done, self.look, self.tile = 0, 0, None, False, look, tile
+
+    @property
+    def image(self):
+        here = self.route.rail[self.position]
+        if self.look and self.route.folder:
+            return released_grid(self.route.folder, here.place, here.heading, self.look, self.tile)
+        return self.look and draw_grid(self.route.city, self.style, here.place, here.heading, self.look, self.tile)
+
+    @property
+    def prompt(self):
+        """The first user turn: the rule, the instructions and, in text, the first observation."""
+        return (short_walk_prompt if self.style == "short" else full_walk_prompt)(self)
+
+    @property
+    def actions(self):
+        """The kind of right action at each position, "turn", "forward" or "stop", for the scores of section 15."""
+        return tuple(here.action for here in self.route.rail)
+
+    def seen(self):
+        """The observation at the current position in words; with pictures a pointer to the next one."""
+        if self.look is None:
+            return observation(self.route.rail[self.position], self.style)
+        return "next" if self.style == "short" else "Look at the next picture."
+
+    def step(self, response):
+        """Judge the next answer. A right action moves on, and the feedback has the next observation; a wrong one is not executed.
+        Done when stop() is right or the attempts at this position are used up; a RuntimeError after that."""
+        if self.done:
+            raise RuntimeError("This episode is over: make the problem anew.")
+        here = self.route.rail[self.position]
+        self.verdict = judge_walk(response, here, self.judged_by, self.style)
+        outcome, right = self.verdict.outcome, self.verdict.why == "right"
+        self.attempt += 1
+        failed = not right and self.attempt == self.attempts
+        self.done = failed or outcome == "correct"
+        if outcome == "right_action":
+            self.position, self.attempt = self.position + 1, 0
+        misread = self.look is not None and not self.verdict.observed
+        reward = WALK_REWARD[outcome] + (MISREAD if misread else 0) + (LAST_ATTEMPT if failed else 0)
+        return Step(float(reward), self.done, self._feedback(), outcome, float(bool(self.verdict.observed)))
+
+    def _feedback(self):
+        if self.verdict.outcome == "correct":
+            return "the end" if self.style == "short" else "Correct. You have arrived."
+        return WHY[self.style][self.verdict.why].format(fact=self.verdict.fact, seen=self.seen())
+
+    def expert(self):
+        """A right response at the current position, by the rule of the prompt."""
+        return self._response(self.right())
+
+    def at(self, position):
+        """(problem, texts): a fresh copy that stands at a position, and the conversation after the prompt that leads there with
+        right answers by the rule of the prompt: response, feedback, ..., feedback (list of str).
+
+        For scores with a given history: read problem.prompt and the texts, sample one response, and judge it by problem.step."""
+        walker, texts = self._fresh(self.rule), []
+        while walker.position < position:
+            response = walker.expert()
+            texts += [response, walker.step(response).feedback]
+        walker.judged_by = self.judged_by
+        return walker, texts
+
+    def demonstrate(self, kind, rng):
+        """What a demonstrator of the base stage writes on a whole walk: response, feedback, response, ... (list of str).
+
+        "expert": the right action everywhere. "retry": at one position first a wrong action and then, after the verifier's words,
+        the right one. "careless": so at every fourth position or so. "inattentive": on half of the walks every turn is first said
+        in the words of the other rule. ValueError for other kinds."""
+        if kind not in WALKERS:
+            raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(WALKERS)}.")
+        slips = {"expert": [], "retry": [rng.randrange(len(self.route.rail))],
+                 "careless": [i for i in range(len(self.route.rail)) if rng.random() < 0.25],
+                 "inattentive": [i for i, action in enumerate(self.actions) if action == "turn"] * rng.randint(0, 1)}[kind]
+        walker, texts = self._fresh(self.rule), []
+        while not walker.done:
+            slip = walker.position in slips and walker.attempt == 0
+            response = walker._response(walker._slip(kind, rng)) if slip else walker.expert()
+            texts += [response, walker.step(response).feedback]
+        return texts[:-1]
+
+    def _fresh(self, judged_by):
+        """A copy at the start; two attempts at least, since demonstrators err once."""
+        walker = copy.copy(self)
+        walker.position, walker.attempt, walker.verdict, walker.done = 0, 0, None, False
+        walker.judged_by, walker.attempts = judged_by, max(self.attempts, 2)
+        return walker
+
+    def right(self):
+        """The right action at the current position, by the rule of the prompt, as in "turn_direction(left)"."""
+        here = self.route.rail[self.position]
+        return f"turn_direction({right_word(here, self.rule)})" if here.action == "turn" else f"{here.action}()"
+
+    def _slip(self, kind, rng):
+        """A wrong action: the right turn in the words of the other rule, or any other action of this rule."""
+        if kind == "inattentive":
+            words = TURN_WORDS[self.rule.words == "absolute"]
+            return f"turn_direction({right_word(self.route.rail[self.position], TurnRule(words))})"
+        actions = ["forward()", "stop()", f"turn_direction({rng.choice(TURNS[self.rule.words])})"]
+        return rng.choice([action for action in actions if action != self.right()])
+
+    def _response(self, action):
+        here, words = self.route.rail[self.position], WORDING[self.style]
+        doing = words["doing"].format(number=here.instruction + 1, text=self.texts[here.instruction])
+        fields = dict(zip(words["keys"], (observation(here, self.style), doing)), action=action)
+        return json.dumps(fields, separators=(",", ":") if self.style == "short" else None)
+
+
+def short_walk_prompt(problem):
+    """Few tokens, for the tiny model: `facing south, compass. 1 turn east. 2 go to crossing, bank right. ...`."""
+    facing = compass_word(problem.route.rail[0].heading)
+    told = ". ".join(f"{number} {text}" for number, text in enumerate(problem.texts, 1))
+    return f"facing {facing}, {'compass' if problem.rule.words == 'absolute' else 'sides'}. {told}.\n{problem.seen()}"
+
+
+def full_walk_prompt(problem):
+    """Plain words, for an instruct model."""
+    rule = problem.rule.words
+    told = "\n".join(f"{number}. {text}" for number, text in enumerate(problem.texts, 1))
+    turns = "the direction that you then face" if rule == "absolute" else "the side to which you turn"
+    seen = f"You observe: {problem.seen()}" if problem.look is None else (
+        "The picture has four views of where you are: front and right above, back and left below.")
+    return (
+        f"You walk through a city along a route, one action at a time.\n\nInstructions:\n{told}\n\nActions:\nforward() moves one step "
+        f"ahead.\nturn_direction(x) turns, and moves one step into the new street; x is {turns}, one of: {', '.join(TURNS[rule])}.\n"
+        'stop() ends the walk, at the destination.\n\nReply with one JSON object and nothing else, with these keys: "current '
+        'observation", the landmarks here, as in "Hotel X is on your left" (or front, right, back), and "You observe an intersection" '
+        'where there is one, separated by semicolons, or "No landmarks nearby"; "current instruction", the instruction that you are '
+        f'following; "action", your next action as a string.\n\nYou face {compass_word(problem.route.rail[0].heading)}. {seen}')
+
+
+def _navigation(name, rule, visual, split, index, attempts, style, judge, tile, data):
+    look, tile = None, (560 if style == "full" else 32) if tile is None else tile
+    if pictures(name):
+        look = parse_scene(fill_scene(visual or "day", random.Random(f"virl/{split}/{index}/look")))
+        if not 16 <= tile <= 1120:
+            raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
+    if data:
+        found = released_routes(str(data))
+        route = found[index % len(found)]
+    else:
+        route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
+    return Navigation(route, parse_turns(rule), attempts, style, parse_turns(judge or rule), look, tile)
+
+
+# ---- 15. V-IRL: scores -----------------------------------------------------------------------------------------------
+
+KINDS_OF_ACTION = ("turn", "forward", "stop")
+
+
+def walk_scores(actions, outcomes):
+    """Scores of one episode. actions: problem.actions; outcomes: those of its answers in order, up to where it ended.
+
+    "first": the share of the route's positions passed before the first wrong answer, "episode": before the attempts ran out (the
+    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1. "failed_at":
+    the position of the first wrong answer, or None. "by_action": {action: (right at the first answer, positions reached)}."""
+    position, attempt, failed_at, by_action = 0, 0, None, {kind: (0, 0) for kind in KINDS_OF_ACTION}
+    for outcome in outcomes:
+        right = outcome in ("right_action", "correct")
+        if attempt == 0:
+            hits, met = by_action[actions[position]]
+            by_action[actions[position]] = (hits + right, met + 1)
+        if not right and failed_at is None:
+            failed_at = position
+        position, attempt = (position + 1, 0) if right else (position, attempt + 1)
+    passed = position if failed_at is None else failed_at
+    return {"first": passed / len(actions), "episode": position / len(actions), "success_first": int(passed == len(actions)),
+            "success": int(position == len(actions)), "failed_at": failed_at, "by_action": by_action}
+
+
+def forced_scores(actions, right):
+    """Scores with the right history given at every position (see Navigation.at). right: one truth value per position of actions.
+
+    {"all": share of right answers, "turn": ..., "forward": ..., "stop": ...}, None for an action that does not occur."""
+    groups = {"all": list(right)} | {kind: [hit for hit, action in zip(right, actions) if action == kind] for kind in KINDS_OF_ACTION}
+    return {name: sum(map(bool, hits)) / len(hits) if hits else None for name, hits in groups.items()}
+
+
+# ---- 16. V-IRL: views ------------------------------------------------------------------------------------------------
+# Four views of a place, each 90 degrees wide, drawn with pillow from the same city as the text: the sky, the ground, then everything
+# that stands on it, the farthest first. A camera point is (x, z): metres to its right and ahead of it.
+
+EYE, HORIZON, NEAR, FAR = 1.7, 0.6, 0.4, 110  # metres above ground; share of the picture above it; nearest and farthest metres drawn
+
+# sky above and at the horizon, pavement, road, how light the walls are, and the windows
+LIGHTS = {
+    "day": ((96, 156, 222), (214, 232, 244), (190, 186, 178), (104, 106, 112), 1.0, (74, 96, 120)),
+    "dusk": ((62, 52, 110), (246, 166, 110), (128, 116, 120), (72, 68, 80), 0.66, (255, 214, 130)),
+    "night": ((8, 12, 30), (38, 44, 76), (66, 68, 82), (38, 40, 52), 0.36, (255, 226, 150)),
+}
+PALETTES = {  # walls, then the boards of signs and their writing
+    "stone": (((222, 208, 182), (205, 190, 168), (233, 224, 206), (188, 176, 160), (214, 196, 160)), (24, 62, 92), (255, 255, 255)),
+    "brick": (((158, 78, 60), (134, 62, 52), (176, 96, 70), (120, 72, 64), (148, 90, 82)), (250, 240, 214), (88, 24, 20)),
+    "glass": (((122, 150, 170), (92, 122, 146), (150, 172, 184), (108, 132, 140), (134, 160, 178)), (16, 16, 20), (120, 240, 220)),
+    "pastel": (((244, 194, 190), (190, 222, 200), (246, 224, 170), (186, 206, 236), (224, 196, 230)), (255, 255, 255), (140, 30, 90)),
+}
+WEATHERS = {"clear": 0.15, "rain": 0.4, "fog": 0.95, "snow": 0.5}  # and how much of a thing FAR away is lost in the haze
+EMBLEMS = ((214, 40, 40), (30, 90, 220), (20, 150, 60), (240, 170, 0))  # of the short names: four colours of four shapes
+
+
+@dataclass(frozen=True)
+class Scene(Visual):
+    """How a city is drawn, as in "dusk/weather=rain/palette=brick": names in LIGHTS, WEATHERS and PALETTES, and `tiles`: 4 for one view
+    a tile, 1 for all four in one tile."""
+    options = {"light": tuple(LIGHTS), "weather": tuple(WEATHERS), "palette": tuple(PALETTES), "tiles": (4, 1)}
+    light: str = "day"
+    weather: str = "clear"
+    palette: str = "stone"
+    tiles: int = 4
+
+
+parse_scene, fill_scene = Scene.parse, Scene.fill
+
+
+class Wall(NamedTuple):
+    """The front of a building: its left and right ends as seen from the street, its height, and a number that picks its colours."""
+    left: tuple
+    right: tuple
+    height: float
+    pick: int
+
+
+@lru_cache(maxsize=32)
+def walls(name, style):
+    """All fronts of a city, about 11 m wide each."""
+    town, rng, found = city(name, style), random.Random(f"virl/{name}/walls"), []
+    for (a, b), side in product(((a, b) for a in town.arms for b in town.arms[a] if a < b), (1, -1)):
+        start, end = town.front(a, b, side)
+        count = max(round((end - start) / 11), 1)
+        ends = [town.beside(a, b, start + (end - start) * i / count, side * CURB) for i in range(count + 1)][::-side]
+        found += [Wall(left, right, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for left, right in zip(ends, ends[1:])]
+    return found
+
+
+class View:
+    """One view in the making, `size` pixels each way, from a point of a city. Every draw method adds one kind of thing."""
+
+    def __init__(self, point, heading, look, size):
+        self.point, self.size, self.look = point, size, look
+        self.sin, self.cos = math.sin(math.radians(heading)), math.cos(math.radians(heading))
+        self.sky, self.low, self.pave, self.road, self.light, self.pane = LIGHTS[look.light]
+        haze = WEATHERS[look.weather]
+        self.sky = tuple(int(a + (b - a) * haze) for a, b in zip(self.sky, self.low))
+        if look.weather == "snow":
+            self.pave = tuple((value + 480) // 3 for value in self.pave)
+        self.image = Image.new("RGB", (size, size), self.pave)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def ahead(self, point):
+        """A point of the city as a camera point."""
+        x, y = point[0] - self.point[0], point[1] - self.point[1]
+        return x * self.cos - y * self.sin, x * self.sin + y * self.cos
+
+    def pixel(self, spot, height):
+        """Where a camera point at a height above ground is in the picture, from its top left."""
+        scale = self.size / 2 / spot[1]
+        return self.size / 2 + scale * spot[0], self.size * HORIZON - scale * (height - EYE)
+
+    def shade(self, colour, distance, light):
+        """A colour in this light (1: its own) and, at this distance, in this weather's haze."""
+        haze = WEATHERS[self.look.weather] * min(distance / FAR, 1)
+        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in zip(colour, self.low))
+
+    def draw_sky(self):
+        """From its colour above to the one at the horizon."""
+        horizon = int(self.size * HORIZON)
+        for y in range(horizon):
+            self.draw.line((0, y, self.size, y), tuple(int(a + (b - a) * y / horizon) for a, b in zip(self.sky, self.low)))
+
+    def draw_ground(self, points, colour):
+        """A flat shape on the ground, given by its corners in the city; what is behind the camera is cut off."""
+        spots, shown = [self.ahead(point) for point in points], []
+        for (x, z), (u, w) in zip(spots, spots[1:] + spots[:1]):
+            if z >= NEAR:
+                shown.append((x, z))
+            if (z >= NEAR) != (w >= NEAR):
+                shown.append((x + (u - x) * (NEAR - z) / (w - z), NEAR))
+        if shown:  # without haze: overlapping roads should show no seams
+            self.draw.polygon([self.pixel(spot, 0) for spot in shown], colour)
+
+    def draw_wall(self, wall):
+        """A front: its wall, the edge of its roof, its shop and its windows."""
+        left, right = self.ahead(wall.left), self.ahead(wall.right)
+        low, high = _in_sight(left, right)
+        if low >= high:
+            return
+        distance, colour = math.hypot(left[0] + right[0], left[1] + right[1]) / 2, PALETTES[self.look.palette][0][wall.pick % 5]
+
+        def part(first, last, bottom, top, colour, light):
+            """A part of the front between two shares of its width, from the left, and two heights."""
+            first, last = max(first, low), min(last, high)
+            if first < last:
+                ends = [(left[0] + (right[0] - left[0]) * share, left[1] + (right[1] - left[1]) * share) for share in (first, last)]
+                corners = [self.pixel(ends[0], bottom), self.pixel(ends[0], top), self.pixel(ends[1], top), self.pixel(ends[1], bottom)]
+                self.draw.polygon(corners, self.shade(colour, distance, light))
+
+        part(0, 1, 0, wall.height, colour, self.light)
+        part(0, 1, wall.height - 0.5, wall.height, colour, self.light * 0.75)
+        part(0.06, 0.94, 0, 2.6, self.pane, 0.7)
+        part(0, 1, 2.6, 3.2, EMBLEMS[wall.pick % 4], self.light * 0.6)
+        columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(wall.height - 3.5) // 3
+        for column, floor in product(range(columns), range(floors) if distance < min(FAR, self.size / 2) / 2 else ()):
+            lit = self.light == 1 or (wall.pick + floor * 5 + column * 3) % 4 < 2
+            part((column + 0.25) / columns, (column + 0.75) / columns, 4.2 + 3 * floor, 6 + 3 * floor,
+                 self.pane if lit else LIGHTS["day"][5], 1 if lit else self.light)
+
+    def draw_board(self, name, spot, angle):
+        """The sign of a landmark, seen at this bearing by someone in front of it: its picture in perspective."""
+        board = sign(name, self.look.palette)
+        wide, bottom, top = (9, 0.6, 9.6) if board.size[0] == board.size[1] else (8, 2.4, 6.4)
+        across = (math.cos(math.radians(angle)) * wide / 2, -math.sin(math.radians(angle)) * wide / 2)
+        left, right = (self.ahead((spot[0] + s * across[0], spot[1] + s * across[1])) for s in (-1, 1))
+        if _in_sight(left, right) != (0, 1):
+            return
+        corners = [self.pixel(left, top), self.pixel(right, top), self.pixel(right, bottom), self.pixel(left, bottom)]
+        low_x, low_y = (max(int(min(axis)), 0) for axis in zip(*corners))
+        high_x, high_y = (min(int(max(axis)) + 1, self.size) for axis in zip(*corners))
+        if low_x >= high_x or low_y >= high_y:
+            return
+        flat = board.transform((high_x - low_x, high_y - low_y), Image.Transform.PERSPECTIVE,
+                               _perspective([(x - low_x, y - low_y) for x, y in corners], *board.size), Image.Resampling.BILINEAR)
+        haze = Image.new("RGB", flat.size, self.low)
+        share = WEATHERS[self.look.weather] * min(math.hypot(*self.ahead(spot)) / FAR, 1)
+        self.image.paste(Image.blend(flat.convert("RGB"), haze, share), (low_x, low_y), flat.getchannel("A"))
+
+    def draw_weather(self, rng):
+        """Rain or snow in the air."""
+        for _ in range({"rain": 160, "snow": 240}.get(self.look.weather, 0) * self.size // 560):
+            x, y, long = rng.uniform(0, self.size), rng.uniform(0, self.size), rng.uniform(0.01, 0.05) * self.size
+            if self.look.weather == "rain":
+                self.draw.line((x, y, x - long / 4, y + long), self.shade((200, 210, 225), 0, 0.9))
+            else:
+                self.draw.ellipse((x, y, x + long / 4, y + long / 4), (250, 250, 255))
+
+
+def _in_sight(left, right):
+    """(first, last): the part of a line between two camera points, in shares of it, that is ahead of the camera; (0, 0) where none
+    is, where it is outside the view, and where it is seen from behind."""
+    (x, z), (u, w) = left, right
+    if max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0:
+        return 0, 0
+    return 0 if z >= NEAR else (NEAR - z) / (w - z), 1 if w >= NEAR else (NEAR - z) / (w - z)
+
+
+def _perspective(corners, width, height):
+    """The eight numbers with which pillow fills the quadrilateral `corners` (from the top left, clockwise) with a width x height
+    picture: u = (a x + b y + c) / (g x + h y + 1), v = (d x + e y + f) / (g x + h y + 1)."""
+    rows, values = [], []
+    for (x, y), (u, v) in zip(corners, ((0, 0), (width, 0), (width, height), (0, height))):
+        rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
+        values += [u, v]
+    return np.linalg.solve(np.array(rows), np.array(values)).tolist()
+
+
+@lru_cache(maxsize=512)
+def sign(name, palette):
+    """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem for the tiny model."""
+    back, ink = PALETTES[palette][1:]
+    if name in _words()["short"]:
+        return _emblem(_words()["short"].index(name))
+    image = Image.new("RGBA", (320, 160), back)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((4, 4, 315, 155), outline=ink, width=4)
+    lines = name.split()
+    size = min(int(46 * 300 / max(draw.textlength(line, ImageFont.load_default(46)) for line in lines)), 66)
+    for line, middle in zip(lines, (48, 112) if len(lines) == 2 else (80,)):
+        draw.text((160, middle), line, ink, ImageFont.load_default(size), "mm")
+    return image
+
+
+def _emblem(number):
+    """One of sixteen: a disc, a cross, a triangle or a ring in one of four colours, on white."""
+    image = Image.new("RGBA", (64, 64), (255, 255, 255))
+    draw, colour = ImageDraw.Draw(image), EMBLEMS[number % 4]
+    draw.rectangle((0, 0, 63, 63), outline=(20, 20, 20), width=5)
+    if number // 4 == 1:
+        draw.rectangle((24, 9, 39, 54), colour)
+        draw.rectangle((9, 24, 54, 39), colour)
+    elif number // 4 == 2:
+        draw.polygon([(32, 9), (55, 54), (9, 54)], colour)
+    else:
+        draw.ellipse((9, 9, 54, 54), colour if number < 4 else None, colour, 13)
+    return image
+
+
+def draw_view(name, style, place, heading, look, size):
+    """What is seen from a place of a city in one direction: an RGB picture of size x size pixels."""
+    town, fine = city(name, style), size * (2 if size >= 100 else 4)
+    view = View(town.point(place), heading, look, fine)
+    reach = min(FAR, fine / 2)  # a small picture shows less of what is far
+    view.draw_sky()
+    for points, colour in _streets(name, style):
+        if colour is None or math.dist(points[0], view.point) < reach / 2:
+            view.draw_ground(points, colour or view.road)
+
+    def far(*points):
+        return sum(math.dist(point, view.point) for point in points) / len(points)
+    stood = [(far(wall.left, wall.right), view.draw_wall, (wall,)) for wall in walls(name, style)]
+    for at, (label, angle) in town.landmarks.items():
+        spot = town.sign_point(at)
+        stood.append((far(spot) - 2, view.draw_board, (label, spot, angle)))  # before the wall that it hangs on
+    for _, draw, what in sorted((item for item in stood if item[0] < reach), key=lambda item: -item[0]):
+        draw(*what)
+    view.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
+    return view.image.reduce(fine // size)
+
+
+@lru_cache(maxsize=32)
+def _streets(name, style):
+    """What lies on a city's ground, as (corners, colour): roads (None: the colour of the light), then their white lines."""
+    town, roads, lines = city(name, style), [], []
+    for a, b in ((a, b) for a in town.arms for b in town.arms[a]):
+        long = math.dist(town.nodes[a], town.nodes[b])
+
+        def strip(start, end, left, right):
+            return [town.beside(a, b, *corner) for corner in ((start, left), (end, left), (end, right), (start, right))]
+        if a < b:
+            roads.append((strip(-4, long + 4, -5, 5), None))
+            lines += [(strip(at, at + 2, -0.12, 0.12), (236, 232, 220)) for at in range(16, int(long) - 16, 5)]
+        begin = max(town.front(a, b, 1)[0], town.front(a, b, -1)[0], 5)
+        lines += [(strip(begin - 2, begin + 0.6, at, at + 0.7), (236, 232, 220)) for at in (-4.2, -2.8, -1.4, 0, 1.4, 2.8)]
+    return roads + lines
+
+
+@lru_cache(maxsize=64)
+def draw_grid(name, style, place, heading, look, tile):
+    """The four views of a place in one picture: front and right above, back and left below. Each fills a tile of the model, or, for a
+    look with tiles=1, a quarter of the one: the picture has 2 tile or tile pixels each way."""
+    size = tile if look.tiles == 4 else tile // 2
+    image = Image.new("RGB", (2 * size, 2 * size))
+    for i in range(4):
+        image.paste(draw_view(name, style, place, (heading + 90 * i) % 360, look, size), (size * (i % 2), size * (i // 2)))
+    return image
+
+
+def draw_walk(problem, width=340):
+    """A route for people: its map, north up, with numbered positions, the instructions under it, and beside it what each position
+    shows, asks and wants."""
+    rail, columns, side = problem.route.rail, min(len(problem.route.rail), 4), 3 * width
+    small, large = ImageFont.load_default(16), ImageFont.load_default(18)
+    rows, step = -(-len(rail) // columns), width + 58
+    height = max(rows * step + 10, side + 50 + 26 * len(problem.texts))
+    sheet = Image.new("RGB", (side + columns * (width + 10) + 20, height), (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    sheet.paste(_map(problem, side), (10, 10))
+    for i, text in enumerate(problem.texts):
+        draw.text((20, side + 24 + 26 * i), f"{i + 1}.  {text}", (30, 30, 40), large)
+    for i, here in enumerate(rail):
+        x, y = side + 20 + i % columns * (width + 10), 10 + i // columns * step
+        draw.text((x, y), f"{i + 1}. {observation(here, problem.style)}"[: width // 8], (30, 30, 40), small)
+        doing = f"instruction {here.instruction + 1}: {problem.at(i)[0].right()}"
+        draw.text((x, y + 22), doing, (170, 20, 20), small)
+        look = replace(problem.look or Scene(), tiles=1)
+        sheet.paste(draw_grid(problem.route.city, problem.style, here.place, here.heading, look, width), (x, y + 46))
+    return sheet
+
+
+def _map(problem, size):
+    """The part of the city around a route, size x size pixels, north up."""
+    town, rail = city(problem.route.city, problem.style), problem.route.rail
+    points = [town.point(here.place) for here in rail]
+    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
+    scale = size / (max(right - left, high - low) + 70)
+
+    def pixel(point):
+        return size / 2 + (point[0] - (left + right) / 2) * scale, size / 2 - (point[1] - (low + high) / 2) * scale
+    image = Image.new("RGB", (size, size), (222, 214, 200))
+    draw = ImageDraw.Draw(image)
+    for width, colour in ((2 * CURB, (190, 186, 178)), (10, (250, 250, 250))):
+        for a, b in town.turns:
+            draw.line((pixel(town.nodes[a]), pixel(town.nodes[b])), colour, int(width * scale))
+            radius = width * scale / 2
+            draw.ellipse([n + sign * radius for sign in (-1, 1) for n in pixel(town.nodes[a])], colour)
+    draw.line([pixel(point) for point in points], (214, 40, 40), 5)
+    for place, (name, angle) in town.landmarks.items():
+        x, y = pixel(town.sign_point(place))
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), (24, 62, 92))
+        off_x, off_y = 10 * math.sin(math.radians(angle)), -10 * math.cos(math.radians(angle))  # the name stands away from the street
+        anchor = ("r" if off_x < -5 else "l" if off_x > 5 else "m") + ("m" if abs(off_x) > 5 else "b" if off_y < 0 else "t")
+        draw.text((x + off_x, y + off_y), name, (24, 62, 92), ImageFont.load_default(15), anchor)
+    for i, point in enumerate(points):
+        x, y = pixel(point)
+        draw.ellipse((x - 13, y - 13, x + 13, y + 13), (255, 255, 255), (214, 40, 40), 3)
+        draw.text((x, y), str(i + 1), (30, 30, 40), ImageFont.load_default(15), "mm")
+    draw.text((size - 30, 30), "N", (30, 30, 40), ImageFont.load_default(28), "mm")
+    draw.polygon([(size - 30, 44), (size - 38, 64), (size - 22, 64)], (30, 30, 40))
+    return image
+
+
+# ---- 17. V-IRL: released data ----------------------------------------------------------------------------------------
+# The paper's routes (dataset tianzhechu/SFTvsRL_Data), from a folder with route_infos.json, gps_pano_mapping.pkl and street_views/.
+# All of it is material from elsewhere: it is bounded, read field by field, and never executed.
+
+MAX_DATA = 1 << 28  # bytes of a file
+PUSHES = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
+TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read_plain_pickle(data):
+    """Read a pickle (bytes, protocols 2 to 5) of dict, tuple, str, int and float. Nothing is imported or called: any other
+    opcode, such as those that name a class or a function, is a ValueError with its name, and so is a broken stream."""
+    stack, memo, marks = [], {}, []
+    try:
+        for opcode, arg, _ in pickletools.genops(data):
+            name = opcode.name
+            if name in PUSHES:
+                stack.append(arg)
+            elif name in TUPLES:
+                parts = [stack.pop() for _ in range(TUPLES[name])]
+                stack.append(tuple(parts[::-1]))
+            elif name == "MARK":
+                marks.append(len(stack))
+            elif name == "TUPLE":
+                start = marks.pop()
+                stack[start:] = [tuple(stack[start:])]
+            elif name == "EMPTY_DICT":
+                stack.append({})
+            elif name in ("SETITEM", "SETITEMS"):
+                start = len(stack) - 2 if name == "SETITEM" else marks.pop()
+                _set_items(stack[start - 1], stack[start:])
+                del stack[start:]
+            elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+                memo[len(memo) if arg is None else arg] = stack[-1]
+            elif name in ("BINGET", "LONG_BINGET"):
+                stack.append(memo[arg])
+            elif name not in ("PROTO", "FRAME", "STOP"):
+                raise ValueError(f"it has the opcode {name}; only dict, tuple, str, int and float are read")
+        return stack.pop()
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"This pickle is not plain data: {clean(str(error), 120)}.") from None
+
+
+def _set_items(target, items):
+    if len(items) % 2:
+        raise ValueError("a key has no value")
+    for key, value in zip(items[::2], items[1::2]):
+        flat = key if isinstance(key, tuple) else (key,)
+        if not isinstance(target, dict) or len(flat) > 2 or not all(isinstance(part, (str, int, float)) for part in flat):
+            raise ValueError("a key is not a str, a number or a pair of them")  # nested pairs could take for ever to hash
+        target[key] = value
+
+
+def metres(a, b):
+    """The distance of two points (latitude, longitude) in degrees, by the haversine formula."""
+    lat_a, lng_a, lat_b, lng_b = map(math.radians, (*a, *b))
+    h = math.sin((lat_b - lat_a) / 2) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin((lng_b - lng_a) / 2) ** 2
+    return 2 * 6_371_000 * math.asin(math.sqrt(min(h, 1)))
+
+
+def _read_bytes(path):
+    if not path.is_file() or path.stat().st_size > MAX_DATA:
+        raise ValueError(f"{path} is missing or larger than {MAX_DATA >> 20} MB: give the unpacked folder of released routes.")
+    return path.read_bytes()
+
+
+@lru_cache(maxsize=4)
+def released_routes(folder):
+    """All Routes of a folder, in their order; each place is the name of a panorama. ValueError where a file is not as described."""
+    folder = Path(folder)
+    panoramas = read_plain_pickle(_read_bytes(folder / "gps_pano_mapping.pkl"))
+    try:
+        infos = json.loads(_read_bytes(folder / "route_infos.json"))[0]
+        known = [(tuple(map(float, point)), str(name)) for point, name in panoramas.items()]
+        found = tuple(Route(folder.name, _released_rail(info, i, known), str(folder)) for i, info in enumerate(infos))
+        if not found:
+            raise ValueError("the list of routes is empty")
+        return found
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{folder} does not hold routes as released: {type(error).__name__} {clean(str(error))}.") from None
+
+
+def _released_rail(info, number, known):
+    """start -> points on the way, kept by chance -> turning point -> ... -> destination, as Positions."""
+    rng = random.Random(f"virl/released/{number}")
+    points = [tuple(map(float, point)) for point in (info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"])]
+    blocks = [read_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
+    if len(blocks) != len(points) - 1 or not blocks:
+        raise ValueError(f"Route {number} has {len(points) - 1} points but {len(blocks)} milestones.")
+    headings = [float(re.match(r"\d+(\.\d+)?", block["to_next_intersection_heading"].strip())[0]) for block in blocks]
+    facing = round(float(info["init_heading"])) % 360 or _facing(rng, headings[0])
+    rail = [Position(_nearest(points[0], known), facing, (), False, "turn", headings[0], 0)]
+    for i, block in enumerate(blocks):
+        start, end, last = points[i], points[i + 1], i == len(blocks) - 1
+        for share in (k / 6 for k in range(1, 6)) if metres(start, end) > 5 else ():
+            kept, point = rng.random() < 0.5, tuple(a + (b - a) * share for a, b in zip(start, end))
+            if kept and min(metres(point, start), metres(point, end)) > 8 and (name := _nearest(point, known)):
+                rail.append(Position(name, headings[i], (), False, "forward", None, 2 * i + 1))
+        told = re.findall(r"(?:The destination )?([^;]+?) is on your ([a-z ]+)", block["landmarks"])
+        landmarks = tuple((clean(name.strip()), side) for name, side in told)
+        rail.append(Position(_nearest(end, known), headings[i], landmarks, not last, "stop" if last else "turn",
+                             None if last else headings[i + 1], 2 * i + (1 if last else 2)))
+    return tuple(rail)
+
+
+def _nearest(point, known):
+    """The name of the panorama nearest to a point, None where there is none within 20 m."""
+    near = [(metres(point, at), name) for at, name in known if abs(at[0] - point[0]) < 3e-4]
+    distance, name = min(near, default=(math.inf, None))
+    return name if distance <= 20 else None
+
+
+@lru_cache(maxsize=16)
+def released_grid(folder, name, heading, look, tile):
+    """As draw_grid, from the panorama `name` of the folder. ValueError where it is missing, too large or wrongly named."""
+    if not re.fullmatch(r"[\w-]{1,64}", name or "", re.ASCII):
+        raise ValueError(f"{_quoted(name)} is no name of a panorama." if name else "There is no panorama within 20 m: walk in text.")
+    folder, size = Path(folder) / "street_views", tile if look.tiles == 4 else tile // 2
+    metadata = json.loads(_read_bytes(folder / f"{name}.metadata.json"))
+    rotation = metadata.get("rotation") if isinstance(metadata, dict) else None
+    if not isinstance(rotation, (int, float)) or not math.isfinite(rotation):
+        raise ValueError(f"The metadata of the panorama {name} has no rotation in degrees.")
+    with Image.open(io.BytesIO(_read_bytes(folder / f"{name}.jpg")), formats=("JPEG",)) as image:
+        if image.size[0] * image.size[1] > 1 << 27:
+            raise ValueError(f"The panorama {name} has more than {1 << 27} pixels.")
+        panorama = np.asarray(image.convert("RGB"))
+    sheet = Image.new("RGB", (2 * size, 2 * size))
+    for i in range(4):
+        view = perspective(panorama, (heading + 90 * i - 180) % 360 + rotation, 640)
+        sheet.paste(Image.fromarray(view).resize((size, size), Image.Resampling.BILINEAR), (size * (i % 2), size * (i // 2)))
+    return sheet
+
+
+def perspective(panorama, yaw, size):
+    """A flat view of size x size, 90 degrees wide, pitch 0, from an equirectangular panorama (H, W, 3) uint8; yaw in degrees to the
+    right of its middle."""
+    high, wide = panorama.shape[:2]
+    across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # the plane one unit ahead, from -1 to 1
+    x, y = np.meshgrid(across, across)
+    u = ((np.arctan(x) / (2 * np.pi) + yaw / 360 + 0.5) % 1 * wide - 0.5).astype(np.float32)
+    v = (0.5 + np.arctan2(y, np.hypot(x, 1)) / np.pi) * high - 0.5
+    left, top = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
+    share_u, share_v = (u - left)[..., None], (v - top)[..., None]
+    left, right, low = left % wide, (left + 1) % wide, np.minimum(top + 1, high - 1)
+    upper = panorama[top, left] * (1 - share_u) + panorama[top, right] * share_u
+    lower = panorama[low, left] * (1 - share_u) + panorama[low, right] * share_u
+    return (upper * (1 - share_v) + lower * share_v + 0.5).astype(np.uint8)
+
+
+# ---- 18. Problems and suites -----------------------------------------------------------------------------------------
+
+TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
+
+
+def pictures(name):
+    """Whether a task or suite shows pictures."""
+    return name.removesuffix("-probes").endswith("-vl")
+
+
+def walks(name):
+    """Whether a task or suite is V-IRL's."""
+    return name.startswith("virl")
+
+
+def trained_rule(name):
+    """The rule that a task is trained with."""
+    return "absolute" if walks(name) else ID_RULE
+
+
+def kinds(name):
+    """The demonstrators of a task."""
+    return WALKERS if walks(name) else KINDS
+
+
+def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None, data=None):
+    """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
+
+    rule: for GeneralPoints a text for fill_rule and parse_rule (None: ID_RULE), wildcards drawn anew for every index; for V-IRL one
+    for parse_turns (None: absolute). visual, for tasks in pictures: a text for fill_look and parse_look (None: "black"), or for
+    fill_scene and parse_scene (None: "day"), drawn likewise. judge: the face values, or the rule for turns, that answers are judged
+    by where they are not the prompt's (the "fake rule" control); target and cards are always the prompt's, and the expert follows
+    the prompt. index counts from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL
+    per position. style: in V-IRL the "short" routes are other, shorter ones. tile: the size of the model's image tiles in pixels,
+    for pictures (None: 32, and for street views in full style 560). data, for V-IRL: a folder of released routes to take instead,
+    over and over; its routes are all of one split. ValueError, in one sentence, for anything unknown or out of range."""
+    if name not in TASKS:
+        raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
+    for value, known in ((split, SPLITS), (style, STYLES)):
+        if value not in known:
+            raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
+    if index < 0 or seed < 0 or attempts < 1:
+        raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
+    if visual is not None and not pictures(name):
+        raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
+    index += seed * 10**9 if split in ("base", "train") else 0
+    rule = trained_rule(name) if rule is None else rule
+    if walks(name):
+        return _navigation(name, rule, visual, split, index, attempts, style, judge, tile, data)
+    if data:
+        raise ValueError("There is no released data for GeneralPoints: its hands are dealt. Only V-IRL takes a folder of routes.")
+    return _general_points(name, rule, visual, split, index, attempts, style, judge, 32 if tile is None else tile)
+
+
+class Row(NamedTuple):
+    """One test of a suite: its name, the rule of the prompt, the rule of the judge where it is another, the look of the pictures."""
+    name: str
+    rule: str
+    judge: str | None = None
+    visual: str | None = None
+
+    def legible(self, tile):
+        """Whether its pictures, if it has any, can be read at tiles of so many pixels."""
+        if not self.visual or self.rule.startswith(TURN_WORDS):  # street views can be read at every tile that make takes
+            return True
+        look = parse_look(fill_look(self.visual, random.Random(0)))
+        return look == Look("text") or legible_from(look, parse_rule(self.rule).cards) <= tile
+
+
+# The gap between the rows is the study's result.
+PROBES = [                                    # further away, one change from the trained rule each
+    Row("faces-5", "5"),                      # faces as numbers that other cards have too
+    Row("faces-7", "7"),
+    Row("faces-12", "12"),                    # faces as one number that no card of the trained rule has
+    Row("five-cards", "10/cards=5"),
+    Row("target-36", "10/target=36"),
+]
+SUITES = {
+    "gp-l": [
+        Row("id", ID_RULE),                   # the rule that was trained
+        Row("rule", OOD_RULE),                # the same hands under the rule that was not
+        Row("fake", OOD_RULE, ID_RULE),       # told the new rule, judged by the old: high where the old rule was memorized,
+    ],                                        # low where arithmetic was lost
+    "gp-l-probes": PROBES,
+    "gp-vl": [
+        Row("id", ID_RULE, visual="black"),   # the rule and the look that were trained
+        Row("rule", OOD_RULE, visual="black"),
+        Row("fake", OOD_RULE, ID_RULE, "black"),
+        Row("red", ID_RULE, visual="red"),    # the paper's change of look: only ink and suits
+        *(Row(name, ID_RULE, visual="black/" + look) for name, look in (
+            ("grid", "layout=grid"), ("scattered", "layout=scattered"), ("serif", "glyphs=serif"), ("dark", "style=dark"),
+            ("dim", "light=50/noise=15"), ("numbers", "scheme=numbers"), ("words", "scheme=words"), ("pips", "scheme=pips"))),
+        Row("shuffled", ID_RULE, visual="black"),  # the control: every hand beside the picture of another one
+        Row("text", ID_RULE, visual="text"),  # the same hands in words: the difference to "id" is the cost of seeing
+    ],
+    "gp-vl-probes": [
+        *(row._replace(visual="black") for row in PROBES),
+        Row("mixed", ID_RULE, visual="*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15"),
+        Row("rule-red", OOD_RULE, visual="red"),
+    ],
+    "virl-l": [
+        Row("id", "absolute"),
+        Row("rule", "relative"),
+        Row("fake", "relative", "absolute"),
+    ],
+    "virl-l-probes": [                 # the instructions have the words of both rules: only the stated actions tell which to take
+        Row("both-id", "absolute/told=both"),
+        Row("both-rule", "relative/told=both"),
+        Row("both-fake", "relative/told=both", "absolute"),
+    ],
+    "virl-vl": [
+        Row("id", "absolute"),
+        Row("rule", "relative"),
+        Row("fake", "relative", "absolute"),
+        Row("visual", "absolute", visual="dusk/weather=rain/palette=brick"),
+    ],
+}
+
+
+# ---- 19. Command line ------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """Command line that shows problems."""
     parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
     which = parser.add_argument_group("which problems")
     which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
-    which.add_argument("--rule", default=ID_RULE, help="what J, Q, K count as: 10 or 11,12,13, * or ? for any of 1..13 or "
-                       f"10..13; then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards). Not "
-                       "named: 24 and 4 cards (default 10)")
+    which.add_argument("--rule", help="GeneralPoints: what J, Q, K count as: 10 or 11,12,13, * or ? for any of 1..13 or 10..13; "
+                       f"then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards). Not "
+                       "named: 24 and 4 cards (default 10). V-IRL: absolute or relative, perhaps /told=both (default absolute)")
     which.add_argument("--split", default="test", help=f"{', '.join(SPLITS[:-1])} or test (default test)")
     which.add_argument("--index", type=int, default=0, help="the first problem's index (default 0)")
     which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")
     which.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")
     which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
+    which.add_argument("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--visual", metavar="LOOK", help="what the cards look like, such as red/layout=grid/light=60, * for "
-                          "any value, a|b for one of some (default black): "
-                          + "; ".join(f"{name} {_any_of(name)}" for name in OPTIONS))
+    pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any value, "
+                          "a|b for one of some. Cards (default black): " + _all_of(OPTIONS)
+                          + ". Streets (default day): " + _all_of(Scene.options))
     pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
-    pictures.add_argument("--show", metavar="FILE", help="draw the problems on one sheet, without --visual in many looks")
+    pictures.add_argument("--show", metavar="FILE", help="gp-vl: draw the problems on one sheet, without --visual in many looks; V-IRL: "
+                          "draw the first walk, its map and its views")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
     answers.add_argument("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
     answers.add_argument("--attempts", type=int, default=1, help="answers per problem (default 1)")
     return parser.parse_args(argv)
+
+
+def _all_of(options):
+    return "; ".join(f"{name} {_any_of(known)}" for name, known in options.items())
 
 
 def main(args):
@@ -1154,7 +2319,7 @@ def main(args):
         raise ValueError("The number of problems must be 1 or more.")
     if args.show:
         try:
-            contact_sheet(args).save(args.show)
+            (walk_sheet if walks(args.task) else contact_sheet)(args).save(args.show)
         except OSError as error:
             raise ValueError(f"--show {clean(args.show)} could not be written ({error.strerror}): name a PNG file in a directory "
                              "that is there.") from None
@@ -1168,15 +2333,16 @@ def main(args):
             steps += [_judged(problem, args.answer)] if index == args.index else []
         elif args.ask or sys.stdin.isatty():
             steps += _asked(problem)
-        _say(f"Expert: {problem.expert()}")
-        if len(problem.hand) <= 4:
+        _say("Expert: " + "\n        ".join(problem.demonstrate("expert", random.Random(0))))
+        if not walks(args.task) and len(problem.hand) <= 4:
             _say(f"Distinct solutions: {len(solutions(problem.numbers, problem.rule.target))}")
         _say("")
     return steps
 
 
 def _problem(args, index, visual):
-    return make(args.task, args.rule, visual, args.split, index, args.attempts, args.style, seed=args.seed, tile=args.tile)
+    return make(args.task, args.rule, visual, args.split, index, args.attempts, args.style, seed=args.seed, tile=args.tile,
+                data=args.data)
 
 
 MIXED = ("both/layout=shuffled/scheme=numbers/style=framed/table=wood", "both/layout=scattered/style=dark/glyphs=mono/table=grey",
@@ -1186,8 +2352,8 @@ MIXED = ("both/layout=shuffled/scheme=numbers/style=framed/table=wood", "both/la
 def contact_sheet(args):
     """Problems in --visual, or in each look of the suite and of MIXED: a row for each, twice as long for square pictures."""
     if args.task != "gp-vl" or args.visual == "text":
-        raise ValueError("--show draws pictures: choose --task gp-vl, and a look that is not text.")
-    cards = parse_rule(fill_rule(args.rule, random.Random(0))).cards
+        raise ValueError("--show draws pictures: choose --task gp-vl and a look that is not text, or a walk with --task virl-vl.")
+    cards = parse_rule(fill_rule(args.rule or ID_RULE, random.Random(0))).cards
     known = dict.fromkeys([*(row.visual for row in SUITES["gp-vl"] if row.visual != "text"), *MIXED])
     legible = [look for look in known if legible_from(parse_look(look), cards) <= args.tile]
     looks = [args.visual] if args.visual else legible or ["black"]  # where none is, make says how large a tile must be
@@ -1215,14 +2381,21 @@ def _sheet_row(look, problems):
     return row
 
 
+def walk_sheet(args):
+    """The first walk in --visual."""
+    if args.data:
+        raise ValueError("--show draws walks through generated cities only: leave out --data.")
+    return draw_walk(_problem(args, args.index, args.visual))
+
+
 def _asked(problem):
     steps = []
     while not problem.done:
         try:
-            line = input("Your formula, or a whole response: ")
+            line = input(f"Your {problem.asks}, or a whole response: ")
         except EOFError:
             break
-        steps.append(_judged(problem, line if "{" in line else json.dumps({"formula": line})))
+        steps.append(_judged(problem, line if "{" in line else json.dumps({problem.asks: line})))
     return steps
 
 

@@ -23,14 +23,15 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 import tasks
-from evaluate import (ROWS, Episode, Parser, answer_length, check_limits, clean, device_and_dtype, evaluate, find_model, micro_batches, run_main,
-                      seen_by, shown_to, summary, to_batch)
+from evaluate import (ROWS, Episode, Parser, answer_length, check_limits, check_still, clean, device_and_dtype, evaluate, find_model,
+                      micro_batches, run_main, seen_by, shown_to, summary, to_batch)
 from model import (PARTS, SIZES, LlamaVision, add_lora, count_parameters, image_flops, init_weights, load_model, merge_lora, read_json,
                    save_adapter, save_model, text_flops, train_tokenizer, training_flops, write_atomically, write_json)
 
@@ -571,15 +572,15 @@ def parse_weights(items, flag, check):
     return names, weights
 
 
-def check_rule(text):
+def check_rule(text, task="gp-l"):
     """ValueError for a rule text that cannot be read."""
-    tasks.parse_rule(tasks.fill_rule(text, random.Random(0)))
+    tasks.parse_turns(text) if tasks.walks(task) else tasks.parse_rule(tasks.fill_rule(text, random.Random(0)))
 
 
-def check_kind(name):
+def check_kind(name, task="gp-l"):
     """ValueError for an unknown demonstrator."""
-    if name not in tasks.KINDS:
-        raise ValueError(f"--demonstrators {clean(name)}: choose from {', '.join(tasks.KINDS)}.")
+    if name not in tasks.kinds(task):
+        raise ValueError(f"--demonstrators {clean(name)}: choose from {', '.join(tasks.kinds(task))}.")
 
 
 def check_look(text):
@@ -589,7 +590,8 @@ def check_look(text):
 
 def draw(args, rng):
     """A rule, a demonstrator and a look (None for a task in text) of the mixture."""
-    parts = [(args.rules, "rules", check_rule), (args.demonstrators, "demonstrators", check_kind)]
+    parts = [(args.rules, "rules", partial(check_rule, task=args.task)),
+             (args.demonstrators, "demonstrators", partial(check_kind, task=args.task))]
     if args.visuals:
         parts.append((args.visuals, "visuals", check_look))
     return [*(rng.choices(*parse_weights(*part))[0] for part in parts), None][:3]
@@ -697,8 +699,9 @@ def main(argv=None):
 def shared_arguments(parser, **defaults):
     """The flags that both trainers have; `defaults` holds those that differ."""
     g = parser.add_argument_group("task and model")
-    g.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}: GeneralPoints in text, in pictures")
-    g.add_argument("--rule", default=tasks.ID_RULE, help="rule that is trained: values of J,Q,K [/target=N][/cards=N]")
+    g.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}: GeneralPoints or V-IRL, in text or in pictures")
+    g.add_argument("--rule", help="rule that is trained: values of J,Q,K [/target=N][/cards=N] (default: 10), for V-IRL absolute or "
+                   "relative (default: absolute)")
     g.add_argument("--visual", help="look that is trained, for tasks in pictures (default: the task's)")
     g.add_argument("--train", nargs="+", choices=list(PARTS), help="parts that are trained (default: the decoder; without LoRA and "
                    "with pictures all)")
@@ -752,6 +755,9 @@ def finish_arguments(parser, argv):
             raise ValueError(f"--resume takes the arguments of the run it continues: leave out --{min(wrong).replace('_', '-')}.")
         vars(args).update(stored | given, out=args.resume)
     check_limits(args)
+    args.rule = tasks.trained_rule(args.task) if args.rule is None else args.rule
+    for name in (args.task, args.eval_suite or args.task):
+        check_still(name)
     tasks.make(args.task, args.rule, args.visual, split="train", index=0, tile=4096)  # nothing is drawn
     if args.train and not tasks.pictures(args.task) and args.train != ["decoder"]:
         raise ValueError(f"--train: {args.task} shows no pictures, so only the decoder can be trained.")
@@ -797,7 +803,7 @@ def parse_args(argv=None):
     g.add_argument("--rules", nargs="+", metavar="RULE:WEIGHT", default=None, help="mixture of rules; default: --rule")
     g.add_argument("--visuals", nargs="+", metavar="LOOK:WEIGHT", default=None, help="mixture of looks; default: --visual")
     g.add_argument("--demonstrators", nargs="+", metavar="KIND:WEIGHT", default=["expert"],
-                   help=f"mixture of demonstrators: {', '.join(tasks.KINDS)}")
+                   help=f"mixture of demonstrators: {', '.join(tasks.KINDS)}; V-IRL: {', '.join(tasks.WALKERS)}")
     g.add_argument("--split", choices=("train", "base"), default="train", help="base: as train, but with rules under which "
                    "face cards give a hand the numbers of a held-out one; it stands in for pretraining")
     g.add_argument("--fresh", action="store_true", help="random weights and a new tokenizer for --model tiny or small")

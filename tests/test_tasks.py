@@ -490,8 +490,8 @@ def test_held_out_hands_and_targets_are_the_same_under_both_rules(split, options
 
 
 def test_suites_can_be_dealt_and_solved():
-    for suite, rows in tasks.SUITES.items():
-        for row in rows:
+    for suite in (name for name in tasks.SUITES if name.startswith("gp")):
+        for row in tasks.SUITES[suite]:
             for split, style in (("val", "full"), ("test", "full"), ("test", "short")):
                 for index in range(5):
                     problem = make(suite.removesuffix("-probes"), row.rule, row.visual, split, index, style=style, judge=row.judge, tile=112)

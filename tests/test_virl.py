@@ -1,0 +1,617 @@
+"""Tests of V-IRL in tasks.py: cities and routes against their coordinates, rules, the verifier, demonstrators, scores."""
+import json
+import math
+import pickle
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import tasks  # noqa: E402
+from tasks import COMPASS, Position, Route, TurnRule, city, forced_scores, make, parse_turns, routes, turn_word, walk_scores  # noqa: E402
+
+RULES = ("absolute", "relative")
+STYLES = ("full", "short")
+
+
+def walks(style, count=200, rule="absolute", split="train", **more):
+    return [make("virl-l", rule, split=split, index=i, style=style, **more) for i in range(count)]
+
+
+def by_hand(rule, attempts=1, judge=None, style="short"):
+    """Facing south-east, right into the street to the west, one step, at the intersection to the south-east, and the pub there on the right."""
+    rail = (Position((1, 2, 1), 135, (), False, "turn", 270, 0), Position((1, 2, 2), 270, (), False, "forward", None, 1),
+            Position(2, 270, (), True, "turn", 139, 2), Position((2, 3, 1), 139, (("pub", "right"),), False, "stop", None, 3))
+    return tasks.Navigation(Route("test-0", rail), parse_turns(rule), attempts, style, parse_turns(judge or rule))
+
+
+def say(action, obs="none", style="short"):
+    return json.dumps(dict(zip(tasks.WORDING[style]["keys"], (obs, "?")), action=action))
+
+
+# ---- Cities and routes -----------------------------------------------------------------------------------------------
+
+def test_wrapped_angles():
+    assert [tasks.wrap(angle) for angle in (0, 180, -180, 190, -190, 359, 720, 540)] == [0, 180, 180, -170, 170, -1, 0, 180]
+    assert [round(tasks.bearing((0, 0), point)) for point in ((0, 1), (1, 1), (1, 0), (0, -1), (-1, 0))] == [0, 45, 90, 180, 270]
+    assert turn_word("relative", 350, 80) == "right" and turn_word("relative", 10, 330) == "slightly left"  # across north
+
+
+@pytest.mark.parametrize("heading, towards, relative, absolute", [
+    (0, 90, "right", "east"), (0, 270, "left", "west"), (0, 45, "slightly right", "northeast"), (300, 300 - 60, "slightly left", "southwest"),
+    (300, 300 - 61, "left", "southwest"), (180, 337, "right", "north"), (180, 338, "right", "north"), (0, 337, "slightly left", "northwest")])
+def test_words_of_turns(heading, towards, relative, absolute):
+    assert turn_word("relative", heading, towards) == relative
+    assert turn_word("absolute", heading, towards) == absolute or abs(towards - 337.5) < 1
+
+
+def degrees(a, b):
+    """Clockwise from north, by another way than tasks.bearing."""
+    return (90 - math.degrees(math.atan2(b[1] - a[1], b[0] - a[0]))) % 360
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_words_and_sides_match_the_coordinates(style):
+    """Every turn and landmark of 200 routes, worked out anew from points: the cross product says left or right."""
+    seen = Counter()
+    for walk in walks(style):
+        town = city(walk.route.city, style)
+        points = [town.point(here.place) for here in walk.route.rail]
+        for here, point, after in zip(walk.route.rail, points, points[1:] + [None]):
+            ahead = (math.sin(math.radians(here.heading)), math.cos(math.radians(here.heading)))
+            if after is not None:
+                step = (after[0] - point[0], after[1] - point[1])
+                assert 9 < math.hypot(*step) < 21
+                dot, cross = (ahead[0] * step[0] + ahead[1] * step[1]) / math.hypot(*step), ahead[0] * step[1] - ahead[1] * step[0]
+                if here.action == "forward":
+                    assert dot > 0.9999
+                else:
+                    angle = math.degrees(math.acos(dot))
+                    assert angle < 53 or 67 < angle < 151
+                    word = ("slightly " if angle < 60 else "") + ("left" if cross > 0 else "right")
+                    assert turn_word("relative", here.heading, here.towards) == word
+                    compass = COMPASS[min(range(8), key=lambda i: abs((degrees(point, after) - 45 * i + 180) % 360 - 180))]
+                    assert turn_word("absolute", here.heading, here.towards) == compass
+                    seen.update((word, compass))
+            for name, side in here.landmarks:
+                assert town.landmarks[here.place][0] == name
+                angle = math.radians(town.landmarks[here.place][1])
+                dot, cross = ahead[0] * math.sin(angle) + ahead[1] * math.cos(angle), ahead[0] * math.cos(angle) - ahead[1] * math.sin(angle)
+                assert {"front": dot, "left": cross, "right": -cross}[side] > 0.85
+            assert here.crossing == isinstance(here.place, int)
+        assert [here.action for here in walk.route.rail][::len(points) - 1] == ["turn", "stop"]
+        assert all(here.crossing == (here.action == "turn") for here in walk.route.rail[1:])
+    assert min(seen[word] for word in COMPASS) > 20 and min(seen[word] for word in tasks.TURNS["relative"]) > 40
+
+
+def test_the_word_fits_only_one_street_of_an_intersection():
+    for walk in walks("full"):
+        town = city(walk.route.city, "full")
+        for here in walk.route.rail:
+            arms = [town.heading(here.place, b) for b in town.arms[here.place]] if here.crossing else []
+            arms = [arm for arm in arms if abs(tasks.wrap(arm - here.heading - 180)) > 1e-6]
+            for words in RULES if here.crossing else ():
+                said = [turn_word(words, here.heading, arm) for arm in arms]
+                assert said.count(turn_word(words, here.heading, here.towards)) == 1
+
+
+def test_fronts_close_every_block():
+    """Where two neighbouring streets' fronts end, they meet."""
+    town, met = city("train-3", "full"), 0
+    def end(a, b, side):
+        along, across, angle = town.front(a, b, side)[0], tasks.CURB * side, math.radians(town.heading(a, b))
+        x, y = town.nodes[a]
+        return x + along * math.sin(angle) + across * math.cos(angle), y + along * math.cos(angle) - across * math.sin(angle)
+    for a, arms in town.arms.items():
+        for b, after in zip(arms, arms[1:] + arms[:1]):
+            gap = (town.heading(a, after) - town.heading(a, b)) % 360
+            if 40 < gap < 265:
+                met += 1
+                assert math.dist(end(a, b, 1), end(a, after, -1)) < 1e-6
+    assert met > 60
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_routes_are_distinct_and_splits_share_none(style):
+    keys = {}
+    for split in ("train", "val", "test"):
+        made = walks(style, 100 if split == "val" else 200, split=split)
+        keys[split] = {walk.route.key() for walk in made}
+        assert {walk.route.city.split("-")[0] for walk in made} == {split}
+        by_city = Counter(walk.route.city for walk in made)
+        assert set(by_city.values()) == {20}
+        assert len(keys[split]) > len(made) * (0.99 if style == "full" else 0.9)
+        assert all(len({route.key() for route in routes(name, style)}) == 20 for name in by_city)
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["val"] and not keys["val"] & keys["test"]
+    lengths = Counter(len(walk.route.rail) for walk in made)
+    legs = Counter(walk.actions.count("turn") for walk in made)
+    assert (max(lengths) <= 6 and min(lengths) == 3 and set(legs) == {1, 2}) if style == "short" else (set(legs) == {2, 3, 4, 5, 6} and max(lengths) <= 40)
+
+
+def test_base_shares_problems_with_train_only():
+    base = {walk.route.key() for walk in walks("short", split="base")}
+    assert not base & {walk.route.key() for walk in walks("short", split="test")}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_streams_are_pure(style):
+    first = [walk.route for walk in walks(style, 30, "relative", "test")]
+    random.seed(0)
+    routes.cache_clear(), city.cache_clear()
+    assert first == [make("virl-l", "absolute", None, "test", i, 7, style, "relative", seed=3).route for i in reversed(range(30))][::-1]
+    code = f"import tasks; print(hash(0), [tasks.make('virl-l', None, None, 'test', i, style={style!r}).prompt for i in range(30)])"
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"PYTHONHASHSEED": "99"})
+    assert other.stdout.strip() == f"0 {[walk.prompt for walk in walks(style, 30, split='test')]}"
+    assert make("virl-l", seed=1, index=3).route.city == "train-50000000" and make("virl-l", split="test", seed=1).route.city == "test-0"
+
+
+def test_the_stream_does_not_change():
+    """Literal problems: results are compared across machines and versions."""
+    assert [make("virl-l", rule, split="test", index=i, style="short").prompt for i, rule in enumerate(RULES)] == [
+        "facing west, compass. 1 turn southwest. 2 go to crossing, club front. 3 turn north. 4 go to end, lab left.\nnone",
+        "facing east, sides. 1 turn slightly right. 2 go to end, cafe left.\nnone"]
+    assert make("virl-l", split="test").texts[-2:] == [
+        "Turn to face southeast.", "Move forward until you reach the destination where Cedar Pizza is on your left."]
+
+
+def test_cli_shows_a_walk_and_judges_an_action():
+    def cli(*args):
+        return subprocess.run([sys.executable, "tasks.py", "--task", "virl-l", *args], cwd=ROOT, capture_output=True, text=True, input="stop()\n")
+    walk = make("virl-l", "relative", split="test", index=2)
+    shown = cli("--rule", "relative", "--index", "2", "--n", "1", "--attempts", "3", "--ask").stdout
+    assert walk.prompt in shown and "Verdict: wrong_action, reward -1. Wrong: this is not the destination." in shown
+    assert all(text in shown for text in walk.demonstrate("expert", random))
+    refused = cli("--rule", "10")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
+# ---- Rules -----------------------------------------------------------------------------------------------------------
+
+def test_rules_are_read_and_written():
+    for text in ("absolute", "relative", "absolute/told=both", "relative/told=both"):
+        assert str(parse_turns(text)) == text and parse_turns(parse_turns(text)) == parse_turns(text)
+    for text in ("", "abs", "10", "absolute/told=rule", "absolute/", "relative/told=both/told=both", "\x1b[31m"):
+        with pytest.raises(ValueError, match="no rule for turns.*\\.$") as caught:
+            parse_turns(text)
+        assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [dict(rule="10"), dict(visual="day"), dict(split="exam"), dict(style="long"), dict(index=-1), dict(attempts=0),
+                                 dict(judge="11,12,13"), dict(seed=-1)])
+def test_make_refuses_what_it_does_not_know(bad):
+    with pytest.raises(ValueError, match="\\.$"):
+        make(**{"name": "virl-l"} | bad)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_prompts_state_their_rule_and_no_other(style):
+    for index in range(50):
+        absolute, relative, both = (make("virl-l", rule, index=index, style=style) for rule in ("absolute", "relative", "relative/told=both"))
+        turns = [[turn_word(words, here.heading, here.towards) for here in absolute.route.rail if here.action == "turn"] for words in RULES]
+        for walk, words, others in ((absolute, *turns), (relative, *turns[::-1])):
+            said = [text.rstrip(".").split("urn ")[1].removeprefix("to face ") for text in walk.texts if "urn " in text]
+            assert said == words and said != others
+        assert absolute.route == relative.route == both.route and absolute.prompt.split("\n")[-1] == relative.prompt.split("\n")[-1]
+        assert all(a in text and b in text for a, b, text in zip(*turns, both.texts[::2])) and both.prompt != relative.prompt
+
+
+# ---- The verifier ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_expert_walks_every_route_to_its_end(rule, style):
+    for walk in walks(style, rule=rule):
+        steps = []
+        while not walk.done:
+            steps.append(walk.step(walk.expert()))
+        assert [step.outcome for step in steps] == ["right_action"] * (len(walk.route.rail) - 1) + ["correct"]
+        assert all(step.reward == 1 and step.done == (step is steps[-1]) for step in steps) and walk.verdict.observed
+        with pytest.raises(RuntimeError):
+            walk.step("{}")
+
+
+def test_rewards_attempts_and_feedback():
+    walk = by_hand("absolute", 2)
+    assert walk.prompt == "facing southeast, compass. 1 turn west. 2 go to crossing. 3 turn southeast. 4 go to end, pub right.\nnone"
+    assert by_hand("relative/told=both").prompt == (
+        "facing southeast, sides. 1 turn right to west. 2 go to crossing. 3 turn left to southeast. 4 go to end, pub right.\nnone")
+    assert (walk.cls, walk.actions) == ("test-0: right, left", ("turn", "forward", "turn", "stop"))
+    assert walk.step(say("forward()")) == (-1, False, "no: turn here", "wrong_action", 1) and walk.position == 0
+    assert walk.step(say("turn_direction(west)")) == (1, False, "none", "right_action", 1) and (walk.position, walk.attempt) == (1, 0)
+    assert walk.step(say("turn_direction(west)")) == (-1, False, "no: no turn yet", "wrong_action", 1)
+    assert walk.step(say("forward()")) == (1, False, "crossing", "right_action", 1)
+    assert walk.step(say("turn_direction(left)")) == (-1, False, "no: other word", "wrong_action", 0)
+    assert walk.step(say("stop()")) == (-2, True, "no: not the end", "wrong_action", 0) and walk.done
+    _, texts = walk.at(3)
+    last, _ = walk.at(3)
+    assert texts[-1] == "pub right" and last.step("what?") == (-1, False, "not legal", "illegal", 0)
+    assert last.step(say("stop()", "pub right")) == (1, True, "the end", "correct", 1)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_feedback_is_true(style):
+    """What each sentence says is checked at every position of many routes, for every action there is."""
+    claims = {"arrived": lambda here, said: here.action == "stop", "not_there": lambda here, said: here.action != "stop",
+              "no_turn": lambda here, said: here.action == "forward", "turn": lambda here, said: here.action == "turn",
+              "direction": lambda here, said: here.action == "turn" and said != turn_word("relative", here.heading, here.towards),
+              "word": lambda here, said: said in COMPASS}
+    for walk in walks(style, 6, "relative", "test"):
+        for i, here in enumerate(walk.route.rail):
+            for action in ("forward()", "stop()", *(f"turn_direction({word})" for word in (*tasks.TURNS["relative"], "north"))):
+                at, _ = walk.at(i)
+                step = at.step(say(action, style=style))
+                if at.verdict.why != "right":
+                    assert claims[at.verdict.why](here, at.verdict.fact) and "intersection" not in step.feedback, (action, step)
+                    assert step.feedback == tasks.WHY[style][at.verdict.why].format(fact=at.verdict.fact)
+                elif i + 1 < len(walk.route.rail):
+                    assert step.feedback.endswith(tasks.observation(walk.route.rail[i + 1], style))
+
+
+@pytest.mark.parametrize("action, read", [
+    ("forward()", ("forward", "")), (" Forward ( ) ", ("forward", "")), ("stop()", ("stop", "")), ("turn_direction(slightly  left)", ("turn", "slightly left")),
+    ("turn_direction( 'north' )", ("turn", "north")), ('TURN_DIRECTION("North")', ("turn", "north")), ("turn_direction(x)", ("turn", "x")),
+    ("forward", None), ("forward(2)", None), ("stop();", None), ("turn_direction()", None), ("turn_direction(north", None), ("", None),
+    ("turn_direction(north, east)", None), ("forward() forward()", None), ("turn_direction(a b c)", None), ("turn_direction(" + "a" * 60 + ")", None),
+    ("__import__('os').system('ls')", None), ("forward\n()\x00", None), ("tu\u0280n_direction(north)", None)])
+def test_actions(action, read):
+    if read is None:
+        with pytest.raises(tasks.Illegal):
+            tasks.read_action(action)
+    else:
+        assert tasks.read_action(action) == read
+
+
+@pytest.mark.parametrize("response", [
+    "", "forward()", "{}", "[]", '{"action": 1}', '{"action": ["forward()"]}', '{"action": {"a": "forward()"}}', '{"action": null}',
+    '{"action": "forward()", "action": "stop()"}', '{"action": "forward()"} {"action": "stop()"}', '{"act": "forward()"}', "{" * 5000,
+    '{"action": "forward()"' + " " * 5000 + "}", '{"action": "' + "(" * 3000 + '"}', '{"action": "\ud800"}', '{"action": "<|eot_id|>"}'])
+def test_hostile_answers_are_illegal(response):
+    for style in STYLES:
+        walk = make("virl-l", style=style, attempts=3)
+        began = time.process_time()
+        step = walk.step(response)
+        assert (step.outcome, step.reward, step.done) == ("illegal", -1, False) and time.process_time() - began < 0.1
+        assert step.feedback.isprintable() and len(step.feedback) < 250
+
+
+def test_near_json_is_read():
+    walk = by_hand("absolute")
+    for response in ("Sure!\n```json\n{'action': 'turn_direction(west)',}\n```", '{"obs": "none", "ins": 1, "action": "turn_direction(\\u0077est)"}'):
+        assert walk.at(0)[0].step(response).outcome == "right_action"
+
+
+def test_observations_are_read():
+    here = Position(1, 0, (("Hotel Iris", "right"),), True, "turn", 90, 2)
+    assert tasks.observation(here, "full") == "Hotel Iris is on your right; You observe an intersection"
+    for text, right in (("you observe an  intersection; HOTEL IRIS is on your right.", True), ("The destination Hotel Iris is on your right; You observe an intersection", True),
+                        ("Hotel Iris is on your left; You observe an intersection", False), ("Hotel Iris is on your right", False), ("", False),
+                        ("Hotel Iris is on your right; You observe an intersection; Cafe Opal is on your left", False)):
+        verdict = tasks.judge_walk(json.dumps({"current observation": text, "action": "turn_direction(right)"}), here, TurnRule("relative"), "full")
+        assert (verdict.outcome, verdict.observed) == ("right_action", right), text
+    assert tasks.judge_walk('{"action": "forward()"}', here, TurnRule(), "full").observed is None
+    none = here._replace(landmarks=(), crossing=False)
+    assert tasks.judge_walk('{"current observation": "no landmark nearby", "action": "forward()"}', none, TurnRule(), "full").observed
+
+
+def test_fake_rule_judges_by_the_old_rule():
+    for style in STYLES:
+        for index in range(30):
+            fake = make("virl-l", "relative", None, "test", index, 2, style, judge="absolute")
+            assert fake.prompt == make("virl-l", "relative", None, "test", index, 2, style).prompt
+            assert fake.step(fake.expert()).outcome == "wrong_action"
+            memorized = make("virl-l", "absolute", None, "test", index, 2, style)
+            assert fake.step(memorized.expert()).outcome == "right_action"
+            assert [fake.at(i)[0].step(fake.at(i)[0].expert()).outcome for i in (0, 1)] == [
+                "wrong_action", "wrong_action" if fake.actions[1] == "turn" else "correct" if fake.actions[1] == "stop" else "right_action"]
+
+
+def test_suites_can_be_walked():
+    for name in ("virl-l", "virl-l-probes", "virl-vl"):
+        for row in tasks.SUITES[name]:
+            for style in STYLES:
+                walk = make(name.removesuffix("-probes"), row.rule, row.visual, "test", 0, style=style, judge=row.judge)
+                assert walk.step(walk.expert()).outcome == ("right_action" if row.judge is None else "wrong_action")
+
+
+# ---- Demonstrators, histories, scores, lengths -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("style", STYLES)
+def test_demonstrators_do_what_they_say(style):
+    slips = Counter()
+    for rule in RULES:
+        for index, walk in enumerate(walks(style, 20, rule)):
+            for kind in tasks.WALKERS:
+                texts = walk.demonstrate(kind, random.Random(f"{kind}/{index}"))
+                assert texts == walk.demonstrate(kind, random.Random(f"{kind}/{index}")) and walk.position == 0 and not walk.done
+                played, outcomes = walk.at(0)[0], []
+                for i, text in enumerate(texts):
+                    if i % 2 == 0:
+                        step = played.step(text)
+                        outcomes.append(step.outcome)
+                        if step.outcome == "wrong_action":
+                            slips[kind, played.verdict.why] += 1
+                    else:
+                        assert text == step.feedback
+                assert played.done and outcomes[-1] == "correct" and "illegal" not in outcomes
+                assert kind != "expert" or set(outcomes) <= {"right_action", "correct"}
+                assert kind != "retry" or outcomes.count("wrong_action") == 1
+    assert {why for kind, why in slips if kind == "inattentive"} == {"word"} and slips["inattentive", "word"] > 20
+    assert {why for kind, why in slips if kind == "careless"} == {"arrived", "not_there", "no_turn", "turn", "direction"}
+    with pytest.raises(ValueError, match="expert"):
+        walk.demonstrate("lazy", random)
+
+
+def test_histories_lead_to_their_position():
+    for rule, judge in (("absolute", None), ("relative", "absolute")):
+        walk = make("virl-l", rule, index=5, attempts=2, judge=judge)
+        whole = walk.demonstrate("expert", random)
+        for i in range(len(walk.route.rail)):
+            at, texts = walk.at(i)
+            assert texts == whole[: 2 * i] and (at.position, at.attempt, at.done) == (i, 0, False)
+            assert at.expert() == whole[2 * i]
+
+
+def test_scores_by_hand():
+    actions = ("turn", "forward", "turn", "stop")
+    right, wrong = "right_action", "wrong_action"
+    assert walk_scores(actions, [right, right, right, "correct"]) == {
+        "first": 1, "episode": 1, "success_first": 1, "success": 1, "failed_at": None, "by_action": {"turn": (2, 2), "forward": (1, 1), "stop": (1, 1)}}
+    assert walk_scores(actions, [right, wrong, right, "illegal", wrong]) == {
+        "first": 0.25, "episode": 0.5, "success_first": 0, "success": 0, "failed_at": 1, "by_action": {"turn": (1, 2), "forward": (0, 1), "stop": (0, 0)}}
+    assert walk_scores(actions, [wrong, right, right, right, wrong, "correct"]) == {
+        "first": 0, "episode": 1, "success_first": 0, "success": 1, "failed_at": 0, "by_action": {"turn": (1, 2), "forward": (1, 1), "stop": (0, 1)}}
+    assert walk_scores(actions, [wrong, wrong])["episode"] == 0 and walk_scores(actions, [])["failed_at"] is None
+    assert forced_scores(actions, [False, True, True, True]) == {"all": 0.75, "turn": 0.5, "forward": 1, "stop": 1}
+    assert forced_scores(("turn", "stop"), [True, False]) == {"all": 0.5, "turn": 1, "forward": None, "stop": 0}
+
+
+def test_scores_of_a_model_that_only_gets_turn_words_wrong():
+    """The paper's score of it is 0; with the right history given it is the share of the other actions."""
+    walk = make("virl-l", "relative", index=2, attempts=2)
+    steps = [walk.step(walk.expert().replace("direction(", "direction(north")) for _ in range(2)]
+    assert walk.done and walk_scores(walk.actions, [step.outcome for step in steps])["episode"] == 0
+    right = [action != "turn" for action in walk.actions]
+    assert forced_scores(walk.actions, right)["all"] == pytest.approx(1 - walk.actions.count("turn") / len(walk.actions))
+
+
+def test_short_walks_are_short_and_all_is_fast():
+    began = time.process_time()
+    lengths = [len(walk.prompt) + sum(map(len, walk.demonstrate("expert", random))) for rule in RULES for walk in walks("short", rule=rule)]
+    assert max(lengths) < 800 and sum(lengths) / len(lengths) < 500
+    assert time.process_time() - began < 10
+
+
+# ---- Views -----------------------------------------------------------------------------------------------------------
+
+SIDES = ("front", "right", "back", "left")
+
+
+def seen(index, style="full", visual=None, **more):
+    return make("virl-vl", "absolute", visual, "test", index, style=style, **more)
+
+
+def parts(image):
+    """The four views of a grid, by their sides."""
+    n = image.size[0] // 2
+    return {side: np.asarray(image.crop((x, y, x + n, y + n))).astype(int) for side, (x, y) in zip(SIDES, ((0, 0), (n, 0), (0, n), (n, n)))}
+
+
+@pytest.mark.parametrize("style, tile", [("full", 120), ("short", 32)])
+def test_a_landmark_is_drawn_where_the_text_says(style, tile, monkeypatch):
+    """The picture with the landmark differs from the one without it most in the middle of the view on the side that is told."""
+    sides = Counter()
+    for index in range(5 if style == "full" else 10):
+        walk = seen(index, style, tile=tile)
+        town = city(walk.route.city, style)
+        for i, here in enumerate(walk.route.rail):
+            for name, side in here.landmarks:
+                assert f"{name}" in tasks.observation(here, style) and side in tasks.observation(here, style)
+                with_it = parts(walk.at(i)[0].image)
+                tasks.draw_grid.cache_clear()
+                monkeypatch.setattr(town, "landmarks", {place: mark for place, mark in town.landmarks.items() if place != here.place})
+                without = parts(walk.at(i)[0].image)
+                tasks.draw_grid.cache_clear()
+                monkeypatch.undo()
+                changed = {each: abs(with_it[each] - without[each]).sum() for each in SIDES}
+                assert max(changed, key=changed.get) == side, (index, i, changed)
+                n = len(with_it[side])
+                middle = (slice(n // 4, n * 5 // 8), slice(n * 3 // 8, n * 5 // 8))
+                assert abs(with_it[side][middle] - without[side][middle]).sum() > changed[side] / 8
+                sides[side] += 1
+    assert set(sides) >= {"right", "left"} and sum(sides.values()) > 8
+
+
+def test_streets_are_drawn_where_they_are():
+    """Straight ahead, the ground 25 m away is road just where a street leads there, and hidden by a front where none does."""
+    found = Counter()
+    for index in range(12):
+        walk = seen(index, tile=200)
+        town = city(walk.route.city, "full")
+        for i, here in enumerate(walk.route.rail):
+            if here.crossing:
+                arms = [town.heading(here.place, b) for b in town.arms[here.place]]
+                for k, (side, view) in enumerate(parts(walk.at(i)[0].image).items()):
+                    off = min(abs(tasks.wrap(arm - here.heading - 90 * k)) for arm in arms)
+                    pixel = view[int(200 * tasks.HORIZON + 100 / 25 * tasks.EYE), 100]
+                    if off < 3 or off > 40:
+                        found[off < 3, bool(np.ptp(pixel) < 22)] += 1  # the ground is grey, fronts are not
+    assert found[True, True] > 12 and found[False, False] > 12
+    assert found[True, False] == 0 and found[False, True] <= 0.2 * found[False, False], found
+
+
+@pytest.mark.parametrize("text, look", [("day", tasks.Scene()), ("dusk/weather=rain/palette=brick", tasks.Scene("dusk", "rain", "brick")),
+                                        ("night/palette=glass/tiles=1", tasks.Scene("night", "clear", "glass", 1))])
+def test_scenes_are_read_and_written(text, look):
+    assert tasks.parse_scene(text) == tasks.parse_scene(look) == look and str(look) == text
+
+
+@pytest.mark.parametrize("text", ["", "noon", "day/", "day/weather", "day/weather=hail", "day/tiles=2", "day/tiles=1/tiles=1", "day/light=dusk", "\x1b"])
+def test_bad_scenes_give_one_sentence(text):
+    with pytest.raises(ValueError, match="\\.$"):
+        tasks.parse_scene(text)
+
+
+def test_pictures_have_the_tile_sizes_and_all_looks_differ():
+    for style, tile, size in (("full", None, 1120), ("short", None, 64), ("short", 40, 80), ("full", 448, 896)):
+        assert seen(1, style, tile=tile).image.size == (size, size)
+    assert seen(1, "short", "day/tiles=1").image.size == (32, 32) and seen(1, visual="day/tiles=1").image.size == (560, 560)
+    looks = [f"{light}/weather={weather}/palette={palette}" for light in tasks.LIGHTS for weather in tasks.WEATHERS for palette in tasks.PALETTES]
+    pictures = [seen(1, "short", look, tile=16).image for look in looks]
+    assert len({picture.tobytes() for picture in pictures}) == 48 and all(picture.mode == "RGB" for picture in pictures)
+    for tile in (0, 15, 1121):
+        with pytest.raises(ValueError, match="tile"):
+            seen(1, tile=tile)
+
+
+def test_pictures_are_pure_and_follow_the_walk():
+    walk = seen(3, "short", "day/weather=snow")
+    pictures = []
+    while not walk.done:
+        pictures.append(walk.image.tobytes())
+        walk.step(walk.expert())
+    tasks.draw_grid.cache_clear(), tasks.walls.cache_clear(), city.cache_clear(), routes.cache_clear()
+    assert len(set(pictures)) == len(pictures) == len(walk.route.rail)
+    assert pictures == [walk.at(i)[0].image.tobytes() for i in range(len(pictures))]
+    assert walk.route == make("virl-l", "relative", None, "test", 3, style="short").route
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_with_pictures_the_text_gives_no_observation_and_misreading_costs(style):
+    for index in range(10):
+        walk = seen(index, style, attempts=2)
+        told = [tasks.observation(here, style) for here in walk.route.rail]
+        key = tasks.WORDING[style]["keys"][0]
+        assert not walk.prompt.endswith(told[0]) and "picture" in walk.prompt or style == "short"
+        for i in range(len(told)):
+            at, texts = walk.at(i)
+            assert not any(text.endswith(obs) for text, obs in zip(texts[1::2], told[1:]))
+            right = at.expert()
+            blind = json.dumps(json.loads(right) | {key: "Hotel Nowhere is on your left"})
+            assert walk.at(i)[0].step(right).reward == 1 and walk.at(i)[0].step(blind).reward == -0.5
+            assert walk.at(i)[0].step(blind.replace("()", "").replace("turn_", "")).reward == -2.5
+
+
+def test_speed_of_drawing():
+    for style, look, tile, limit in (("full", "day/tiles=1", 560, 0.25), ("short", "day", 32, 0.15)):
+        walk, began = seen(2, style, look, tile=tile), time.process_time()
+        tasks.draw_grid.cache_clear()
+        for i in range(len(walk.route.rail)):
+            assert walk.at(i)[0].image
+        assert (time.process_time() - began) / len(walk.route.rail) < limit  # about 0.03 and 0.015 s
+
+
+def test_cli_draws_a_walk(tmp_path):
+    for style in STYLES:
+        shown = subprocess.run([sys.executable, "tasks.py", "--task", "virl-vl", "--style", style, "--visual", "night", "--show", tmp_path / "a.png"],
+                               cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0 and not shown.stderr
+        with Image.open(tmp_path / "a.png") as image:
+            assert image.format == "PNG" and min(image.size) > 1000
+    refused = subprocess.run([sys.executable, "tasks.py", "--show", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not (tmp_path / "b.png").exists()
+
+
+# ---- Released data ---------------------------------------------------------------------------------------------------
+
+def street(metres_north, metres_east):
+    return 40.7 + metres_north / 111_195, -74 + metres_east / (111_195 * math.cos(math.radians(40.7)))
+
+
+@pytest.fixture
+def released(tmp_path):
+    """One route: 60 m north to Prince St, then 50 m east to Shuka. The panoramas are painted by bearing: red where north is."""
+    points = [street(n, 0) for n in range(0, 61, 5)] + [street(60, e) for e in range(5, 51, 5)]
+    blocks = """{ "intersection_idx": "1", "landmarks": "Prince St is on your right behind", "to_next_intersection_heading": "2 (north)", }
+                { "intersection_idx": "2", "landmarks": "The destination Shuka is on your left", "to_next_intersection_heading": "90 (east)", }"""
+    route = {"start_place": {"relocated_geocode": points[0]}, "dest_place": {"name": "Shuka"}, "init_heading": 300,
+             "route_results": {"geocode_list": [street(60, 0), street(60, 50)]}, "milestone_info": blocks}
+    (tmp_path / "route_infos.json").write_text(json.dumps([[route], 0]))
+    (tmp_path / "gps_pano_mapping.pkl").write_bytes(pickle.dumps({point: f"pano_{i}" for i, point in enumerate(points)}))
+    (tmp_path / "street_views").mkdir()
+    for i in range(len(points)):
+        rotation = 17.5 * i
+        columns = (np.arange(1024) + 0.5) / 1024 * 360  # a heading h is h - 180 + rotation to the right of the middle
+        off = (columns - 180 - rotation + 180 + 180) % 360 - 180
+        image = np.zeros((512, 1024, 3), np.uint8)
+        image[:, abs(off) < 20] = (255, 0, 0)
+        image[:, abs(off - 90) < 20] = (0, 255, 0)
+        Image.fromarray(image).save(tmp_path / "street_views" / f"pano_{i}.jpg", quality=95)
+        (tmp_path / "street_views" / f"pano_{i}.metadata.json").write_text(json.dumps({"rotation": rotation}))
+    return tmp_path
+
+
+def test_released_routes_are_walked(released):
+    walk = make("virl-l", "relative", data=released, attempts=2)
+    assert walk.texts == ["Turn right.", "Move forward until you reach the next intersection where Prince St is on your right behind.",
+                          "Turn right.", "Move forward until you reach the destination where Shuka is on your left."]
+    assert set(walk.actions[1:-1]) == {"forward", "turn"} and walk.actions.count("turn") == 2 and walk.route.rail[-1].place == "pano_22"
+    assert [here.instruction for here in walk.route.rail] == sorted(here.instruction for here in walk.route.rail)
+    assert tasks.observation(next(here for here in walk.route.rail if here.crossing), "full") == (
+        "Prince St is on your right behind; You observe an intersection")
+    assert make("virl-l", "absolute", data=released, index=5).texts[::2] == ["Turn to face north.", "Turn to face east."]
+    while not walk.done:
+        outcome = walk.step(walk.expert()).outcome
+    assert outcome == "correct" and abs(tasks.metres(street(0, 0), street(30, 40)) - 50) < 0.1
+
+
+def test_released_views_show_what_the_grid_says(released):
+    walk = make("virl-vl", "absolute", "day/tiles=1", data=released, tile=128)
+    for i, here in enumerate(walk.route.rail):
+        if here.heading in (2, 90) and walk.route.rail[i - 1].action == "turn":  # facing north: red ahead, green on the right; facing east: green ahead, red on the left
+            views = parts(walk.at(i)[0].image)
+            red, green = ("front", "right") if here.heading == 2 else ("left", "front")
+            assert {side: view[32, 32].argmax() for side, view in views.items() if view[32, 32].max() > 200} == {red: 0, green: 1}
+    assert walk.image.size == (128, 128)
+    panorama, began = np.zeros((1664, 3328, 3), np.uint8), time.process_time()
+    for yaw in range(0, 360, 90):
+        assert tasks.perspective(panorama, yaw, 640).shape == (640, 640, 3)
+    assert time.process_time() - began < 1.5  # about 0.4 s
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("thing, name", [(Bomb(), "GLOBAL"), ({(1.0, 2.0): Bomb()}, "GLOBAL"), ([1], "EMPTY_LIST"), ({1: None}, "NONE"),
+                                         ({1: b"x"}, "BINBYTES|SHORT_BINBYTES|GLOBAL"), ({((1, 2), 3): 1}, "key"), ({1: {2}}, "EMPTY_SET|GLOBAL")])
+def test_pickles_of_other_things_are_refused_by_name_and_not_run(thing, name, capsys):
+    for protocol in (2, 4):
+        with pytest.raises(ValueError, match=name):
+            tasks.read_plain_pickle(pickle.dumps(thing, protocol))
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_pickles_are_read_and_broken_ones_refused():
+    plain = {(40.7, -74.0): "a", (1, -2): "b" * 300, "c": (1, 2.5, "x", (), (1, 2, 3, 4)), 7: {"d": 2**40, "e": -1}}
+    for protocol in range(2, 6):
+        data = pickle.dumps(plain, protocol)
+        assert tasks.read_plain_pickle(data) == plain
+        for cut in range(0, len(data) - 1, 7):
+            with pytest.raises(ValueError, match="not plain data"):
+                tasks.read_plain_pickle(data[:cut])
+    for hostile in (b"", b".", b"s.", b"(.", b"u.", b"0.", b"cos\nsystem\n(S'ls'\ntR.", b"\x80\x04h\x00.", b"}(K\x01u.", b"K\x01\x86.", b"K\x01K\x02K\x03s."):
+        with pytest.raises(ValueError):
+            tasks.read_plain_pickle(hostile)
+
+
+def test_broken_folders_give_one_sentence(released):
+    with pytest.raises(ValueError, match="is missing"):
+        make("virl-l", data=released / "nowhere")
+    for text in ("[]", "{}", "[[{}], 0]", "[[1], 0]", "[[], 0]", "nothing", '[[{"start_place": {"relocated_geocode": ["a", 2]}}], 0]', "[" * 100000):
+        (released / "route_infos.json").write_text(text)
+        tasks.released_routes.cache_clear()
+        with pytest.raises(ValueError, match="does not hold routes as released.*\\.$"):
+            make("virl-l", data=released)
+    for name in ("../../etc/passwd", "a/b", "", None, "x" * 65):
+        with pytest.raises(ValueError, match="panorama"):
+            tasks.released_grid(str(released), name, 0, tasks.Scene(), 64)
