@@ -98,7 +98,7 @@ class Ours:
         update(self.model, self.optimizer, 1e-5, 1.0, SimpleNamespace(wasted=lambda *a, **k: None))
 
     def train(self, ids, prompt):
-        episodes = [Episode(None, row, [0] * prompt + [1] * (len(row) - prompt), [0.0] * len(row)) for row in ids.tolist()]
+        episodes = [Episode(SimpleNamespace(image=None), row, [0] * prompt + [1] * (len(row) - prompt), [0.0] * len(row)) for row in ids.tolist()]
         sft_backward(self.model, episodes, self.tokenizer.pad, self.s["micro"])
         self.update()
 
