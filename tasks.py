@@ -1118,6 +1118,7 @@ def clear_turn(heading, towards):
 
 
 def clear_bearing(angle):
+    """Whether a bearing has one obvious compass word."""
     return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
 
 
