@@ -1239,10 +1239,10 @@ class Tokenizer:
 
 
 def train_tokenizer(texts, vocab_size=480):
-    """The tiny tokenizer, learned from texts: cards, numbers and operators stay single tokens, everything between them
-    may merge across spaces. vocab_size counts the special tokens but <|image|>. Returns a Tokenizer."""
+    """The tiny tokenizer, learned from texts: cards, numbers, operators and directions stay tokens of their own, everything
+    between them may merge across spaces. vocab_size counts the special tokens but <|image|>. Returns a Tokenizer."""
     bpe = BPE(models.BPE())
-    pieces = Regex(r"\d+|(?<![A-Za-z])[AJQK](?![A-Za-z])|[-+*/()]")
+    pieces = Regex(r"\d+|(?<![A-Za-z])[AJQK](?![A-Za-z])|[-+*/()]|(?:slightly )?(?:left|right)|(?:north|south)(?:east|west)?|east|west")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()

@@ -1507,7 +1507,7 @@ WHY = {
 # One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In addition
 # LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD where the observation is not right.
 WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
-WALKERS = ("expert", "careless", "inattentive", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
+WALKERS = ("expert", "careless", "inattentive", "hasty", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
 
 
 class Navigation:
@@ -1591,12 +1591,14 @@ class Navigation:
 
         "expert": the right action everywhere. "retry": at one position first a wrong action and then, after the verifier's words,
         the right one. "careless": so at every fourth position or so. "inattentive": on half of the walks every turn is first said
-        in the words of the other rule. ValueError for other kinds."""
+        in the words of the other rule. "hasty": where a landmark is on the left it first says forward(). ValueError for other kinds."""
         if kind not in WALKERS:
             raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(WALKERS)}.")
         slips = {"expert": [], "retry": [rng.randrange(len(self.route.rail))],
                  "careless": [i for i in range(len(self.route.rail)) if rng.random() < 0.25],
-                 "inattentive": [i for i, action in enumerate(self.actions) if action == "turn"] * rng.randint(0, 1)}[kind]
+                 "inattentive": [i for i, action in enumerate(self.actions) if action == "turn"] * rng.randint(0, 1),
+                 "hasty": [i for i, here in enumerate(self.route.rail) if here.action != "forward" and "left" in dict(here.landmarks).values()],
+                 }[kind]
         walker, texts = self._fresh(self.rule), []
         while not walker.done:
             slip = walker.position in slips and walker.attempt == 0
@@ -1621,6 +1623,8 @@ class Navigation:
         if kind == "inattentive":
             words = TURN_WORDS[self.rule.words == "absolute"]
             return f"turn_direction({right_word(self.route.rail[self.position], TurnRule(words))})"
+        if kind == "hasty":
+            return "forward()"
         actions = ["forward()", "stop()", f"turn_direction({rng.choice(TURNS[self.rule.words])})"]
         return rng.choice([action for action in actions if action != self.right()])
 
