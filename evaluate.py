@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import tasks
-from model import (Cache, generate, joined, load_model, open_image, pack_images, pad_rows, save_model, write_atomically,
+from model import (Cache, ImageContext, generate, joined, load_model, open_image, pack_images, pad_rows, save_model, write_atomically,
                    write_json)
 
 # ---------------------------------------------------------------- 1. Episodes and rollout
@@ -46,8 +46,9 @@ class Episode:
     ids            everything the model reads: prompt, responses, verifier text
     response_mask  1 where the policy sampled the token, its stop token included; 0 elsewhere
     log_probs      log-probability under the policy that sampled it; 0.0 where the mask is 0
-    turns          one dict per answer: response, outcome, reward, feedback
-    seen           (ImageContext of the rollout, its set of this episode), or None for text
+    turns          one dict per answer: response, outcome, reward, feedback, read and, on a walk, its position
+    pictures       those that it was shown, one for each <|image|> among the ids
+    seen           of the pictures that a rollout has encoded: (ImageContext, set)
     """
 
     problem: object
@@ -55,7 +56,18 @@ class Episode:
     response_mask: list = field(default_factory=list)
     log_probs: list = field(default_factory=list)
     turns: list = field(default_factory=list)
-    seen: tuple = None
+    pictures: list = field(default_factory=list)
+    seen: list = field(default_factory=list)
+
+    def open(self, tokenizer):
+        """Begin with the problem's prompt and picture, if it has one. -> self"""
+        self.pictures = [self.problem.image] if self.problem.image is not None else []
+        self.read(tokenizer.prompt(self.problem.prompt, image=bool(self.pictures)))
+        return self
+
+    def twin(self):
+        """A copy that goes on by itself: another episode of the group. The pictures are the same objects."""
+        return Episode(copy.copy(self.problem), *([*kept] for kept in list(vars(self).values())[1:]))
 
     def read(self, ids):
         """Append tokens that the policy did not choose."""
@@ -71,13 +83,36 @@ class Episode:
 
     def judge(self, tokenizer, text):
         """Let the verifier judge the response just appended; its words open the next turn. -> done"""
-        step = self.problem.step(text)
-        self.turns.append({"response": text, "outcome": step.outcome, "reward": step.reward, "feedback": step.feedback,
-                           "read": step.read})
+        step = self.note(self.problem, text)
         if not step.done:
             if self.ids[-1] not in tokenizer.stop_ids:  # cut off at max_new_tokens: close the message, unsampled
                 self.read([tokenizer.eot])
-            self.read(tokenizer.turn(step.feedback))
+            self.hear(tokenizer, step)
+        return step.done
+
+    def note(self, problem, text):
+        """Let a problem judge a response, and write down what it says. -> Step"""
+        position, step = getattr(problem, "position", None), problem.step(text)
+        self.turns.append({"response": text, "outcome": step.outcome, "reward": step.reward, "feedback": step.feedback,
+                           "read": step.read} | ({} if position is None else {"position": position}))
+        return step
+
+    def hear(self, tokenizer, step):
+        """The verifier's words; where a right action has led on, behind the picture of the new position."""
+        moved = step.outcome == "right_action" and self.problem.image is not None
+        self.pictures += [self.problem.image] if moved else []
+        self.read(tokenizer.turn(step.feedback, image=moved))
+
+    def teach(self, tokenizer, text):
+        """Judge the response just appended, then put the expert's in its place, which leads on (teacher forcing). -> done"""
+        self.note(copy.copy(self.problem), text)
+        end = len(self.ids) - len(_last_response(self))
+        for kept in (self.ids, self.response_mask, self.log_probs):
+            del kept[end:]
+        expert, step = self.problem.advance()
+        self.read([*tokenizer.encode(expert), tokenizer.eot])
+        if not step.done:
+            self.hear(tokenizer, step)
         return step.done
 
     def total(self, discount=1.0):
@@ -96,72 +131,109 @@ def solved(outcomes, attempts=None):
 
 
 @torch.no_grad()
-def rollout(model, tokenizer, problems, group=1, max_new_tokens=64, temperature=1.0, generator=None, rows=256):
+def rollout(model, tokenizer, problems, group=1, max_new_tokens=64, temperature=1.0, generator=None, rows=256, forced=False):
     """Play `group` episodes of every problem with the verifier in the loop.
 
     problems: fresh task instances (each is copied, so they stay unused). rows: episodes computed side by side, at least
-    one group. The prompt is computed once for its whole group, the KV cache lives through all turns, and solved episodes leave the
-    batch between turns. A picture is encoded once, for its group's rollouts, all their turns and the training pass.
+    one group. The prompt is computed once for its whole group, the KV cache lives through all turns, and finished episodes leave
+    the batch between turns. A picture is encoded once, for all episodes that come to it, all their turns and the training pass.
+    forced, for walks: every position is judged with the right history, whatever was answered before (teacher forcing).
     Returns a list of P lists of G Episodes.
+
+    Memory of an episode while it is played: keys and values of its tokens, those of one picture (the one it stands before; two
+    while a new turn is read), and the features of the pictures it came to, which the training pass uses again.
     """
-    groups, seen, size = [], see(model, problems), max(1, rows // group)
+    groups, size = [], max(1, rows // group)
     for first in range(0, len(problems), size):
-        part = problems[first : first + size]
-        image = seen and seen.select(torch.arange(first, first + len(part), device=model.device))
         with joined(model):
-            groups += _rollout_batch(model, tokenizer, part, group, max_new_tokens, temperature, generator, image)
-    for i, members in enumerate(groups):
-        for episode in members:
-            episode.seen = seen and (seen, i)
+            groups += _rollout_batch(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature,
+                                     generator, forced)
     return groups
 
 
-def see(model, problems):
-    """The pictures of problems as the decoder sees them: an ImageContext with a row for each problem, None without any.
-    A picture that several problems share is encoded once."""
-    shown = [id(p if p.image is None else p.image) for p in problems]
-    sets = {key: [] if p.image is None else [p.image] for key, p in zip(shown, problems)}
-    if not any(sets.values()):
+def encode(model, pictures):
+    """Pictures as the decoder sees them: [(ImageContext, set)] in their order; one that comes twice is encoded once."""
+    different = {id(picture): [picture] for picture in pictures}
+    context = model.see(*pack_images([*different.values()], model.config.vision.image_size)) if different else None
+    place = {key: i for i, key in enumerate(different)}
+    return [(context, place[id(picture)]) for picture in pictures]
+
+
+def look(model, episodes, known):
+    """What is new to see for episodes of a rollout: an ImageContext with the pictures that they were shown since the last call,
+    None without any. known: {id of a picture: (ImageContext, set)}, grows by those that are encoded here."""
+    fresh = [e.pictures[len(e.seen) :] for e in episodes]
+    new = {id(picture): picture for pictures in fresh for picture in pictures if id(picture) not in known}
+    known.update(zip(new, encode(model, new.values())))
+    for e, pictures in zip(episodes, fresh):
+        e.seen += [known[id(picture)] for picture in pictures]
+    return together([[known[id(picture)] for picture in pictures] for pictures in fresh])
+
+
+def together(rows):
+    """One ImageContext for rows of text that see several pictures each: lists of (ImageContext, set) in the order of their
+    <|image|> tokens. Rows with equal lists share them; None where all are empty."""
+    keys = [tuple((id(context), i) for context, i in row) for row in rows]
+    sets = dict(zip(keys, rows))
+    if not any(sets):
         return None
+    known = next(context for row in rows for context, _ in row)
+    blank, count = (torch.zeros_like(known.features[0]), torch.zeros_like(known.tiles[0])), max(map(len, keys))
+    padded = [[(context.features[i], context.tiles[i]) for context, i in row] + [blank] * (count - len(row))
+              for row in sets.values()]
+    features, tiles = (torch.stack([torch.cat([picture[part] for picture in row]) for row in padded]) for part in (0, 1))
     place = {key: i for i, key in enumerate(sets)}
-    return model.see(*pack_images(list(sets.values()), model.config.vision.image_size),
-                     torch.tensor([place[key] for key in shown], device=model.device))
+    return ImageContext(features, tiles, torch.tensor([place[key] for key in keys], device=tiles.device), known.prefix_looks)
 
 
 def seen_by(model, episodes):
     """The ImageContext for a batch of episodes, in their order; None for text. While tower or projector are trained their
-    pictures are encoded here, with gradient; else what the rollout has encoded is used again."""
-    if episodes[0].seen and not model.learns_to_see:
-        context = episodes[0].seen[0]
-        return context.select(torch.tensor([e.seen[1] for e in episodes], device=context.rows.device))
-    with torch.set_grad_enabled(model.learns_to_see and torch.is_grad_enabled()):
-        return see(model, [e.problem for e in episodes])
+    pictures are encoded here, with gradient; else what the rollout has encoded is used again.
+
+    Episodes that begin with the same picture are of one group: what one has seen continues what the others have, so the longest
+    list serves them all."""
+    longest = {}
+    for e in episodes:
+        first = id(e.pictures[0]) if e.pictures else None
+        longest[first] = max(longest.get(first, e), e, key=lambda e: len(e.pictures))
+    if model.learns_to_see or not all(e.seen or not e.pictures for e in episodes):
+        with torch.set_grad_enabled(model.learns_to_see and torch.is_grad_enabled()):
+            shown = iter(encode(model, [picture for e in longest.values() for picture in e.pictures]))
+        seen = {first: [next(shown) for _ in e.pictures] for first, e in longest.items()}
+    else:
+        seen = {first: e.seen for first, e in longest.items()}
+    return together([seen[id(e.pictures[0]) if e.pictures else None] for e in episodes])
 
 
-def _rollout_batch(model, tokenizer, problems, group, max_new_tokens, temperature, generator, image):
-    prompts = [tokenizer.prompt(p.prompt, image=p.image is not None) for p in problems]
-    ids, lengths = pad_rows(prompts, tokenizer.pad, model.device)
-    cache = Cache(model, len(problems), ids.shape[1] + max_new_tokens, image)
+def _rollout_batch(model, tokenizer, problems, group, max_new_tokens, temperature, generator, forced):
+    opened, known = [Episode(copy.copy(p)).open(tokenizer) for p in problems], {}
+    ids, lengths = pad_rows([e.ids for e in opened], tokenizer.pad, model.device)
+    cache = Cache(model, len(problems), ids.shape[1] + max_new_tokens, look(model, opened, known))
     logits = model.extend(cache, ids, lengths)
     rows = torch.arange(len(problems), device=model.device).repeat_interleave(group)
     cache.select(rows)
-    groups = [[Episode(copy.copy(p)) for _ in range(group)] for p in problems]
-    active = [e for members in groups for e in members]
-    for episode, row in zip(active, rows.tolist()):
-        episode.read(prompts[row])
-    logits = logits[rows]
+    groups = [[e.twin() for _ in range(group)] for e in opened]
+    active, logits = [e for members in groups for e in members], logits[rows]
     while True:
+        before = cache.length
         responses = generate(model, cache, logits, max_new_tokens, tokenizer.stop_ids, temperature, generator)
         for episode, response, log_probs in zip(active, *responses):
             episode.respond(response, log_probs)
-        going = [i for i, e in enumerate(active) if not e.judge(tokenizer, tokenizer.decode(_last_response(e)))]
+        if forced:  # the slots of the responses are written over
+            cache.length = before
+        judge = Episode.teach if forced else Episode.judge
+        going = [i for i, e in enumerate(active) if not judge(e, tokenizer, tokenizer.decode(_last_response(e)))]
         if not going:
             return groups
         active = [active[i] for i in going]
         cache.select(torch.tensor(going, device=model.device))
         new = [e.ids[seen:] for e, seen in zip(active, cache.length.tolist())]  # the last sampled token comes first
         ids, lengths = pad_rows(new, tokenizer.pad, model.device)
+        more = look(model, active, known)
+        cache.show(more)
         logits = model.extend(cache.reserve(ids.shape[1] + max_new_tokens), ids, lengths)
+        if more is not None:
+            cache.forget()
 
 
 def _last_response(episode):
@@ -194,7 +266,7 @@ def by_prompt(episodes):
     """Lists of the episodes that have the same prompt."""
     groups = {}
     for e in episodes:
-        groups.setdefault((tuple(e.ids[: e.response_mask.index(1)]), e.seen and e.seen[1]), []).append(e)
+        groups.setdefault((tuple(e.ids[: e.response_mask.index(1)]), *map(id, e.pictures[:1])), []).append(e)
     return list(groups.values())
 
 
@@ -388,13 +460,6 @@ def check_limits(args):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {str(value)[:20]} must lie from {low:g} to {high:g}.")
-
-
-def check_still(name):
-    """ValueError for a task or suite whose pictures change within an episode: a rollout shows those of its first turn."""
-    if tasks.walks(name) and tasks.pictures(name):
-        raise ValueError(f"{name} cannot be trained or evaluated: pictures that change within an episode are not built into rollouts "
-                         "yet. Take virl-l, the same walks in text.")
 
 
 def run_main(main):
@@ -1086,7 +1151,6 @@ def parse_args(argv=None):
                          "a grid of runs.")
     if args.suite not in tasks.SUITES:
         raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
-    check_still(args.suite)
     if args.out and (Path(args.out).is_file() or (Path(args.out) / "args.json").exists() or (Path(args.out) / "evals/000000.json").exists()):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     if args.image and not args.ask:

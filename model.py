@@ -1103,15 +1103,27 @@ class Cache:
 
     def show(self, more):
         """Further images for the turn that is fed next: `more` is an ImageContext of the cache's rows (with empty sets
-        for rows that get none) or None. Nothing is encoded again; rows that shared a set have their own from here on."""
-        if more is None:
-            return
-        if self.image is not None:
-            rows, features = self.image.rows, more.features[more.rows]
-            self.cross = {i: (k[rows], v[rows]) for i, (k, v) in self.cross.items()}
-            more = ImageContext(torch.cat([self.image.features[rows], features], 1),
-                                torch.cat([self.image.tiles[rows], more.tiles[more.rows]], 1), None, more.prefix_looks)
-        self.image = more
+        for rows that get none) or None. Nothing is encoded again; rows share what both their old and new sets share."""
+        if more is not None and self.image is not None:
+            (old, new), rows = torch.stack([self.image.rows, more.rows]).unique(dim=1, return_inverse=True)
+            self.cross = {i: (k[old], v[old]) for i, (k, v) in self.cross.items()}
+            more = ImageContext(torch.cat([self.image.features[old], more.features[new]], 1),
+                                torch.cat([self.image.tiles[old], more.tiles[new]], 1), rows, more.prefix_looks)
+        self.image = more or self.image
+
+    def forget(self):
+        """Drop all images but the latest of each row, with their keys and values: no token to come looks at the others.
+        Not for rows whose latest <|image|> follows directly on another one, which tokens see together."""
+        exists = self.image.tiles.any(-1)  # (R, I)
+        number = torch.arange(exists.shape[1], device=exists.device)
+        sets, latest = torch.arange(len(exists), device=exists.device), (exists * number).argmax(1)
+
+        def keep(x, dim):
+            return x.unflatten(dim, (len(number), -1)).movedim(dim, 1)[sets, latest]
+        self.cross = {i: (keep(k, 2), keep(v, 2)) for i, (k, v) in self.cross.items()}
+        self.image = ImageContext(keep(self.image.features, 1), keep(self.image.tiles, 1), self.image.rows,
+                                  self.image.prefix_looks)
+        self.shown = self.shown & (self.shown.cumsum(1) == self.shown.sum(1, keepdim=True))
 
     def select(self, rows):
         """Keep, drop or repeat rows (a LongTensor): one prompt becomes a group of episodes, solved ones leave."""

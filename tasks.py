@@ -1515,8 +1515,7 @@ class Navigation:
     groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position so far),
     image (a grid of four views, None in text), verdict (the latest Walked), done; look (a Scene, None in text) and tile of the pictures.
 
-    `image` is the picture of the current position. It changes when step moves on, so a rollout that shows every position puts
-    problem.image into the turn that opens with step's feedback whenever the outcome is "right_action"."""
+    `image` is the picture of the current position: after a right action it is another one, which the next turn shows."""
     asks = "action"
 
     def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
@@ -1524,13 +1523,15 @@ class Navigation:
         self.cls = f"{route.city}: {route.shape()}"
         self.texts = instructions(route, rule, style)
         self.position, self.attempt, self.verdict, self.done, self.look, self.tile = 0, 0, None, False, look, tile
+        self.drawn = {}  # {position: picture}, common to all copies: each is drawn once and is one object for a whole group
 
     @property
     def image(self):
-        here = self.route.rail[self.position]
-        if self.look and self.route.folder:
-            return released_grid(self.route.folder, here.place, here.heading, self.look, self.tile)
-        return self.look and draw_grid(self.route.city, self.style, here.place, here.heading, self.look, self.tile)
+        if self.look and self.position not in self.drawn:
+            here, released = self.route.rail[self.position], self.route.folder
+            source = (released_grid, released) if released else (draw_grid, self.route.city, self.style)
+            self.drawn[self.position] = source[0](*source[1:], here.place, here.heading, self.look, self.tile)
+        return self.drawn.get(self.position)
 
     @property
     def prompt(self):
@@ -1573,6 +1574,14 @@ class Navigation:
     def expert(self):
         """A right response at the current position, by the rule of the prompt."""
         return self._response(self.right())
+
+    def advance(self):
+        """Move on by the expert's response, whatever answers are judged by: (the response, its Step)."""
+        response, judge = self.expert(), self.judged_by
+        self.judged_by = self.rule
+        step = self.step(response)
+        self.judged_by = judge
+        return response, step
 
     def at(self, position):
         """(problem, texts): a fresh copy that stands at a position, and the conversation after the prompt that leads there with

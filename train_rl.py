@@ -15,11 +15,12 @@ import json
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
 import tasks
-from evaluate import (Parser, by_prompt, micro_batches, rollout, run_main, see, seen_by, show_episode, shown_to, to_batch,
+from evaluate import (Parser, by_prompt, micro_batches, rollout, run_main, seen_by, show_episode, shown_to, to_batch,
                       truncated)
 from model import adapters_off, image_flops, load_model, text_flops, training_flops
 from train_sft import (evaluate_run, finish, finish_arguments, save_run, set_up, shared_arguments, training_image_flops, update,
@@ -130,7 +131,7 @@ def make_reference(model, args):
 
     def reference(episodes, ids, chosen, image=None):
         with torch.no_grad(), adapters_off(start) if args.lora_rank else nullcontext():
-            image = see(start, [e.problem for e in episodes]) if model.learns_to_see else image
+            image = seen_by(start, [replace(e, seen=[]) for e in episodes]) if model.learns_to_see else image
             return start.log_probs(ids, chosen, args.temperature, image)
     return reference
 
@@ -145,14 +146,14 @@ def step_flops(model, groups, trained, args):
     episodes, with signal or not."""
     config, rollout_cost, forward, seeing = model.config, 0, 0, 0
     for group in groups:
-        prompt, image = group[0].response_mask.index(1), group[0].problem.image is not None
-        rollout_cost += text_flops(config, 0, prompt, 1, image) + image * sum(image_flops(config))
-        rollout_cost += sum(text_flops(config, prompt, len(e.ids) - 1, sum(e.response_mask) - 1, image) for e in group)
+        prompt, images = group[0].response_mask.index(1), max(len(e.pictures) for e in group)
+        rollout_cost += text_flops(config, 0, prompt, 1, min(images, 1)) + images * sum(image_flops(config))
+        rollout_cost += sum(text_flops(config, prompt, len(e.ids) - 1, sum(e.response_mask) - 1, min(images, 1)) for e in group)
     for group in by_prompt(trained):
-        start, image = group[0].response_mask.index(1) - 1, group[0].problem.image is not None
-        forward += text_flops(config, 0, start, 0, image)  # each episode's own part begins with the prompt's last token
-        forward += sum(text_flops(config, start, len(e.ids) - 1, sum(e.response_mask), image) for e in group)
-        seeing += image * training_image_flops(model, args, encoded=True)
+        start, images = group[0].response_mask.index(1) - 1, max(len(e.pictures) for e in group)
+        forward += text_flops(config, 0, start, 0, min(images, 1))  # each episode's own part begins with the prompt's last token
+        forward += sum(text_flops(config, start, len(e.ids) - 1, sum(e.response_mask), min(images, 1)) for e in group)
+        seeing += images * training_image_flops(model, args, encoded=True)
     references = forward * args.epochs if args.kl_coef else 0
     weights, read = text_flops(config, 0, 1, 1) // 2, sum(len(e.ids) for group in groups for e in group)
     updates = args.epochs * (training_flops(forward, args.lora_rank > 0, args.recompute) + seeing)

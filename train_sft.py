@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 
 import tasks
-from evaluate import (ROWS, Episode, Parser, answer_length, check_limits, check_still, clean, device_and_dtype, evaluate, find_model,
+from evaluate import (ROWS, Episode, Parser, answer_length, check_limits, clean, device_and_dtype, evaluate, find_model,
                       micro_batches, run_main, seen_by, shown_to, summary, to_batch)
 from model import (PARTS, SIZES, LlamaVision, add_lora, count_parameters, image_flops, init_weights, load_model, merge_lora, read_json,
                    save_adapter, save_model, text_flops, train_tokenizer, training_flops, write_atomically, write_json)
@@ -601,19 +601,18 @@ def demonstration(args, model, tokenizer, index):
     """The training episode number `index`: a pure function of the arguments, so a resumed run needs no data state."""
     rng = random.Random(f"demonstrator/{args.seed}/{index}")
     rule, kind, visual = draw(args, rng)
-    problem = tasks.make(args.task, rule, visual, args.split, index, seed=args.seed, **shown_to(model, tokenizer))
-    return demonstrated_episode(tokenizer, problem, problem.demonstrate(kind, rng))
+    problem = tasks.make(args.task, rule, visual, args.split, index, attempts=2, seed=args.seed, **shown_to(model, tokenizer))
+    return demonstrated_episode(tokenizer, problem, problem.demonstrate(kind, rng)[::2])
 
 
-def demonstrated_episode(tokenizer, problem, texts):
-    """Response, verifier's words, response, ... as an Episode whose mask marks the responses and their stop tokens."""
-    episode = Episode(problem)
-    episode.read(tokenizer.prompt(problem.prompt, image=problem.image is not None))
-    for i, text in enumerate(texts):
-        if i % 2 == 0:
-            episode.respond(tokenizer.encode(text) + [tokenizer.eot])
-        else:
-            episode.read(tokenizer.turn(text))
+def demonstrated_episode(tokenizer, problem, responses):
+    """A demonstrator's responses, and the verifier's words between them, as an Episode whose mask marks the responses and
+    their stop tokens. The problem has to allow as many attempts as the demonstrator needs, which is at most two."""
+    episode = Episode(problem).open(tokenizer)
+    for i, response in enumerate(responses, 1):
+        episode.respond(tokenizer.encode(response) + [tokenizer.eot])
+        if i < len(responses):
+            episode.judge(tokenizer, response)
     return episode
 
 
@@ -651,10 +650,9 @@ def sft_backward(model, episodes, pad, size):
 
 def batch_flops(model, episodes, args):
     """(FLOPs of one update on these episodes, the paper's 6 N D)."""
-    shown = [e.problem.image is not None for e in episodes]
-    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, sum(e.response_mask), image) for e, image in zip(episodes, shown))
-    weights = text_flops(model.config, 0, 1, 1) // 2
-    return (training_flops(forward, args.lora_rank > 0, args.recompute) + sum(shown) * training_image_flops(model, args),
+    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, sum(e.response_mask), min(len(e.pictures), 1)) for e in episodes)
+    weights, pictures = text_flops(model.config, 0, 1, 1) // 2, sum(len(e.pictures) for e in episodes)
+    return (training_flops(forward, args.lora_rank > 0, args.recompute) + pictures * training_image_flops(model, args),
             6 * weights * sum(len(e.ids) for e in episodes))
 
 
@@ -756,8 +754,6 @@ def finish_arguments(parser, argv):
         vars(args).update(stored | given, out=args.resume)
     check_limits(args)
     args.rule = tasks.trained_rule(args.task) if args.rule is None else args.rule
-    for name in (args.task, args.eval_suite or args.task):
-        check_still(name)
     tasks.make(args.task, args.rule, args.visual, split="train", index=0, tile=4096)  # nothing is drawn
     if args.train and not tasks.pictures(args.task) and args.train != ["decoder"]:
         raise ValueError(f"--train: {args.task} shows no pictures, so only the decoder can be trained.")
