@@ -334,7 +334,8 @@ def set_up(args):
         model, tokenizer = load_model(start or args.init_path, dtype, device)
     args.max_new_tokens = args.max_new_tokens or answer_length(tokenizer)
     shown = getattr(args, "visuals", None)
-    for visual in parse_weights(shown, "visuals", check_look)[0] if shown else [args.visual]:  # legible at this model's tile size?
+    looks = parse_weights(shown, "visuals", partial(check_look, task=args.task))[0] if shown else [args.visual]
+    for visual in looks:  # legible at this model's tile size?
         tasks.make(args.task, args.rule, visual, "train", 0, **shown_to(model, tokenizer))
     if getattr(args, "fresh_eyes", False) and not start:
         open_eyes(model, args.seed)
@@ -583,9 +584,10 @@ def check_kind(name, task="gp-l"):
         raise ValueError(f"--demonstrators {clean(name)}: choose from {', '.join(tasks.kinds(task))}.")
 
 
-def check_look(text):
+def check_look(text, task="gp-vl"):
     """ValueError for the text of a look that cannot be read."""
-    tasks.parse_look(tasks.fill_look(text, random.Random(0)))
+    look = tasks.Scene if tasks.walks(task) else tasks.Look
+    look.parse(look.fill(text, random.Random(0)))
 
 
 def draw(args, rng):
@@ -593,7 +595,7 @@ def draw(args, rng):
     parts = [(args.rules, "rules", partial(check_rule, task=args.task)),
              (args.demonstrators, "demonstrators", partial(check_kind, task=args.task))]
     if args.visuals:
-        parts.append((args.visuals, "visuals", check_look))
+        parts.append((args.visuals, "visuals", partial(check_look, task=args.task)))
     return [*(rng.choices(*parse_weights(*part))[0] for part in parts), None][:3]
 
 
@@ -754,7 +756,7 @@ def finish_arguments(parser, argv):
         vars(args).update(stored | given, out=args.resume)
     check_limits(args)
     args.rule = tasks.trained_rule(args.task) if args.rule is None else args.rule
-    tasks.make(args.task, args.rule, args.visual, split="train", index=0, tile=4096)  # nothing is drawn
+    tasks.make(args.task, args.rule, args.visual, split="train", index=0, tile=1120)  # nothing is drawn
     if args.train and not tasks.pictures(args.task) and args.train != ["decoder"]:
         raise ValueError(f"--train: {args.task} shows no pictures, so only the decoder can be trained.")
     if args.eval_suite not in (None, *tasks.SUITES):
