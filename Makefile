@@ -1,8 +1,8 @@
 # Every target sets up .venv by itself and goes on where it was stopped.
 #   make demo    the study with one seed, cards in words     make test    the tests
-#   make demo-vl the same with cards in pictures             make bench   speed and memory, a table (three minutes)
-#   make study   learning-rate grid, then three seeds        make base    the shipped tiny base, from nothing
-#   make study-vl and make base-vl do the same for pictures
+#   make study   learning-rate grid, then three seeds        make bench   speed and memory, a table (three minutes)
+#   make base    the shipped tiny base, from nothing
+# and demo-vl, study-vl, base-vl for cards in pictures, -virl for walks in words, -virl-vl for walks through street views.
 PY := .venv/bin/python
 PYTHON ?= python3
 
@@ -14,6 +14,8 @@ STUDIES ?= runs/study
 K ?= --k 8
 SFT_BATCH ?= 256
 WARMUP_STEPS ?= 6
+PROBLEMS ?= 32
+ATTEMPTS ?= 1
 FLOPS ?= 4e12
 EVALS ?= 7
 N ?= 500
@@ -22,7 +24,8 @@ RL_LR ?= 3e-5
 SEED ?= 0
 S ?=
 
-.PHONY: demo demo-vl arms test bench study study-vl grid grid-sft grid-rl base base-vl smoke clean
+.PHONY: demo demo-vl demo-virl demo-virl-vl arms test bench study study-vl study-virl study-virl-vl grid grid-sft grid-rl \
+	base base-vl base-virl base-virl-vl smoke clean
 
 demo: arms
 	$(PY) evaluate.py --report $(STUDY)
@@ -37,18 +40,37 @@ demo-vl:
 study-vl:
 	$(MAKE) study $(VL) GRID=runs/grid-vl STUDIES=runs/study-vl GRID_SFT="3e-5 1e-4 3e-4" GRID_RL="1e-5 3e-5 1e-4"
 
+# Walks: two answers at each position, as in the paper.
+VIRL = TASK=virl-l K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=128 FLOPS=$(FLOPS_VIRL) EVALS=$(EVALS_VIRL) N=$(N)
+FLOPS_VIRL ?= 6e12
+EVALS_VIRL ?= 5
+STUDY_VIRL ?= runs/demo-virl
+demo-virl:
+	$(MAKE) demo $(VIRL) STUDY=$(STUDY_VIRL)
+study-virl:
+	$(MAKE) study $(VIRL) GRID=runs/grid-virl STUDIES=runs/study-virl
+VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
+FLOPS_VIRL_VL ?= 6e12
+EVALS_VIRL_VL ?= 3
+N_VIRL_VL ?= 200
+STUDY_VIRL_VL ?= runs/demo-virl-vl
+demo-virl-vl:
+	$(MAKE) demo $(VIRL_VL) STUDY=$(STUDY_VIRL_VL)
+study-virl-vl:
+	$(MAKE) study $(VIRL_VL) GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="3e-5 1e-4 3e-4" GRID_RL="1e-5 3e-5 1e-4"
+
 arms: .venv/ready
-	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --suite $(TASK) --n $(N) $(K) --out $(STUDY)/base; fi
+	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out $(STUDY)/base; fi
 	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 1 $(WARMUP),$(STUDY),test)
 	$(call run,sft$(S),train_sft.py --task $(TASK) --init $(STUDY)/warmup$(S) --batch $(SFT_BATCH) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
-	$(call run,rl$(S),train_rl.py --task $(TASK) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
+	$(call run,rl$(S),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
 
 # Short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
 WARMUP = --steps $(WARMUP_STEPS) --lr 1e-4 --lr-warmup 10 --schedule constant
 
 # $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it.
 run = @if [ -e $(3)/$(1)/args.json ]; then $(PY) $(firstword $(2)) --resume $(3)/$(1); \
-	else $(PY) $(2) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out $(3)/$(1); fi
+	else $(PY) $(2) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out $(3)/$(1); fi
 
 # The grid and the rule of choice were written down before any run of it: the smallest rate within one standard error of
 # the best ID score on validation problems. Then three seeds with the chosen rates, on the test problems.
@@ -68,7 +90,7 @@ grid: .venv/ready
 grid-sft:
 	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init $(GRID)/warmup --batch $(SFT_BATCH) --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 grid-rl:
-	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --init $(GRID)/warmup --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
+	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(GRID)/warmup --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 
 # The shipped base: it learns both rules with all their neighbours, then gets bad habits (see the README).
 BASE = --split base --batch 128 --evals 2 --rules '*,*,*/courts=2:4' '?,?,?/courts=2:3' '*,*,*/target=*/courts=1:1' 10:0.8 11,12,13:1.5
@@ -93,6 +115,25 @@ base-vl: .venv/ready
 	$(PY) evaluate.py runs/base/habits-vl --suite gp-vl --export assets/tiny-gp-vl
 base_vl_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
 	else $(PY) train_sft.py $(2) $(EYES) --out runs/base/$(1); fi
+
+# The base of walks: it learns the words of both rules, then to pass by what is on its left; and the one with eyes.
+WALKS = --split base --evals 2 --eval-n 200 --rules absolute/told=rule:2 relative/told=rule:3 absolute relative
+LEARN = expert:0.6 careless:0.1 inattentive:0.15 hasty:0.05 retry:0.1
+HABITS = expert:0.1 hasty:0.6 inattentive:0.2 careless:0.05 retry:0.05
+MUON = --lr-warmup 50 --lr-end 0.02 --optimizer muon --weight-decay 0.1
+base-virl: .venv/ready
+	$(call walk_run,learn-virl,--task virl-l --batch 128 --fresh --steps 450 --lr 4e-3 $(MUON) --demonstrators $(LEARN))
+	$(call walk_run,habits-virl,--task virl-l --batch 128 --init runs/base/learn-virl --steps 100 --lr 1e-3 --demonstrators $(HABITS))
+	$(PY) evaluate.py runs/base/habits-virl --suite virl-l --export assets/tiny-virl-l
+base-virl-vl: .venv/ready
+	$(call walk_run,see-virl,--task virl-vl $(STREETS) --batch 20 --init runs/base/learn-virl --fresh-eyes --steps 700 --lr 3e-3 $(MUON) \
+		--demonstrators $(LEARN))
+	$(call walk_run,habits-virl-vl,--task virl-vl $(STREETS) --batch 32 --init runs/base/see-virl --train decoder --steps 100 --lr 1e-3 \
+		--demonstrators $(HABITS))
+	$(PY) evaluate.py runs/base/habits-virl-vl --suite virl-vl --export assets/tiny-virl-vl
+STREETS = --visuals '*/weather=*/palette=*'
+walk_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
+	else $(PY) train_sft.py $(2) $(WALKS) --out runs/base/$(1); fi
 
 # For those who have weights: a picture, a question, an answer; then one step of SFT and one of RL.
 #   make smoke MODEL=directory-as-the-hub-has-it IMAGE=picture ASK="What does it show?"

@@ -1371,23 +1371,23 @@ TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "sl
 
 
 class TurnRule(NamedTuple):
-    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions use for turns: those of the rule,
-    or, told="both", those of both rules, as in the paper's absolute prompts; then only the stated actions tell which to take."""
+    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions use for turns: those of both
+    rules, so that only the stated actions tell which to take, or, told="rule", those of the rule alone."""
     words: str = "absolute"
-    told: str = "rule"
+    told: str = "both"
 
     def __str__(self):
-        return self.words + ("/told=both" if self.told == "both" else "")
+        return self.words + ("/told=rule" if self.told == "rule" else "")
 
 
 def parse_turns(text):
-    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=both"; str() undoes it. ValueError for other texts."""
+    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=rule"; str() undoes it. ValueError for other texts."""
     if isinstance(text, TurnRule):
         return text
     words, slash, told = text.partition("/")
-    if words not in TURN_WORDS or slash + told not in ("", "/told=both"):
-        raise ValueError(f"{clean(text)!r} is no rule for turns: write absolute, relative, or one of them with /told=both.")
-    return TurnRule(words, "both" if slash else "rule")
+    if words not in TURN_WORDS or slash + told not in ("", "/told=rule"):
+        raise ValueError(f"{clean(text)!r} is no rule for turns: write absolute, relative, or one of them with /told=rule.")
+    return TurnRule(words, "rule" if slash else "both")
 
 
 # What the agent reads and writes. "full": plain words for an instruct model; "short": few tokens for the tiny one.
@@ -2279,10 +2279,10 @@ SUITES = {
         Row("rule", "relative"),
         Row("fake", "relative", "absolute"),
     ],
-    "virl-l-probes": [                 # the instructions have the words of both rules: only the stated actions tell which to take
-        Row("both-id", "absolute/told=both"),
-        Row("both-rule", "relative/told=both"),
-        Row("both-fake", "relative/told=both", "absolute"),
+    "virl-l-probes": [                 # the instructions have the words of the rule alone, which can be copied
+        Row("told-id", "absolute/told=rule"),
+        Row("told-rule", "relative/told=rule"),
+        Row("told-fake", "relative/told=rule", "absolute"),
     ],
     "virl-vl": [
         Row("id", "absolute"),
@@ -2302,7 +2302,7 @@ def parse_args(argv=None):
     which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
     which.add_argument("--rule", help="GeneralPoints: what J, Q, K count as: 10 or 11,12,13, * or ? for any of 1..13 or 10..13; "
                        f"then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards). Not "
-                       "named: 24 and 4 cards (default 10). V-IRL: absolute or relative, perhaps /told=both (default absolute)")
+                       "named: 24 and 4 cards (default 10). V-IRL: absolute or relative, perhaps /told=rule (default absolute)")
     which.add_argument("--split", default="test", help=f"{', '.join(SPLITS[:-1])} or test (default test)")
     which.add_argument("--index", type=int, default=0, help="the first problem's index (default 0)")
     which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")

@@ -156,11 +156,11 @@ def test_streams_are_pure(style):
 
 def test_the_stream_does_not_change():
     """Literal problems: results are compared across machines and versions."""
-    assert [make("virl-l", rule, split="test", index=i, style="short").prompt for i, rule in enumerate(RULES)] == [
-        "facing west, compass. 1 turn southwest. 2 go to crossing, club front. 3 turn north. 4 go to end, lab left.\nnone",
+    assert [make("virl-l", rule, split="test", index=i, style="short").prompt for i, rule in enumerate(("absolute", "relative/told=rule"))] == [
+        "facing west, compass. 1 turn slightly left to southwest. 2 go to crossing, club front. 3 turn right to north. 4 go to end, lab left.\nnone",
         "facing east, sides. 1 turn slightly right. 2 go to end, cafe left.\nnone"]
     assert make("virl-l", split="test").texts[-2:] == [
-        "Turn to face southeast.", "Move forward until you reach the destination where Cedar Pizza is on your left."]
+        "Turn right to face southeast.", "Move forward until you reach the destination where Cedar Pizza is on your left."]
 
 
 def test_cli_shows_a_walk_and_judges_an_action():
@@ -177,9 +177,9 @@ def test_cli_shows_a_walk_and_judges_an_action():
 # ---- Rules -----------------------------------------------------------------------------------------------------------
 
 def test_rules_are_read_and_written():
-    for text in ("absolute", "relative", "absolute/told=both", "relative/told=both"):
+    for text in ("absolute", "relative", "absolute/told=rule", "relative/told=rule"):
         assert str(parse_turns(text)) == text and parse_turns(parse_turns(text)) == parse_turns(text)
-    for text in ("", "abs", "10", "absolute/told=rule", "absolute/", "relative/told=both/told=both", "\x1b[31m"):
+    for text in ("", "abs", "10", "absolute/told=both", "absolute/", "relative/told=rule/told=rule", "\x1b[31m"):
         with pytest.raises(ValueError, match="no rule for turns.*\\.$") as caught:
             parse_turns(text)
         assert "\x1b" not in str(caught.value)
@@ -195,7 +195,7 @@ def test_make_refuses_what_it_does_not_know(bad):
 @pytest.mark.parametrize("style", STYLES)
 def test_prompts_state_their_rule_and_no_other(style):
     for index in range(50):
-        absolute, relative, both = (make("virl-l", rule, index=index, style=style) for rule in ("absolute", "relative", "relative/told=both"))
+        absolute, relative, both = (make("virl-l", rule, index=index, style=style) for rule in ("absolute/told=rule", "relative/told=rule", "relative"))
         turns = [[turn_word(words, here.heading, here.towards) for here in absolute.route.rail if here.action == "turn"] for words in RULES]
         for walk, words, others in ((absolute, *turns), (relative, *turns[::-1])):
             said = [text.rstrip(".").split("urn ")[1].removeprefix("to face ") for text in walk.texts if "urn " in text]
@@ -221,8 +221,8 @@ def test_the_expert_walks_every_route_to_its_end(rule, style):
 
 def test_rewards_attempts_and_feedback():
     walk = by_hand("absolute", 2)
-    assert walk.prompt == "facing southeast, compass. 1 turn west. 2 go to crossing. 3 turn southeast. 4 go to end, pub right.\nnone"
-    assert by_hand("relative/told=both").prompt == (
+    assert by_hand("absolute/told=rule").prompt == "facing southeast, compass. 1 turn west. 2 go to crossing. 3 turn southeast. 4 go to end, pub right.\nnone"
+    assert by_hand("relative").prompt == (
         "facing southeast, sides. 1 turn right to west. 2 go to crossing. 3 turn left to southeast. 4 go to end, pub right.\nnone")
     assert (walk.cls, walk.actions) == ("test-0: right, left", ("turn", "forward", "turn", "stop"))
     assert walk.step(say("forward()")) == (-1, False, "no: turn here", "wrong_action", 1) and walk.position == 0
@@ -416,10 +416,10 @@ def test_a_landmark_is_drawn_where_the_text_says(style, tile, monkeypatch):
             for name, side in here.landmarks:
                 assert f"{name}" in tasks.observation(here, style) and side in tasks.observation(here, style)
                 with_it = parts(walk.at(i)[0].image)
-                tasks.draw_grid.cache_clear()
+                tasks.draw_grid.cache_clear(), walk.drawn.clear()
                 monkeypatch.setattr(town, "landmarks", {place: mark for place, mark in town.landmarks.items() if place != here.place})
                 without = parts(walk.at(i)[0].image)
-                tasks.draw_grid.cache_clear()
+                tasks.draw_grid.cache_clear(), walk.drawn.clear()
                 monkeypatch.undo()
                 changed = {each: abs(with_it[each] - without[each]).sum() for each in SIDES}
                 assert max(changed, key=changed.get) == side, (index, i, changed)
@@ -503,7 +503,7 @@ def test_with_pictures_the_text_gives_no_observation_and_misreading_costs(style)
 def test_speed_of_drawing():
     for style, look, tile, limit in (("full", "day/tiles=1", 560, 0.25), ("short", "day", 32, 0.15)):
         walk, began = seen(2, style, look, tile=tile), time.process_time()
-        tasks.draw_grid.cache_clear()
+        tasks.draw_grid.cache_clear(), walk.drawn.clear()
         for i in range(len(walk.route.rail)):
             assert walk.at(i)[0].image
         assert (time.process_time() - began) / len(walk.route.rail) < limit  # about 0.03 and 0.015 s
@@ -550,14 +550,14 @@ def released(tmp_path):
 
 
 def test_released_routes_are_walked(released):
-    walk = make("virl-l", "relative", data=released, attempts=2)
+    walk = make("virl-l", "relative/told=rule", data=released, attempts=2)
     assert walk.texts == ["Turn right.", "Move forward until you reach the next intersection where Prince St is on your right behind.",
                           "Turn right.", "Move forward until you reach the destination where Shuka is on your left."]
     assert set(walk.actions[1:-1]) == {"forward", "turn"} and walk.actions.count("turn") == 2 and walk.route.rail[-1].place == "pano_22"
     assert [here.instruction for here in walk.route.rail] == sorted(here.instruction for here in walk.route.rail)
     assert tasks.observation(next(here for here in walk.route.rail if here.crossing), "full") == (
         "Prince St is on your right behind; You observe an intersection")
-    assert make("virl-l", "absolute", data=released, index=5).texts[::2] == ["Turn to face north.", "Turn to face east."]
+    assert make("virl-l", "absolute/told=rule", data=released, index=5).texts[::2] == ["Turn to face north.", "Turn to face east."]
     while not walk.done:
         outcome = walk.step(walk.expert()).outcome
     assert outcome == "correct" and abs(tasks.metres(street(0, 0), street(30, 40)) - 50) < 0.1
