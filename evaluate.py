@@ -215,25 +215,26 @@ def micro_batches(episodes, size):
 
 
 def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_tokens=64, rows=256, samples=4, only=None):
-    """How a model does on the rows of a suite (or on those that `only` names), a number for every hand.
+    """How a model does on the rows of a suite (or on those that `only` names), a number for every problem.
 
     Rows whose rules have the same target and number of cards deal the same n held-out hands. "greedy" is temperature 0,
     "sampled" temperature 1; "first" counts the first answer, "episode" any of the `attempts`, both 0 or 1; "read" is the share
     of the cards that the first answer names rightly. A row with a judge of its own ("fake rule") judges the answers of the row
     with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand. A walk is right when it
-    arrives, and its fake row is walked anew, since the verifier decides there what is seen next.
+    arrives, has scores per step beside that (see `scores_per_step`), and its fake row is walked anew, since the verifier decides there
+    what is seen next.
     """
-    began, result, turns, classes, shown, cut = time.time(), {}, {}, {}, [], []
+    began, result, turns, classes, shown, cut, walk = time.time(), {}, {}, {}, [], [], tasks.walks(suite)
     suite_rows = [row for row in legible_rows(model, suite) if not only or row.name in only]
     for row in suite_rows:
         problems = suite_problems(model, tokenizer, suite, row, n, attempts, split)
         result[row.name], classes[row.name] = {}, [p.cls for p in problems]
-        judged_again = row.judge is not None and not tasks.walks(suite)
+        judged_again = row.judge is not None and not walk
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             if not judged_again:
                 played = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows)
                 played = [episode for group in played for episode in group]
-                shown += [show_episode(row.name, e) for e in played[: samples * (mode == "greedy")]]
+                shown += [show_episode(row.name, e) for e in examples(played, samples * (mode == "greedy"), walk)]
                 cut.append(truncated(played, tokenizer))
                 turns[row.name, mode] = [e.turns for e in played]  # without the pictures
             asked = [r.name for r in suite_rows if judged_again and (r.rule, r.visual, r.judge) == (row.rule, row.visual, None)]
@@ -242,16 +243,49 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
                         for p, answer in zip(problems, answers)]
             result[row.name][mode] = {"first": [int(solved(o, 1)) for o in outcomes], "episode": [int(solved(o)) for o in outcomes],
                                       "read": [round(answer[0]["read"], 4) for answer in answers]}
+            if walk:
+                forced = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows, forced=True)
+                result[row.name][mode] |= scores_per_step(problems, answers, [episode.turns for (episode,) in forced])
     return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": next(iter(classes.values())),
-            "row_classes": classes, "truncated": max(cut), "rows": result, "samples": shown,
+            "row_classes": classes, "truncated": max(cut), "rows": result, "samples": within(shown),
             "eval_seconds": round(time.time() - began, 2)}
 
 
-def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows):
+def scores_per_step(problems, walked, forced):
+    """Scores of walks by position, from the turns of each problem's walk and of its teacher-forced walk: lists of n, for JSON.
+
+    "steps_first", "steps": survival, the share of the route's positions passed before the first wrong answer and before the attempts
+    ran out (the paper's per-step accuracy; the mean over routes of that share, so every route weighs the same, long or short).
+    "forced": the share of positions answered rightly with a right walk up to each. Survival says how far one gets alone and lets one
+    kind of mistake cost all that comes after it; teacher-forced says what is known at each position. "read": the share of all
+    answers that name what is seen, and it only. "failed_at": position of the first wrong answer, or None. "marks", "forced_marks":
+    a word for every route, a letter for every position reached: the right action's initial, a capital where the first answer was right.
+    """
+    walks = [tasks.walk_scores(p.actions, [turn["outcome"] for turn in turns]) for p, turns in zip(problems, walked)]
+    marks, forced_marks = ([_marks(p, turns) for p, turns in zip(problems, of)] for of in (walked, forced))
+    right = [tasks.forced_scores(p.actions, [mark.isupper() for mark in word])["all"] for p, word in zip(problems, forced_marks)]
+    return {"read": [round(sum(turn["read"] for turn in turns) / len(turns), 4) for turns in walked],
+            "steps_first": [round(w["first"], 4) for w in walks], "steps": [round(w["episode"], 4) for w in walks],
+            "forced": [round(share, 4) for share in right], "failed_at": [w["failed_at"] for w in walks],
+            "marks": " ".join(marks), "forced_marks": " ".join(forced_marks)}
+
+
+def _marks(problem, turns):
+    first = {turn["position"]: turn["outcome"] in ("right_action", "correct") for turn in reversed(turns)}
+    return "".join(problem.actions[i][0].upper() if right else problem.actions[i][0] for i, right in sorted(first.items()))
+
+
+def examples(episodes, most, walk):
+    """The episodes to be shown: the first ones; of walks, which are long, one that failed and one that arrived."""
+    found = [next((e for e in episodes if e.solved() == arrived), None) for arrived in (False, True)] if walk else episodes
+    return [e for e in found if e is not None][:most]
+
+
+def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows, **options):
     """`rollout` with its own random stream, and the pictures of a few problems at a time in memory."""
     generator, size = torch.Generator(model.device).manual_seed(0), max(1, rows // group)
     return [members for first in range(0, len(problems), size) for members in
-            rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows)]
+            rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows, **options)]
 
 
 def legible_rows(model, suite):
@@ -279,12 +313,38 @@ SHUFFLED = "shuffled"  # the control: a model that reads scores by chance here, 
 
 
 def show_episode(row, episode):
-    """An Episode as plain data for samples/ and the report; the picture as PNG in base64."""
+    """An Episode as plain data for samples/ and the report: the picture as PNG in base64; of a walk its map and what was seen on it."""
     problem, shown = episode.problem, {}
-    if problem.image is not None:
-        problem.image.save(file := io.BytesIO(), "PNG")
-        shown = {"picture": base64.b64encode(file.getvalue()).decode()}
+    if isinstance(problem, tasks.Navigation):
+        shown = {"pictures": [_png(_small(picture, 320)) for picture in episode.pictures]} if episode.pictures else {}
+        if not problem.route.folder:  # a released route has no city to draw
+            shown["map"] = _png(_small(tasks.draw_map(problem, 340), 340))
+    elif problem.image is not None:
+        shown = {"picture": _png(problem.image)}
     return {"row": row, "prompt": problem.prompt, "turns": episode.turns, "reward": episode.total()} | shown
+
+
+def _png(image):
+    image.save(file := io.BytesIO(), "PNG", optimize=image.mode == "P")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _small(image, side):
+    """A copy of at most side x side pixels in 64 colours: a few kilobytes."""
+    image = image.convert("RGB")
+    image.thumbnail((side, side))
+    return image.quantize(64, dither=0)  # no dithering, which takes space
+
+
+def within(samples, limit=10**6):
+    """The samples, without the views of the walks that would make their pictures larger than `limit` characters; maps stay."""
+    size = sum(len(sample.get("map", "")) for sample in samples)
+    for sample in samples:
+        size += (new := sum(map(len, sample.get("pictures", ()))))
+        if size > limit and new:
+            size -= new
+            del sample["pictures"]
+    return samples
 
 
 def pass_at_1_to_k(model, tokenizer, suite, n, k, split="test", max_new_tokens=64, rows=256):
@@ -301,7 +361,7 @@ def pass_at_1_to_k(model, tokenizer, suite, n, k, split="test", max_new_tokens=6
 def summary(result):
     """{row: {mode_score: share}} of an evaluation, for the metrics file."""
     return {f"{row}/{mode}/{score}": round(sum(hits) / len(hits), 4) for row, modes in result["rows"].items()
-            for mode, scores in modes.items() for score, hits in scores.items()}
+            for mode, scores in modes.items() for score, hits in scores.items() if score in (*PARTS, "read", *STEPS)}
 
 
 # ---------------------------------------------------------------- 3. Runs and models
@@ -423,6 +483,8 @@ def run_main(main):
 ROWS = {"id": "ID", "rule": "rule OOD", "fake": "fake rule"}
 MODES = {"greedy": "greedy", "sampled": "temperature 1"}
 PARTS = {"first": "first attempt", "episode": "whole episode"}
+STEPS = {"steps_first": "per step, until the first failure", "steps": "per step, until the attempts ran out",
+         "forced": "per step, teacher-forced"}  # of walks, in words of `scores_per_step`
 FAMILIES = {"gp": ("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13"),     # what is counted, trained rule, other rule
             "virl": ("routes", "absolute turns", "relative turns")}        # by the first word of the suite's name
 
