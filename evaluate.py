@@ -220,9 +220,8 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
     Rows whose rules have the same target and number of cards deal the same n held-out hands. "greedy" is temperature 0,
     "sampled" temperature 1; "first" counts the first answer, "episode" any of the `attempts`, both 0 or 1; "read" is the share
     of the cards that the first answer names rightly. A row with a judge of its own ("fake rule") judges the answers of the row
-    with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand. A walk is right when it
-    arrives, has scores per step beside that (see `scores_per_step`), and its fake row is walked anew, since the verifier decides there
-    what is seen next.
+    with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand. A walk is right when
+    it arrives, and has scores_per_step; its fake row is walked anew, since the verifier decides there what is seen next.
     """
     began, result, turns, classes, shown, cut, walk = time.time(), {}, {}, {}, [], [], tasks.walks(suite)
     suite_rows = [row for row in legible_rows(model, suite) if not only or row.name in only]
@@ -241,7 +240,8 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
             answers = turns[asked[0] if judged_again else row.name, mode]
             outcomes = [[copy.copy(p).step(turn["response"]).outcome if judged_again else turn["outcome"] for turn in answer]
                         for p, answer in zip(problems, answers)]
-            result[row.name][mode] = {"first": [int(solved(o, 1)) for o in outcomes], "episode": [int(solved(o)) for o in outcomes],
+            result[row.name][mode] = {"first": [int(solved(o, 1)) for o in outcomes],
+                                      "episode": [int(solved(o)) for o in outcomes],
                                       "read": [round(answer[0]["read"], 4) for answer in answers]}
             if walk:
                 forced = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows, forced=True)
@@ -252,14 +252,14 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
 
 
 def scores_per_step(problems, walked, forced):
-    """Scores of walks by position, from the turns of each problem's walk and of its teacher-forced walk: lists of n, for JSON.
+    """Scores of walks by position, from the turns of each walk and of its teacher-forced twin: lists of n, for JSON.
 
-    "steps_first", "steps": survival, the share of the route's positions passed before the first wrong answer and before the attempts
-    ran out (the paper's per-step accuracy; the mean over routes of that share, so every route weighs the same, long or short).
-    "forced": the share of positions answered rightly with a right walk up to each. Survival says how far one gets alone and lets one
-    kind of mistake cost all that comes after it; teacher-forced says what is known at each position. "read": the share of all
-    answers that name what is seen, and it only. "failed_at": position of the first wrong answer, or None. "marks", "forced_marks":
-    a word for every route, a letter for every position reached: the right action's initial, a capital where the first answer was right.
+    "steps_first", "steps": survival, the share of a route's positions passed before the first wrong answer, or before the attempts
+    ran out (the paper's per-step accuracy: the mean of that share, so each route weighs the same, long or short). "forced": the
+    share of positions answered rightly after a right walk up to each. Survival says how far one gets alone, and lets one kind of
+    mistake cost all that would follow it; teacher-forced says what is known at each position. "failed_at": the position of the
+    first wrong answer, or None. "read": the share of all answers that name what is there and nothing else. "marks" and
+    "forced_marks": a word a route, a letter a position reached, the right action's initial, capital if the first answer was right.
     """
     walks = [tasks.walk_scores(p.actions, [turn["outcome"] for turn in turns]) for p, turns in zip(problems, walked)]
     marks, forced_marks = ([_marks(p, turns) for p, turns in zip(problems, of)] for of in (walked, forced))
@@ -285,7 +285,8 @@ def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows, *
     """`rollout` with its own random stream, and the pictures of a few problems at a time in memory."""
     generator, size = torch.Generator(model.device).manual_seed(0), max(1, rows // group)
     return [members for first in range(0, len(problems), size) for members in
-            rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows, **options)]
+            rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows,
+                    **options)]
 
 
 def legible_rows(model, suite):
@@ -313,12 +314,11 @@ SHUFFLED = "shuffled"  # the control: a model that reads scores by chance here, 
 
 
 def show_episode(row, episode):
-    """An Episode as plain data for samples/ and the report: the picture as PNG in base64; of a walk its map and what was seen on it."""
+    """An Episode as plain data for samples/ and the report: the picture as PNG in base64; of a walk its map and its views."""
     problem, shown = episode.problem, {}
     if isinstance(problem, tasks.Navigation):
-        shown = {"pictures": [_png(_small(picture, 320)) for picture in episode.pictures]} if episode.pictures else {}
-        if not problem.route.folder:  # a released route has no city to draw
-            shown["map"] = _png(_small(tasks.draw_map(problem, 340), 340))
+        shown = {"pictures": [_png(_small(picture)) for picture in episode.pictures]} if episode.pictures else {}
+        shown |= {} if problem.route.folder else {"map": _png(_small(tasks.draw_map(problem, 340)))}  # released data has no map
     elif problem.image is not None:
         shown = {"picture": _png(problem.image)}
     return {"row": row, "prompt": problem.prompt, "turns": episode.turns, "reward": episode.total()} | shown
@@ -329,21 +329,20 @@ def _png(image):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _small(image, side):
-    """A copy of at most side x side pixels in 64 colours: a few kilobytes."""
+def _small(image, side=340):
+    """A copy of at most side x side pixels in 64 colours, not dithered: a few kilobytes."""
     image = image.convert("RGB")
     image.thumbnail((side, side))
-    return image.quantize(64, dither=0)  # no dithering, which takes space
+    return image.quantize(64, dither=0)
 
 
 def within(samples, limit=10**6):
-    """The samples, without the views of the walks that would make their pictures larger than `limit` characters; maps stay."""
+    """The samples, but the views of walks only where all pictures up to there have at most `limit` characters; maps stay."""
     size = sum(len(sample.get("map", "")) for sample in samples)
     for sample in samples:
-        size += (new := sum(map(len, sample.get("pictures", ()))))
-        if size > limit and new:
-            size -= new
-            del sample["pictures"]
+        size += sum(map(len, sample.get("pictures", ())))
+        if size > limit:
+            sample.pop("pictures", None)
     return samples
 
 
@@ -485,19 +484,19 @@ MODES = {"greedy": "greedy", "sampled": "temperature 1"}
 PARTS = {"first": "first attempt", "episode": "whole episode"}
 STEPS = {"steps_first": "per step, until the first failure", "steps": "per step, until the attempts ran out",
          "forced": "per step, teacher-forced"}  # of walks, in words of `scores_per_step`
-WORDS = {"things": "problems", "trained": "the trained one", "other": "another", "alike": "problems of the same kind",
-         "all_read": "all read", "read": "All is read in {} of the problems"}
-FAMILIES = {"gp": WORDS | {"things": "hands", "trained": "J = Q = K = 10", "other": "J, Q, K = 11, 12, 13",
-                           "alike": "problems with the same numbers", "all_read": "all cards read",
-                           "read": "All cards are read in {} of the hands"},
-            "virl": WORDS | {"things": "routes", "trained": "absolute turns", "other": "relative turns",
-                             "alike": "routes with the same turns in one city", "all_read": "all observations right",
-                             "read": "What is seen is named rightly in {} of the answers"}}
+# What is said of a family of tasks, by the first word of the suite's name: what is counted, the trained rule, the other one, what
+# makes a class, and the sentence about reading.
+WORDS = ("things", "trained", "other", "alike", "read")
+FAMILIES = {"gp": ("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13", "problems with the same numbers",
+                   "All cards are read in {} of the hands"),
+            "virl": ("routes", "absolute turns", "relative turns", "routes with the same turns in one city",
+                     "What is seen is named rightly in {} of the answers"),
+            None: ("problems", "the trained one", "another", "problems of the same kind", "All is read in {} of the problems")}
 
 
 def words_for(suite):
-    """What the problems of a suite, and what is done with them, are called: by the first word of its name."""
-    return FAMILIES.get(re.split(r"\W", str(suite))[0], WORDS)
+    """{a name in WORDS: what it is for this suite}."""
+    return dict(zip(WORDS, FAMILIES.get(re.split(r"\W", str(suite))[0], FAMILIES[None])))
 
 
 @functools.lru_cache(maxsize=8)
@@ -748,7 +747,8 @@ def table_rows(study, view):
     """The two tables of a view: the stages, then the paired differences. Cells are text or (number, interval)."""
     classes = any_eval(study)["classes"]
     words = {1: "excludes 0: higher", -1: "excludes 0: lower", 0: "includes 0: no clear difference"}
-    return ([[label, *(percent(bootstrap(_solved(evals, row, view), classes)) if has(evals, row, view) else NONE for row in columns(study))]
+    score = lambda evals, row: percent(bootstrap(_solved(evals, row, view), classes)) if has(evals, row, view) else NONE
+    return ([[label, *(score(evals, row) for row in columns(study))]
              for label, evals in stages(study, view).values()],
             [[f"{STAGES[a]} - {STAGES[b]}, {ROWS[row]}", percent(d, "+"), f"The interval {words[sign_of(d)]}."]
              for (a, b, row), d in differences(study, view).items()])
@@ -761,21 +761,17 @@ MEASURES = {"success": lambda solved, read: (solved, None),
             "success where all cards were read": lambda solved, read: (solved, read == 1)}
 
 
-def measured(evals, row, view, measure):
-    """(values, among) of a measure in a row, for {seed: evaluation}; None where it was not evaluated."""
-    return MEASURES[measure](_solved(evals, row, view), _solved(evals, row, (view[0], "read"))) if has(evals, row, view) else None
-
-
 def look_tables(study, view, measures=MEASURES):
-    """{measure: (head, lines)} of hands in pictures: a line for every row that is answered, a column for every stage, and RL - SFT
-    where both are averaged over the same hands."""
+    """{measure: (head, lines)} of hands in pictures: a line for every row that is answered, a column for every stage, and
+    RL - SFT where both are averaged over the same hands."""
     last, stage = any_eval(study), stages(study, view)
     classes, keys = last["classes"], [key for key in ("base", "start", "sft end", "rl end") if key in stage]
     tables = {}
     for measure in measures:
         lines = []
         for row in (row for row in last["rows"] if row != "fake"):
-            found = {key: measured(stage[key][1], row, view, measure) for key in keys}
+            found = {key: MEASURES[measure](*(_solved(evals, row, (view[0], part)) for part in (view[1], "read")))
+                     if has(evals := stage[key][1], row, view) else None for key in keys}
             cells = [percent(bootstrap(f[0], classes, among=f[1])) if f else NONE for f in found.values()]
             sft, rl = found.get("sft end"), found.get("rl end")
             if sft and rl and sft[1] is None:
@@ -792,44 +788,44 @@ def cost_of_seeing(study, view):
 
 
 def step_tables(study, view):
-    """{title: (head, lines)} of walks: by stage what is right per step (see `scores_per_step`), with differences, and where walks fail."""
-    mode, part = view
-    parts = {"steps_first" if part == "first" else "steps": "", "forced": "", "read": "observations right"}
-    tables = {}
-    for key, title in parts.items():
+    """{title: (head, lines)} of walks: what is right per step by stage (see `scores_per_step`), differences, and where walks fail."""
+    (mode, part), tables = view, {}
+    for key in ("steps_first" if part == "first" else "steps", "forced", "read"):
         lines, pairs = table_rows(study, (mode, key))
-        tables[f"{title or STEPS[key]} in %".capitalize()] = ["", *columns(study).values()], lines
-        if key in STEPS and pairs:
-            tables[f"{STEPS[key]}, paired differences on the same routes".capitalize()] = [
-                "paired difference", "points", ""], [line for line in pairs if line[0].endswith(ROWS["rule"])]
-    cases = [(f"{label}: {ROWS[row]}", evals, row) for row in ("id", "rule") for label, evals in stages(study, view).values()]
+        title = STEPS.get(key, "observations right").capitalize()
+        tables[f"{title}, in %"] = ["", *columns(study).values()], lines
+        pairs = [line for line in pairs if line[0].endswith(ROWS["rule"]) and key in STEPS]
+        tables |= {f"{title}: paired differences on the same routes": (["", "points", ""], pairs)} if pairs else {}
+    cases = [(f"{label}: {ROWS[row]}", evals, row) for row in ("id", "rule") for key, (label, evals) in stages(study, view).items()
+             if key != "sft best"]
     return tables | failure_tables(cases, mode, any_eval(study)["classes"])
 
 
 def failure_tables(cases, mode, classes, most=6):
-    """{title: (head, lines)} of walks, a line for each of cases (label, {seed: evaluation}, row): where the first wrong answer is,
-    in % of the walks; then the share of right first answers by kind of action, of all answers of that kind (a long route weighs more)."""
-    walked = {name: [e["rows"][row][mode] for _, e in sorted(evals.items())] for name, evals, row in cases}
+    """{title: (head, lines)} of walks, a line for each of cases (label, {seed: evaluation}, row): where the first wrong answer is;
+    then right first answers by kind of action, of all of that kind that were reached, so that long routes weigh more."""
     where, kinds = [], []
-    for name, scores in walked.items():
+    for name, evals, row in cases:
+        scores = [evals[seed]["rows"][row][mode] for seed in sorted(evals)]
         failed = [at if at is None else min(at, most) for s in scores for at in s["failed_at"]]
         where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}" for at in (*range(most + 1), None))])
         kinds.append([name])
         for field, kind in ((field, kind) for field in ("marks", "forced_marks") for kind in "TFS"):
-            right, wrong = (np.array([[word.count(mark) for word in s[field].split()] for s in scores]) for mark in (kind, kind.lower()))
+            right, wrong = (np.array([[word.count(m) for word in s[field].split()] for s in scores]) for m in (kind, kind.lower()))
             kinds[-1].append(percent(bootstrap(right / np.maximum(right + wrong, 1), classes, among=right + wrong)))
+    actions = [kind + how for how in ("", ", forced") for kind in tasks.KINDS_OF_ACTION]
     return {"Where walks fail first, by position, in %": (["", *map(str, range(1, most + 1)), "later", "nowhere"], where),
-            "Right first answers by kind of action, in %": (["", *(kind + how for how in ("", ", forced") for kind in tasks.KINDS_OF_ACTION)], kinds)}
+            "Right first answers by kind of action, in %": (["", *actions], kinds)}
 
 
 def more_tables(study, view, measures=MEASURES):
     """{title: (head, lines)}: what a view shows after success and its differences; of pictures so many measures."""
-    suite = str(any_eval(study).get("suite"))
+    suite, seeing = str(any_eval(study).get("suite")), cost_of_seeing(study, view)
     if tasks.walks(suite):
         return step_tables(study, view)
-    tables = {f"Row by row: {measure} in %": table for measure, table in look_tables(study, view, measures).items()} if tasks.pictures(suite) else {}
-    seeing = cost_of_seeing(study, view)
-    return tables | ({"Success on cards in words minus on cards in pictures, the same hands": (["", "points"], seeing)} if seeing else {})
+    tables = look_tables(study, view, measures) if tasks.pictures(suite) else {}
+    return {f"Row by row: {measure} in %": table for measure, table in tables.items()} | (
+        {"Success on cards in words minus on cards in pictures, the same hands": (["", "points"], seeing)} if seeing else {})
 
 
 def _markdown(head, lines):
@@ -1049,19 +1045,16 @@ def story(study, view=("greedy", "first")):
 
 
 def story_of_steps(study, view):
-    """How far walks get on rule OOD alone, and what is right there with every earlier step given. List of sentences, [] for hands."""
+    """How far walks get on rule OOD, and what is right there after a right walk. List of sentences, [] for hands."""
     if not tasks.walks(str(any_eval(study).get("suite"))):
         return []
-    ends = {name_of(arm): stages(study, view)[f"{arm} end"][1] for arm in ("sft", "rl")}
-    survival = "steps_first" if view[1] == "first" else "steps"
-    alone, forced = ([f"{100 * _solved(evals, 'rule', (view[0], part)).mean():.1f} % ({name})" for name, evals in ends.items()]
-                     for part in (survival, "forced"))
-    kinds = failure_tables([(name, evals, "rule") for name, evals in ends.items()], view[0], any_eval(study)["classes"])
-    turns = [f"{line[4][0]} % ({line[0]})" for line in list(kinds.values())[1][1]]
-    return [f"Step by step, rule OOD walks get through {' and '.join(alone)} of their route before they fail, while with a right walk up to "
-            f"each position {' and '.join(forced)} of the first answers are right; of turns alone, {' and '.join(turns)}. The first "
-            "number ends at one mistake, the second goes past it: far apart, they say that one kind of step is wrong and the rest "
-            "is known."]
+    ends = [(name_of(arm), stages(study, view)[f"{arm} end"][1], "rule") for arm in ("sft", "rl")]
+    by_arm = lambda part: " and ".join(f"{100 * _solved(evals, row, (view[0], part)).mean():.1f} % ({name})" for name, evals, row in ends)
+    kinds = failure_tables(ends, view[0], any_eval(study)["classes"])["Right first answers by kind of action, in %"][1]
+    return [f"Step by step, rule OOD walks get through {by_arm('steps_first' if view[1] == 'first' else 'steps')} of their route "
+            f"before they fail; after a right walk up to each position, {by_arm('forced')} of the first answers are right, and of "
+            f"those that should turn {' and '.join(f'{line[4][0]} % ({line[0]})' for line in kinds)}.",
+            "The first number stops at a mistake, the second goes on: where it is far higher, much is known and few steps fail walks."]
 
 
 def story_of_looks(study, view):
@@ -1075,11 +1068,11 @@ def story_of_looks(study, view):
     by_sign = {s: ", ".join(row for row in rows if sign[row] == s) for s in (1, -1, 0)}
     out = [f"Under other looks RL ends {word} SFT: {by_sign[s]}." for s, word in ((1, "clearly above"), (-1, "clearly below")) if by_sign[s]]
     out += [f"These looks do not separate the arms: {by_sign[0]}."] if by_sign[0] else []
-    read = {arm: [_solved(evals, row, (view[0], "read")) for row in rows] for arm, evals in (("SFT", sft), ("RL", rl))}
-    rates = {arm: sorted({f"{100 * (r if tasks.walks(last['suite']) else r == 1).mean():.0f}" for r in of}, key=int) for arm, of in read.items()}
-    told = ", ".join(f"{' to '.join(dict.fromkeys((r[0], r[-1])))} % ({arm})" for arm, r in rates.items() if r)
-    return out + ([words_for(last["suite"])["read"].format(told) + ", from the hardest look to the easiest." * (len(rows) > 1)
-                   + "." * (len(rows) == 1)] if rows else [])
+    whole = (lambda read: read) if tasks.walks(last["suite"]) else (lambda read: read == 1)
+    rates = [(sorted(100 * whole(_solved(evals, row, (view[0], "read"))).mean() for row in rows), arm) for evals, arm in ((sft, "SFT"), (rl, "RL"))]
+    told = ", ".join(f"{f'{r[0]:.0f} to ' if len(rows) > 1 else ''}{r[-1]:.0f} % ({arm})" for r, arm in rates if rows)
+    hardest = ", from the hardest look to the easiest" if len(rows) > 1 else ""
+    return out + [words_for(last["suite"])["read"].format(told) + f"{hardest}."] * bool(rows)
 
 
 def limits_of(study):
@@ -1087,7 +1080,8 @@ def limits_of(study):
     seeds, n = min((len(study[arm]) for arm in arms_of(study)), default=1), len(set(any_eval(study)["classes"]))
     spent = [evals[-1]["flops"] for arm in arms_of(study) for evals in study[arm].values()]
     paper = {arm: np.mean([e[-1].get("flops_paper", 0) for e in study[arm].values()]) for arm in arms_of(study)}
-    out = [f"Brackets and bands are 95 % bootstrap intervals; {words_for(any_eval(study).get('suite'))['alike']} are drawn together, as one class.",
+    alike = words_for(any_eval(study).get("suite"))["alike"]
+    out = [f"Brackets and bands are 95 % bootstrap intervals; {alike} are drawn together, as one class.",
            "There is one seed: an interval covers the luck of which problems were asked, not the luck of training. Another seed "
            "can come out differently, so this is an example, not evidence about the methods in general." if seeds == 1 else
            f"There are {seeds} seeds; they are resampled with the problems, so an interval covers the luck of training too"
@@ -1118,8 +1112,10 @@ td i{font-style:normal;color:var(--muted);white-space:nowrap}.small{color:var(--
 details{border-top:1px solid var(--grid);padding:.5rem 0}summary{cursor:pointer;font-weight:600}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0;padding:.5rem .7rem;font-size:.82rem;border-left:3px solid var(--grid)}
 pre.answer{border-color:var(--c1)}.cards{width:12rem;max-width:100%;image-rendering:pixelated}
-.walk,.step{display:flex;flex-wrap:wrap;gap:.2rem 1rem;align-items:flex-start;margin:.6rem 0}.map{width:21rem;max-width:100%}
-.walk pre,.step div{flex:1 1 16rem;min-width:0;overflow-wrap:anywhere}
+.walk{display:grid;gap:1.2rem;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
+.walk>div{overflow-wrap:anywhere;min-width:0}.map{width:340px;max-width:100%}
+@media (min-width:45rem){.walk{grid-template-columns:20rem 1fr}.walk>:first-child{position:sticky;top:1rem}}
+.step{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin-bottom:.8rem}.step div{flex:1 1 14rem;min-width:0}.step .cards{align-self:start}
 @media (max-width:30rem){table{font-size:.82rem}th,td{padding-right:.5rem}}"""
 MATTER = ("model", "suite", "rule", "visual", "lr", "steps", "flops", "batch", "group", "attempts", "temperature", "seed")
 
@@ -1159,32 +1155,33 @@ def _picture(png, css, alt):
 
 
 def _turn(turn, views):
-    """An answer and its verdict; of a walk also its position, what the answer says, and the first time the view there, from `views`."""
+    """An answer and its verdict; of a walk also its position, what the answer says, and, once, the view there, from `views`."""
     told = f"verifier: {esc(turn.get('outcome', ''))}, reward {esc(turn.get('reward', ''))}. {esc(turn.get('feedback') or '')}"
+    told = f"<pre class=answer>{esc(turn['response'])}</pre><p class=small>{told}</p>"
     if "position" not in turn:
-        return f"<pre class=answer>{esc(turn['response'])}</pre><p class=small>{told}</p>"
+        return told
     try:
         said = tasks.read_answer(str(turn["response"]))
     except ValueError:
         said = {}
-    pairs = zip(("observed", "following"), zip(*(words["keys"] for words in tasks.WORDING.values())))
-    parts = [(word, next((said[key] for key in keys if key in said), NONE)) for word, keys in (*pairs, ("action", ("action",)))]
-    view = views.pop(turn["position"], None)
-    return (f"<div class=step>{_picture(view, 'cards', 'the view from there') if view else ''}<div><b>position {turn['position'] + 1}</b>: "
-            + " / ".join(f"{word} <b>{esc(value)}</b>" for word, value in parts)
-            + f"<pre class=answer>{esc(turn['response'])}</pre><p class=small>&rarr; {told}</p></div></div>")
+    keys = (*zip(*(words["keys"] for words in tasks.WORDING.values())), ("action",))  # in every style
+    parts = [f"{word} <b>{esc(next((said[key] for key in names if key in said), NONE))}</b>"
+             for word, names in zip(("observed", "following", "action"), keys)]
+    view = _picture(views.pop(turn["position"]), "cards", "the view from there") if turn["position"] in views else ""
+    return f"<div class=step>{view}<div><b>position {turn['position'] + 1}</b>: {' / '.join(parts)}{told}</div></div>"
 
 
 def _episodes(study, arm, most=3):
     """Up to `most` ID and `most` rule OOD episodes of the arm's latest evaluation that has samples, one of other rows; all walks."""
     e = next((e for e in reversed(study[arm][min(study[arm])]) if e["samples"]), {"samples": [], "rows": ()})
-    out, few = [], lambda row: most if row in ROWS or tasks.walks(str(e.get("suite"))) else 1
+    out, few = [], lambda row: most if row in ROWS or tasks.walks(str(e["suite"])) else 1
     for sample in (s for row in e["rows"] for s in [s for s in e["samples"] if s["row"] == row][: few(row)]):
         out.append(f"<h3>{esc(ROWS.get(sample['row'], sample['row']))}, return {esc(sample['reward'])}</h3>")
         out += [_picture(sample["picture"], "cards", "what the model saw")] if "picture" in sample else []
         asked, views = f"<pre>{esc(sample['prompt'])}</pre>", dict(enumerate(sample.get("pictures", ())))
-        out.append(f"<div class=walk>{_picture(sample['map'], 'map', 'the route on its map')}{asked}</div>" if "map" in sample else asked)
-        out += [_turn(turn, views) for turn in sample["turns"]]
+        turns = "".join(_turn(turn, views) for turn in sample["turns"])
+        out.append(f"<div class=walk><div>{_picture(sample['map'], 'map', 'the route on its map')}{asked}</div><div>{turns}</div></div>"
+                   if "map" in sample else asked + turns)
     return (f"<details><summary>Sample episodes: {esc(name_of(arm))}, seed {min(study[arm])}, step {e['step']}</summary>"
             f"{''.join(out)}</details>") if out else ""
 
@@ -1216,29 +1213,27 @@ def write_report(study_dir):
 
 
 def result_table(result):
-    """Success of one evaluation with intervals, as markdown; of walks also the shares per step, and below it where they fail."""
+    """Success of one evaluation with intervals, as markdown; of walks also per step, and below it where they fail."""
     walk, lines = tasks.walks(result["suite"]), []
-    steps = {"steps_first": "per step", "forced": "teacher-forced", "read": words_for(result["suite"])["all_read"]}
+    last = {"steps_first": "per step", "forced": "teacher-forced", "read": "observations right"} if walk else {"read": "all cards read"}
     for name, modes in result["rows"].items():
-        scores = [modes[mode][part] for mode in MODES for part in PARTS]
-        scores += [modes["greedy"][part] for part in steps] if walk else [np.array(modes["greedy"]["read"]) == 1]
+        scores = [modes[mode][part] for mode in MODES for part in PARTS] + [np.array(modes["greedy"][part]) for part in last]
+        scores[-1] = scores[-1] if walk else scores[-1] == 1
         lines.append([name, *(" ".join(percent(bootstrap(score, result["row_classes"][name]))) for score in scores)])
-    head = ["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS)]
-    text = _markdown([*head, *(f"greedy, {steps[part]}" for part in (steps if walk else ["read"]))], lines)
-    cases = [(ROWS.get(row, row), {0: result}, row) for row in result["rows"]] if walk else []
-    more = failure_tables(cases, "greedy", result["classes"]) if walk else {}
-    return "\n\n".join([text, *(f"{title}, greedy\n\n{_markdown(*table)}" for title, table in more.items())])
+    head = ["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS), *(f"greedy, {part}" for part in last.values())]
+    more = failure_tables([(row, {0: result}, row) for row in result["rows"]], "greedy", result["classes"]) if walk else {}
+    return "\n\n".join([_markdown(head, lines), *(f"{title}, greedy\n\n{_markdown(*table)}" for title, table in more.items())])
 
 
 def compare_table(results, names):
-    """Two evaluations of one suite on the same problems: their success, of walks also per step, and the paired difference, as markdown."""
-    lines, (a, _) = [], results
-    for row, mode in ((row, mode) for row in a["rows"] for mode in MODES):
-        classes = a["row_classes"][row]
-        for part in ["episode"] + [part for part in STEPS if part in a["rows"][row][mode]]:
+    """Two evaluations of one suite on the same problems: their success, of walks also per step, and the paired difference."""
+    lines = []
+    for row, mode in ((row, mode) for row in results[0]["rows"] for mode in MODES):
+        for part in (part for part in ("episode", *STEPS) if part in results[0]["rows"][row][mode]):
             first, second = (result["rows"][row][mode][part] for result in results)
+            classes = results[0]["row_classes"][row]
             cells = (percent(bootstrap(first, classes)), percent(bootstrap(second, classes)), percent(paired(second, first, classes), "+"))
-            lines.append([f"{row}, {MODES[mode]}" + (f", {STEPS[part]}" if part in STEPS else ""), *map(" ".join, cells)])
+            lines.append([", ".join([row, MODES[mode], *([STEPS[part]] if part in STEPS else [])]), *map(" ".join, cells)])
     return _markdown(["row", *map(clean, names), "second - first"], lines)
 
 

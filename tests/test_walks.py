@@ -124,7 +124,7 @@ def test_what_stays_in_the_log_and_the_samples(monkeypatch):
 
 def test_views_over_the_limit_are_left_out():
     samples = [{"map": "m" * 10, "pictures": ["p" * 40] * 2}, {"map": "m" * 10, "pictures": ["p" * 99]}, {"pictures": ["p" * 10]}, {"picture": "p" * 999}]
-    assert [sorted(s) for s in E.within(samples, 120)] == [["map", "pictures"], ["map"], ["pictures"], ["picture"]]
+    assert [sorted(s) for s in E.within(samples, 120)] == [["map", "pictures"], ["map"], [], ["picture"]]
 
 
 # files
@@ -169,7 +169,7 @@ def test_tables_of_a_study(study_dir):
     assert where["base: ID"][1] == "100.0"
     assert [c[0] for c in kinds["SFT, end: rule OOD"]] == ["0.0", E.NONE, E.NONE, "0.0", "100.0", "100.0"]
     text = E.table_text(study)
-    assert "Greedy, first attempt, per step, teacher-forced in %" in text and "Where walks fail first" in text.replace("where", "Where")
+    assert "Greedy, first attempt, per step, teacher-forced, in %" in text and "Where walks fail first" in text.replace("where", "Where")
     for other in ("hand", "cards", "same numbers"):
         assert other not in text + E.report_html(study_dir).split("<style>")[0] + " ".join(E.story(study) + E.limits_of(study)), other
 
@@ -179,8 +179,8 @@ def test_the_story_of_walks(study_dir):
     told = " ".join(E.story(study))
     assert "8 held-out routes" in told and "ID: absolute turns" in told and "rule OOD: relative turns" in told
     forced = 100 * study["sft"][0][-1]["solved"]["rule", "greedy", "forced"].mean()
-    assert "get through 0.0 % (SFT) and 100.0 % (RL) of their route" in told and f"{forced:.1f} % (SFT) and 100.0 % (RL) of the first" in told
-    assert "of turns alone, 0.0 % (SFT) and 100.0 % (RL)" in told and "routes with the same turns in one city" in " ".join(E.limits_of(study))
+    assert "get through 0.0 % (SFT) and 100.0 % (RL) of their route" in told and f", {forced:.1f} % (SFT) and 100.0 % (RL) of the first" in told
+    assert "that should turn 0.0 % (SFT) and 100.0 % (RL)" in told and "routes with the same turns in one city" in " ".join(E.limits_of(study))
     assert ("These looks do not separate the arms: visual. What is seen is named rightly in 100 % (SFT), 100 % (RL) of the answers." in told) \
         == (study_dir.name == "virl-vl")
 
@@ -188,7 +188,7 @@ def test_the_story_of_walks(study_dir):
 def test_one_evaluation_and_two_compared(monkeypatch):
     one, two = evaluation(monkeypatch, by_compass), evaluation(monkeypatch, expert)
     text = E.result_table(one)
-    assert "greedy, teacher-forced" in text and "| rule OOD " in text and "Where walks fail first" in text and "cards" not in text
+    assert "greedy, teacher-forced" in text and "\n| rule " in text and "Where walks fail first" in text and "cards" not in text
     table = E.compare_table([one, two], ["one", "two"])
     assert "| rule, greedy, per step, until the first failure " in table and "+100.0 [" in table
 
