@@ -287,43 +287,78 @@ def micro_batches(episodes, size):
 
 
 def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_tokens=64, rows=256, samples=4, only=None):
-    """How a model does on the rows of a suite (or on those that `only` names), a number for every hand.
+    """How a model does on the rows of a suite (or on those that `only` names), a number for every problem.
 
     Rows whose rules have the same target and number of cards deal the same n held-out hands. "greedy" is temperature 0,
     "sampled" temperature 1; "first" counts the first answer, "episode" any of the `attempts`, both 0 or 1; "read" is the share
     of the cards that the first answer names rightly. A row with a judge of its own ("fake rule") judges the answers of the row
-    with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand. A walk is right when it
-    arrives, and its fake row is walked anew, since the verifier decides there what is seen next.
+    with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand. A walk is right when
+    it arrives, and has scores_per_step; its fake row is walked anew, since the verifier decides there what is seen next.
     """
-    began, result, turns, classes, shown, cut = time.time(), {}, {}, {}, [], []
+    began, result, turns, classes, shown, cut, walk = time.time(), {}, {}, {}, [], [], tasks.walks(suite)
     suite_rows = [row for row in legible_rows(model, suite) if not only or row.name in only]
     for row in suite_rows:
         problems = suite_problems(model, tokenizer, suite, row, n, attempts, split)
         result[row.name], classes[row.name] = {}, [p.cls for p in problems]
-        judged_again = row.judge is not None and not tasks.walks(suite)
+        judged_again = row.judge is not None and not walk
         for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
             if not judged_again:
                 played = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows)
                 played = [episode for group in played for episode in group]
-                shown += [show_episode(row.name, e) for e in played[: samples * (mode == "greedy")]]
+                shown += [show_episode(row.name, e) for e in examples(played, samples * (mode == "greedy"), walk)]
                 cut.append(truncated(played, tokenizer))
                 turns[row.name, mode] = [e.turns for e in played]  # without the pictures
             asked = [r.name for r in suite_rows if judged_again and (r.rule, r.visual, r.judge) == (row.rule, row.visual, None)]
             answers = turns[asked[0] if judged_again else row.name, mode]
             outcomes = [[copy.copy(p).step(turn["response"]).outcome if judged_again else turn["outcome"] for turn in answer]
                         for p, answer in zip(problems, answers)]
-            result[row.name][mode] = {"first": [int(solved(o, 1)) for o in outcomes], "episode": [int(solved(o)) for o in outcomes],
+            result[row.name][mode] = {"first": [int(solved(o, 1)) for o in outcomes],
+                                      "episode": [int(solved(o)) for o in outcomes],
                                       "read": [round(answer[0]["read"], 4) for answer in answers]}
+            if walk:
+                forced = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows, forced=True)
+                result[row.name][mode] |= scores_per_step(problems, answers, [episode.turns for (episode,) in forced])
     return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": next(iter(classes.values())),
-            "row_classes": classes, "truncated": max(cut), "rows": result, "samples": shown,
+            "row_classes": classes, "truncated": max(cut), "rows": result, "samples": within(shown),
             "eval_seconds": round(time.time() - began, 2)}
 
 
-def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows):
+def scores_per_step(problems, walked, forced):
+    """Scores of walks by position, from the turns of each walk and of its teacher-forced twin: lists of n, for JSON.
+
+    "steps_first", "steps": survival, the share of a route's positions passed before the first wrong answer, or before the attempts
+    ran out (the paper's per-step accuracy: the mean of that share, so each route weighs the same, long or short). "forced": the
+    share of positions answered rightly after a right walk up to each. Survival says how far one gets alone, and lets one kind of
+    mistake cost all that would follow it; teacher-forced says what is known at each position. "failed_at": the position of the
+    first wrong answer, or None. "read": the share of all answers that name what is there and nothing else. "marks" and
+    "forced_marks": a word a route, a letter a position reached, the right action's initial, capital if the first answer was right.
+    """
+    walks = [tasks.walk_scores(p.actions, [turn["outcome"] for turn in turns]) for p, turns in zip(problems, walked)]
+    marks, forced_marks = ([_marks(p, turns) for p, turns in zip(problems, of)] for of in (walked, forced))
+    right = [tasks.forced_scores(p.actions, [mark.isupper() for mark in word])["all"] for p, word in zip(problems, forced_marks)]
+    return {"read": [round(sum(turn["read"] for turn in turns) / len(turns), 4) for turns in walked],
+            "steps_first": [round(w["first"], 4) for w in walks], "steps": [round(w["episode"], 4) for w in walks],
+            "forced": [round(share, 4) for share in right], "failed_at": [w["failed_at"] for w in walks],
+            "marks": " ".join(marks), "forced_marks": " ".join(forced_marks)}
+
+
+def _marks(problem, turns):
+    first = {turn["position"]: turn["outcome"] in ("right_action", "correct") for turn in reversed(turns)}
+    return "".join(problem.actions[i][0].upper() if right else problem.actions[i][0] for i, right in sorted(first.items()))
+
+
+def examples(episodes, most, walk):
+    """The episodes to be shown: the first ones; of walks, which are long, one that failed and one that arrived."""
+    found = [next((e for e in episodes if e.solved() == arrived), None) for arrived in (False, True)] if walk else episodes
+    return [e for e in found if e is not None][:most]
+
+
+def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows, **options):
     """`rollout` with its own random stream, and the pictures of a few problems at a time in memory."""
     generator, size = torch.Generator(model.device).manual_seed(0), max(1, rows // group)
     return [members for first in range(0, len(problems), size) for members in
-            rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows)]
+            rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows,
+                    **options)]
 
 
 def legible_rows(model, suite):
@@ -351,12 +386,36 @@ SHUFFLED = "shuffled"  # the control: a model that reads scores by chance here, 
 
 
 def show_episode(row, episode):
-    """An Episode as plain data for samples/ and the report; the picture as PNG in base64."""
+    """An Episode as plain data for samples/ and the report: the picture as PNG in base64; of a walk its map and its views."""
     problem, shown = episode.problem, {}
-    if problem.image is not None:
-        problem.image.save(file := io.BytesIO(), "PNG")
-        shown = {"picture": base64.b64encode(file.getvalue()).decode()}
+    if isinstance(problem, tasks.Navigation):
+        shown = {"pictures": [_png(_small(picture)) for picture in episode.pictures]} if episode.pictures else {}
+        shown |= {} if problem.route.folder else {"map": _png(_small(tasks.draw_map(problem, 340)))}  # released data has no map
+    elif problem.image is not None:
+        shown = {"picture": _png(problem.image)}
     return {"row": row, "prompt": problem.prompt, "turns": episode.turns, "reward": episode.total()} | shown
+
+
+def _png(image):
+    image.save(file := io.BytesIO(), "PNG", optimize=image.mode == "P")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _small(image, side=340):
+    """A copy of at most side x side pixels in 64 colours, not dithered: a few kilobytes."""
+    image = image.convert("RGB")
+    image.thumbnail((side, side))
+    return image.quantize(64, dither=0)
+
+
+def within(samples, limit=10**6):
+    """The samples, but the views of walks only where all pictures up to there have at most `limit` characters; maps stay."""
+    size = sum(len(sample.get("map", "")) for sample in samples)
+    for sample in samples:
+        size += sum(map(len, sample.get("pictures", ())))
+        if size > limit:
+            sample.pop("pictures", None)
+    return samples
 
 
 def pass_at_1_to_k(model, tokenizer, suite, n, k, split="test", max_new_tokens=64, rows=256):
@@ -373,7 +432,7 @@ def pass_at_1_to_k(model, tokenizer, suite, n, k, split="test", max_new_tokens=6
 def summary(result):
     """{row: {mode_score: share}} of an evaluation, for the metrics file."""
     return {f"{row}/{mode}/{score}": round(sum(hits) / len(hits), 4) for row, modes in result["rows"].items()
-            for mode, scores in modes.items() for score, hits in scores.items()}
+            for mode, scores in modes.items() for score, hits in scores.items() if score in (*PARTS, "read", *STEPS)}
 
 
 # ---------------------------------------------------------------- 3. Runs and models
@@ -488,8 +547,22 @@ def run_main(main):
 ROWS = {"id": "ID", "rule": "rule OOD", "fake": "fake rule"}
 MODES = {"greedy": "greedy", "sampled": "temperature 1"}
 PARTS = {"first": "first attempt", "episode": "whole episode"}
-FAMILIES = {"gp": ("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13"),     # what is counted, trained rule, other rule
-            "virl": ("routes", "absolute turns", "relative turns")}        # by the first word of the suite's name
+STEPS = {"steps_first": "per step, until the first failure", "steps": "per step, until the attempts ran out",
+         "forced": "per step, teacher-forced"}  # of walks, in words of `scores_per_step`
+# What is said of a family of tasks, by the first word of the suite's name: what is counted, the trained rule, the other one, what
+# makes a class, and the sentence about reading.
+WORDS = ("things", "trained", "other", "alike", "read")
+FAMILIES = {"gp": ("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13", "problems with the same numbers",
+                   "All cards are read in {} of the hands"),
+            "virl": ("routes", "absolute turns", "relative turns", "routes with the same turns in one city",
+                     "What is seen is named rightly in {} of the answers"),
+            None: ("problems", "the trained one", "another", "problems of the same kind", "All is read in {} of the problems")}
+
+
+def words_for(suite):
+    """{a name in WORDS: what it is for this suite}."""
+    return dict(zip(WORDS, FAMILIES.get(re.split(r"\W", str(suite))[0], FAMILIES[None])))
+
 
 @functools.lru_cache(maxsize=8)
 def _draws(kinds, reps, seed):
@@ -501,14 +574,14 @@ def _draws(kinds, reps, seed):
 def bootstrap(values, classes, reps=2000, seed=0, among=None):
     """Mean and 95 % percentile interval, by resampling whole classes with replacement: (mean, low, high).
 
-    Hands of one class are nearly the same problem, so the class is the unit that is drawn (cluster bootstrap, Davison &
-    Hinkley 1997, section 3.8). values: (n,), or (S, n) for the same hands under S seeds; seeds are then resampled too
-    (hierarchical). classes: n names. With one class, or all values equal, the interval has no width: not certainty.
-    among: 0/1 of the same shape, the hands that are averaged over (default: all; NaN where there is none).
+    Problems of one class are nearly the same, so the class is the unit that is drawn (cluster bootstrap, Davison &
+    Hinkley 1997, section 3.8). values: (n,), or (S, n) for the same problems under S seeds; seeds are then resampled
+    too (hierarchical). classes: n names. With one class, or all values equal, the interval has no width: not certainty.
+    among: weights of the same shape, such as 0/1 for those that are averaged over (default: all; NaN where there is none).
     """
     values = np.atleast_2d(np.asarray(values, float))                       # (S, n)
     if values.size == 0 or values.shape[1] != len(classes):
-        raise ValueError(f"An interval needs hands, and a class for each: got {values.shape[1]} and {len(classes)}.")
+        raise ValueError(f"An interval needs problems, and a class for each: got {values.shape[1]} and {len(classes)}.")
     names, member = np.unique(np.asarray(classes, str), return_inverse=True)
     among = np.ones_like(values) if among is None else np.atleast_2d(np.asarray(among, float))
     if not among.any(1).all():
@@ -521,10 +594,10 @@ def bootstrap(values, classes, reps=2000, seed=0, among=None):
 
 
 def paired(a, b, classes, reps=2000, seed=0):
-    """Mean of a - b on the same hands and its interval, as `bootstrap`; (n,) or (S, n), seeds matched in order."""
+    """Mean of a - b on the same problems and its interval, as `bootstrap`; (n,) or (S, n), seeds matched in order."""
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
     if a.shape[1] != b.shape[1] or (len(a) != len(b) and 1 not in (len(a), len(b))):
-        raise ValueError(f"A paired difference needs the same hands and seeds on both sides, not {a.shape} and {b.shape}.")
+        raise ValueError(f"A paired difference needs the same problems and seeds on both sides, not {a.shape} and {b.shape}.")
     return bootstrap(a - b, classes, reps, seed)
 
 
@@ -548,19 +621,34 @@ def _read(path, check):
 
 
 def _check_eval(e):
-    """An evaluation, with "solved": {(row, decoding, part): n floats, 0 or 1, of part "read" shares} made from its rows."""
+    """An evaluation, with "solved": {(row, decoding, part): n floats} made from its rows: 0 or 1, of "read" and STEPS shares."""
     e["step"], e["flops"], e["attempts"] = int(e["step"]), float(e["flops"]), int(e["attempts"])
-    n, e["solved"] = len(e["classes"]), {}
+    n, e["solved"], walk = len(e["classes"]), {}, tasks.walks(str(e.get("suite")))
     if n == 0 or not 0 <= e["flops"] < math.inf:
-        raise ValueError("it has no hands, or its flops are not a count")
-    for row, mode, part in ((row, mode, part) for row in (*ROWS, *e["rows"]) for mode in MODES for part in (*PARTS, "read")):
-        e["solved"][row, mode, part] = solved = np.asarray(e["rows"][row][mode][part], float)
-        if solved.shape != (n,) or not ((0 <= solved) & (solved <= 1)).all() or part != "read" and (solved % 1).any():
-            raise ValueError(f"{row} {mode} {part} is not a list of {n} times " + ("0 to 1" if part == "read" else "0 or 1"))
+        raise ValueError("it has no problems, or its flops are not a count")
+    for row, mode in ((row, mode) for row in (*ROWS, *e["rows"]) for mode in MODES):
+        for part in (*PARTS, "read", *(STEPS if walk else ())):
+            e["solved"][row, mode, part] = solved = np.asarray(e["rows"][row][mode][part], float)
+            if solved.shape != (n,) or not ((0 <= solved) & (solved <= 1)).all() or part in PARTS and (solved % 1).any():
+                raise ValueError(f"{row} {mode} {part} is not a list of {n} times " + ("0 or 1" if part in PARTS else "0 to 1"))
+        if walk:
+            _check_marks(f"{row} {mode}", e["rows"][row][mode], n)
     for sample in e["samples"]:
         sample["row"], sample["prompt"], sample["reward"], [turn["response"] for turn in sample["turns"]]
-        base64.b64decode(sample.get("picture", ""), validate=True)
+        for picture in (sample.get("picture", ""), sample.get("map", ""), *sample.get("pictures", ())):
+            base64.b64decode(picture, validate=True)
+        for turn in sample["turns"] if walk else ():
+            turn["position"] = int(turn["position"])
     return e
+
+
+def _check_marks(name, scores, n):
+    """ValueError unless "marks" and "forced_marks" are n words of letters of actions and "failed_at" agrees with the former."""
+    marks, forced = scores["marks"].split(), scores["forced_marks"].split()
+    if [len(marks), len(forced)] != [n, n] or not re.fullmatch("[tfsTFS ]+", scores["marks"] + scores["forced_marks"]):
+        raise ValueError(f"{name} marks are not {n} words of the letters t, f and s")
+    if scores["failed_at"] != [next((i for i, mark in enumerate(word) if mark.islower()), None) for word in marks]:
+        raise ValueError(f"{name} failed_at is not where its marks have the first small letter")
 
 
 def load_study(study_dir):
@@ -568,9 +656,9 @@ def load_study(study_dir):
 
     RUN is an arm's name with `-sN` for seed N, or without for seed 0. An evaluation is its file's content with "solved",
     {(row, decoding, part): (n,)}, and "args", the run's flags ({} for a base without). ValueError, one sentence, when there
-    is nothing, a file is malformed, or two files did not score the same hands.
+    is nothing, a file is malformed, or two files did not score the same problems.
     """
-    study, hands = {}, None
+    study, problems = {}, None
     for run in sorted({path.parent.parent for path in Path(study_dir).glob("*/evals/*.json")}):
         arm, seed = re.fullmatch(r"(.+?)(?:-s(\d{1,9}))?", run.name, re.DOTALL).groups()
         if int(seed or 0) in study.setdefault(arm, {}):
@@ -579,10 +667,11 @@ def load_study(study_dir):
         evals = [_read(path, _check_eval) | {"args": args} for path in (run / "evals").glob("*.json")]
         study[arm][int(seed or 0)] = sorted(evals, key=lambda e: e["step"])
         for e in evals:
-            hands = hands or (e.get("suite"), e.get("split"), e["classes"])
-            if hands != (e.get("suite"), e.get("split"), e["classes"]):
-                raise ValueError(clean(f"{run}, step {e['step']}, scored other hands than the runs before it: evaluate every "
-                                       "run on the same suite, split and number of hands."))
+            problems = problems or (e.get("suite"), e.get("split"), e["classes"])
+            if problems != (e.get("suite"), e.get("split"), e["classes"]):
+                things = words_for(e.get("suite"))["things"]
+                raise ValueError(clean(f"{run}, step {e['step']}, scored other {things} than the runs before it: evaluate every "
+                                       f"run on the same suite, split and number of {things}."))
     if not study:
         raise ValueError(clean(f"There is no evaluation in {study_dir}: train an arm first, or name a study directory."))
     order = {"base": 0, "warmup": 1, "sft": 2, "rl": 3}
@@ -669,8 +758,13 @@ def choose_rates(directory):
 
 # ---------------------------------------------------------------- 6. Tables
 
+def has(evals, row, view):
+    """Whether every one of {seed: evaluation} holds the row: on the way only those of ROWS are evaluated."""
+    return all((row, *view) in e["solved"] for e in evals.values())
+
+
 def _solved(evals, row, view, seeds=None):
-    """Success of each hand under each seed. (S, n)"""
+    """Success of each problem under each seed, or the share that the view's part is. (S, n)"""
     return np.stack([evals[seed]["solved"][(row, *view)] for seed in (seeds or sorted(evals))])
 
 
@@ -680,7 +774,7 @@ COMPARED = [("sft end", "start", "id"), ("rl end", "start", "id"), ("sft end", "
 
 
 def differences(study, view):
-    """{(stage, other stage, row): (mean difference, low, high)}, paired by hand and by seed, for stages that there are."""
+    """{(stage, other stage, row): (mean difference, low, high)}, paired by problem and by seed, for stages that there are."""
     out, stage = {}, stages(study, view)
     for a, b, row in COMPARED:
         left, right = (stage.get(key, ("", {}))[1] for key in (a, b))
@@ -692,6 +786,9 @@ def differences(study, view):
     return out
 
 
+NONE = "\u2013"  # the cell of what was not measured
+
+
 def sign_of(difference):
     """1 or -1 when the interval lies above or below 0, else 0."""
     return int(difference[1] > 0) - int(difference[2] < 0)
@@ -700,16 +797,23 @@ def sign_of(difference):
 def percent(interval, sign=""):
     """("63.2", "[58.9, 67.4]"); sign "+" for differences. A dash for the mean of nothing."""
     if math.isnan(interval[0]):
-        return "\u2013", ""
+        return NONE, ""
     mean, low, high = (round(100 * x, 1) + 0.0 for x in interval)             # + 0.0: no "-0.0"
     return f"{mean:{sign}.1f}", f"[{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def columns(study):
+    """{row: its name} of the tables by stage: ROWS, and of walks the other looks too."""
+    suite = str(any_eval(study).get("suite"))
+    return ROWS | {row: ROWS.get(row, row) for row in any_eval(study)["rows"] if tasks.walks(suite)}
 
 
 def table_rows(study, view):
     """The two tables of a view: the stages, then the paired differences. Cells are text or (number, interval)."""
     classes = any_eval(study)["classes"]
     words = {1: "excludes 0: higher", -1: "excludes 0: lower", 0: "includes 0: no clear difference"}
-    return ([[label, *(percent(bootstrap(_solved(evals, row, view), classes)) for row in ROWS)]
+    score = lambda evals, row: percent(bootstrap(_solved(evals, row, view), classes)) if has(evals, row, view) else NONE
+    return ([[label, *(score(evals, row) for row in columns(study))]
              for label, evals in stages(study, view).values()],
             [[f"{STAGES[a]} - {STAGES[b]}, {ROWS[row]}", percent(d, "+"), f"The interval {words[sign_of(d)]}."]
              for (a, b, row), d in differences(study, view).items()])
@@ -722,38 +826,71 @@ MEASURES = {"success": lambda solved, read: (solved, None),
             "success where all cards were read": lambda solved, read: (solved, read == 1)}
 
 
-def measured(evals, row, view, measure):
-    """(values, among) of a measure in a row, for {seed: evaluation}; None where it was not evaluated."""
-    if any((row, *view) not in e["solved"] for e in evals.values()):
-        return None
-    return MEASURES[measure](_solved(evals, row, view), _solved(evals, row, (view[0], "read")))
-
-
-def look_tables(study, view):
-    """{measure: (head, lines)}: a line for every row that is answered, a column for every stage, and RL - SFT where both are
-    averaged over the same hands. {} for tasks in text."""
+def look_tables(study, view, measures=MEASURES):
+    """{measure: (head, lines)} of hands in pictures: a line for every row that is answered, a column for every stage, and
+    RL - SFT where both are averaged over the same hands."""
     last, stage = any_eval(study), stages(study, view)
-    if not tasks.pictures(str(last.get("suite"))):
-        return {}
-    classes, columns = last["classes"], [key for key in ("base", "start", "sft end", "rl end") if key in stage]
+    classes, keys = last["classes"], [key for key in ("base", "start", "sft end", "rl end") if key in stage]
     tables = {}
-    for measure in MEASURES:
+    for measure in measures:
         lines = []
         for row in (row for row in last["rows"] if row != "fake"):
-            found = {key: measured(stage[key][1], row, view, measure) for key in columns}
-            cells = [percent(bootstrap(f[0], classes, among=f[1])) if f else "\u2013" for f in found.values()]
+            found = {key: MEASURES[measure](*(_solved(evals, row, (view[0], part)) for part in (view[1], "read")))
+                     if has(evals := stage[key][1], row, view) else None for key in keys}
+            cells = [percent(bootstrap(f[0], classes, among=f[1])) if f else NONE for f in found.values()]
             sft, rl = found.get("sft end"), found.get("rl end")
             if sft and rl and sft[1] is None:
                 cells.append(percent(paired(*(f[0].astype(float) for f in (rl, sft)), classes), "+"))
             lines.append([ROWS.get(row, row), *cells])
-        tables[measure] = ["", *(stage[key][0] for key in columns), "RL - SFT"][: len(lines[0])], lines
+        tables[measure] = ["", *(stage[key][0] for key in keys), "RL - SFT"][: len(lines[0])], lines
     return tables
 
 
 def cost_of_seeing(study, view):
     """Lines (stage, paired difference): success on the cards in words minus success on their pictures, the same hands."""
     return [[label, percent(paired(*(_solved(evals, row, view) for row in ("text", "id")), any_eval(study)["classes"]), "+")]
-            for label, evals in stages(study, view).values() if all(("text", *view) in e["solved"] for e in evals.values())]
+            for label, evals in stages(study, view).values() if has(evals, "text", view)]
+
+
+def step_tables(study, view):
+    """{title: (head, lines)} of walks: what is right per step by stage (see `scores_per_step`), differences, and where walks fail."""
+    (mode, part), tables = view, {}
+    for key in ("steps_first" if part == "first" else "steps", "forced", "read"):
+        lines, pairs = table_rows(study, (mode, key))
+        title = STEPS.get(key, "observations right").capitalize()
+        tables[f"{title}, in %"] = ["", *columns(study).values()], lines
+        pairs = [line for line in pairs if line[0].endswith(ROWS["rule"]) and key in STEPS]
+        tables |= {f"{title}: paired differences on the same routes": (["", "points", ""], pairs)} if pairs else {}
+    cases = [(f"{label}: {ROWS[row]}", evals, row) for row in ("id", "rule") for key, (label, evals) in stages(study, view).items()
+             if key != "sft best"]
+    return tables | failure_tables(cases, mode, any_eval(study)["classes"])
+
+
+def failure_tables(cases, mode, classes, most=6):
+    """{title: (head, lines)} of walks, a line for each of cases (label, {seed: evaluation}, row): where the first wrong answer is;
+    then right first answers by kind of action, of all of that kind that were reached, so that long routes weigh more."""
+    where, kinds = [], []
+    for name, evals, row in cases:
+        scores = [evals[seed]["rows"][row][mode] for seed in sorted(evals)]
+        failed = [at if at is None else min(at, most) for s in scores for at in s["failed_at"]]
+        where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}" for at in (*range(most + 1), None))])
+        kinds.append([name])
+        for field, kind in ((field, kind) for field in ("marks", "forced_marks") for kind in "TFS"):
+            right, wrong = (np.array([[word.count(m) for word in s[field].split()] for s in scores]) for m in (kind, kind.lower()))
+            kinds[-1].append(percent(bootstrap(right / np.maximum(right + wrong, 1), classes, among=right + wrong)))
+    actions = [kind + how for how in ("", ", forced") for kind in tasks.KINDS_OF_ACTION]
+    return {"Where walks fail first, by position, in %": (["", *map(str, range(1, most + 1)), "later", "nowhere"], where),
+            "Right first answers by kind of action, in %": (["", *actions], kinds)}
+
+
+def more_tables(study, view, measures=MEASURES):
+    """{title: (head, lines)}: what a view shows after success and its differences; of pictures so many measures."""
+    suite, seeing = str(any_eval(study).get("suite")), cost_of_seeing(study, view)
+    if tasks.walks(suite):
+        return step_tables(study, view)
+    tables = look_tables(study, view, measures) if tasks.pictures(suite) else {}
+    return {f"Row by row: {measure} in %": table for measure, table in tables.items()} | (
+        {"Success on cards in words minus on cards in pictures, the same hands": (["", "points"], seeing)} if seeing else {})
 
 
 def _markdown(head, lines):
@@ -769,13 +906,11 @@ def table_text(study, only=None):
     for view in [only] if only else views(study):
         (table, pairs), n = table_rows(study, view), len(any_eval(study)["classes"])
         parts.append(f"{view_name(view).capitalize()}: success in % [95 % interval], {n} problems")
-        parts.append(_markdown(["", *ROWS.values()], table))
+        parts.append(_markdown(["", *columns(study).values()], table))
         parts += [_markdown(["paired difference", "points", ""], pairs)] if pairs else []
-        if view == views(study)[0]:  # the report has the others
-            for measure, table in list(look_tables(study, view).items())[:2]:
-                parts += [f"{view_name(view).capitalize()}, row by row: {measure} in %", _markdown(*table)]
-            if seeing := cost_of_seeing(study, view):
-                parts += ["Success on cards in words minus on cards in pictures, the same hands", _markdown(["", "points"], seeing)]
+        if view == views(study)[0]:  # the report has the others, and more of reading
+            for title, table in more_tables(study, view, list(MEASURES)[:2]).items():
+                parts += [f"{view_name(view).capitalize()}, {title[0].lower()}{title[1:]}", _markdown(*table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -948,9 +1083,7 @@ def verdict(sft, rl, gap, rl_id):
 
 def story(study, view=("greedy", "first")):
     """What happened, whichever way it came out, in sentences made from the numbers; the first is the verdict."""
-    family = re.split(r"\W", str(any_eval(study).get("suite")))[0]
-    things, trained, other = FAMILIES.get(family, ("problems", "the trained one", "another"))
-    stage, d = stages(study, view), differences(study, view)
+    called, stage, d = words_for(any_eval(study).get("suite")), stages(study, view), differences(study, view)
     if any(key not in d for key in COMPARED):
         return ["This study does not hold both arms and their start yet."]
     sign, words = {key: sign_of(x) for key, x in d.items()}, {1: "rose", -1: "fell", 0: "did not clearly change"}
@@ -959,8 +1092,8 @@ def story(study, view=("greedy", "first")):
     rates = [f"{100 * _solved(stage['start'][1], row, view).mean():.1f} %" for row in ("id", "rule")]
     differ = len({any_args(study, arm).get("lr") for arm in ("sft", "rl")}) > 1
     out = [verdict(sign[sft], sign[rl], sign[gap], sign[rl_id]) + differ * " The arms' learning rates differ: see below.",
-           f"Scores are the share of {len(any_eval(study)['classes'])} held-out {things} that are solved ({view_name(view)}) under "
-           f"the rule of training (ID: {trained}) and under one that only the prompt states (rule OOD: {other}).",
+           f"Scores are the share of {len(any_eval(study)['classes'])} held-out {called['things']} that are solved ({view_name(view)}) under "
+           f"the rule of training (ID: {called['trained']}) and under one that only the prompt states (rule OOD: {called['other']}).",
            f"Both arms start from the same checkpoint, which solves {rates[0]} (ID) and {rates[1]} (rule OOD)."]
     for arm, on_id, on_rule in (("sft", sft_id, sft), ("rl", rl_id, rl)):
         spent = np.mean([e["flops"] for e in stage[f"{arm} end"][1].values()])
@@ -973,24 +1106,38 @@ def story(study, view=("greedy", "first")):
         out.append(f"Judged by the old rule, SFT's score on prompts that state the other one {words[sign[fake]]} {points[fake]}: "
                    + ("it goes on using the rule it was trained on." if sign[fake] > 0 else
                       "what it lost is not simply replaced by the old rule."))
-    return out + story_of_looks(study, view)
+    return out + story_of_steps(study, view) + story_of_looks(study, view)
+
+
+def story_of_steps(study, view):
+    """How far walks get on rule OOD, and what is right there after a right walk. List of sentences, [] for hands."""
+    if not tasks.walks(str(any_eval(study).get("suite"))):
+        return []
+    ends = [(name_of(arm), stages(study, view)[f"{arm} end"][1], "rule") for arm in ("sft", "rl")]
+    by_arm = lambda part: " and ".join(f"{100 * _solved(evals, row, (view[0], part)).mean():.1f} % ({name})" for name, evals, row in ends)
+    kinds = failure_tables(ends, view[0], any_eval(study)["classes"])["Right first answers by kind of action, in %"][1]
+    return [f"Step by step, rule OOD walks get through {by_arm('steps_first' if view[1] == 'first' else 'steps')} of their route "
+            f"before they fail; after a right walk up to each position, {by_arm('forced')} of the first answers are right, and of "
+            f"those that should turn {' and '.join(f'{line[4][0]} % ({line[0]})' for line in kinds)}.",
+            "The first number stops at a mistake, the second goes on: where it is far higher, much is known and few steps fail walks."]
 
 
 def story_of_looks(study, view):
     """Which changes of look separate the arms and which do not, and how well each arm reads. List of sentences, [] for text."""
-    stage = stages(study, view)
-    if not {"sft end", "rl end"} <= stage.keys() or not look_tables(study, view):
+    last, stage = any_eval(study), stages(study, view)
+    if not {"sft end", "rl end"} <= stage.keys() or not tasks.pictures(str(last.get("suite"))):
         return []
     sft, rl = (stage[key][1] for key in ("sft end", "rl end"))
-    rows = [row for row in any_eval(study)["rows"] if row not in ROWS and row not in (SHUFFLED, "text") and measured(sft, row, view, "success")
-            and measured(rl, row, view, "success")]
-    sign = {row: sign_of(paired(_solved(rl, row, view), _solved(sft, row, view), any_eval(study)["classes"])) for row in rows}
+    rows = [row for row in last["rows"] if row not in (*ROWS, SHUFFLED, "text") and has(sft, row, view) and has(rl, row, view)]
+    sign = {row: sign_of(paired(_solved(rl, row, view), _solved(sft, row, view), last["classes"])) for row in rows}
     by_sign = {s: ", ".join(row for row in rows if sign[row] == s) for s in (1, -1, 0)}
     out = [f"Under other looks RL ends {word} SFT: {by_sign[s]}." for s, word in ((1, "clearly above"), (-1, "clearly below")) if by_sign[s]]
     out += [f"These looks do not separate the arms: {by_sign[0]}."] if by_sign[0] else []
-    reads = {name_of(arm): [100 * (_solved(evals, row, (view[0], "read")) == 1).mean() for row in rows] for arm, evals in (("sft", sft), ("rl", rl))}
-    return out + ["All cards are read in " + ", ".join(f"{min(r):.0f} to {max(r):.0f} % ({arm})" for arm, r in reads.items() if r)
-                  + " of the hands, from the hardest look to the easiest."]
+    whole = (lambda read: read) if tasks.walks(last["suite"]) else (lambda read: read == 1)
+    rates = [(sorted(100 * whole(_solved(evals, row, (view[0], "read"))).mean() for row in rows), arm) for evals, arm in ((sft, "SFT"), (rl, "RL"))]
+    told = ", ".join(f"{f'{r[0]:.0f} to ' if len(rows) > 1 else ''}{r[-1]:.0f} % ({arm})" for r, arm in rates if rows)
+    hardest = ", from the hardest look to the easiest" if len(rows) > 1 else ""
+    return out + [words_for(last["suite"])["read"].format(told) + f"{hardest}."] * bool(rows)
 
 
 def limits_of(study):
@@ -998,7 +1145,8 @@ def limits_of(study):
     seeds, n = min((len(study[arm]) for arm in arms_of(study)), default=1), len(set(any_eval(study)["classes"]))
     spent = [evals[-1]["flops"] for arm in arms_of(study) for evals in study[arm].values()]
     paper = {arm: np.mean([e[-1].get("flops_paper", 0) for e in study[arm].values()]) for arm in arms_of(study)}
-    out = ["Brackets and bands are 95 % bootstrap intervals; problems with the same numbers are drawn together, as one class.",
+    alike = words_for(any_eval(study).get("suite"))["alike"]
+    out = [f"Brackets and bands are 95 % bootstrap intervals; {alike} are drawn together, as one class.",
            "There is one seed: an interval covers the luck of which problems were asked, not the luck of training. Another seed "
            "can come out differently, so this is an example, not evidence about the methods in general." if seeds == 1 else
            f"There are {seeds} seeds; they are resampled with the problems, so an interval covers the luck of training too"
@@ -1028,7 +1176,12 @@ th,td{text-align:left;vertical-align:top;padding:.35rem .9rem .35rem 0;border-bo
 td i{font-style:normal;color:var(--muted);white-space:nowrap}.small{color:var(--muted);font-size:.9rem}
 details{border-top:1px solid var(--grid);padding:.5rem 0}summary{cursor:pointer;font-weight:600}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0;padding:.5rem .7rem;font-size:.82rem;border-left:3px solid var(--grid)}
-pre.answer{border-color:var(--c1)}.cards{width:12rem;max-width:100%;image-rendering:pixelated}@media (max-width:30rem){table{font-size:.82rem}th,td{padding-right:.5rem}}"""
+pre.answer{border-color:var(--c1)}.cards{width:12rem;max-width:100%;image-rendering:pixelated}
+.walk{display:grid;gap:1.2rem;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
+.walk>div{overflow-wrap:anywhere;min-width:0}.map{width:340px;max-width:100%}
+@media (min-width:45rem){.walk{grid-template-columns:20rem 1fr}.walk>:first-child{position:sticky;top:1rem}}
+.step{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin-bottom:.8rem}.step div{flex:1 1 14rem;min-width:0}.step .cards{align-self:start}
+@media (max-width:30rem){table{font-size:.82rem}th,td{padding-right:.5rem}}"""
 MATTER = ("model", "suite", "rule", "visual", "lr", "steps", "flops", "batch", "group", "attempts", "temperature", "seed")
 
 
@@ -1041,13 +1194,11 @@ def _table(head, lines):
 def _results(study, view):
     """Figures, table and paired differences of one view."""
     table, pairs = table_rows(study, view)
-    out = f"<h3>Success in % [95 % interval]</h3>{_table(['', *ROWS.values()], table)}"
+    out = f"<h3>Success in % [95 % interval]</h3>{_table(['', *columns(study).values()], table)}"
     if pairs:
         out += f"<h3>Paired differences on the same problems</h3>{_table(['', 'points', ''], pairs)}"
-    for measure, (head, lines) in look_tables(study, view).items():
-        out += f"<h3>Row by row, in %: {measure}</h3>{_table(head, lines)}"
-    if seeing := cost_of_seeing(study, view):
-        out += f"<h3>Success on cards in words minus on cards in pictures</h3>{_table(['', 'points'], seeing)}"
+    for title, table in more_tables(study, view).items():
+        out += f"<h3>{title}</h3>{_table(*table)}"
     if not arms_of(study):
         return out
     figures = svg_curves(study, view, ["id"]), svg_curves(study, view, ["rule"]), svg_path(study, view)
@@ -1060,21 +1211,42 @@ def _settings(study):
     """Flags of each arm's first seed: those that differ between arms, and those that matter anyway."""
     args = {name_of(arm): seeds[min(seeds)][-1]["args"] for arm, seeds in study.items()}
     keys = dict.fromkeys(key for flags in args.values() for key in flags)
-    lines = [[key, *(str(flags.get(key, "\u2013")) for flags in args.values())] for key in keys]
+    lines = [[key, *(str(flags.get(key, NONE)) for flags in args.values())] for key in keys]
     return _table(["flag", *args], [line for line in lines if line[0] in MATTER or len(set(line[1:])) > 1])
 
 
+def _picture(png, css, alt):
+    return f'<img class={css} alt="{alt}" src="data:image/png;base64,{esc(png)}">'
+
+
+def _turn(turn, views):
+    """An answer and its verdict; of a walk also its position, what the answer says, and, once, the view there, from `views`."""
+    told = f"verifier: {esc(turn.get('outcome', ''))}, reward {esc(turn.get('reward', ''))}. {esc(turn.get('feedback') or '')}"
+    told = f"<pre class=answer>{esc(turn['response'])}</pre><p class=small>{told}</p>"
+    if "position" not in turn:
+        return told
+    try:
+        said = tasks.read_answer(str(turn["response"]))
+    except ValueError:
+        said = {}
+    keys = (*zip(*(words["keys"] for words in tasks.WORDING.values())), ("action",))  # in every style
+    parts = [f"{word} <b>{esc(next((said[key] for key in names if key in said), NONE))}</b>"
+             for word, names in zip(("observed", "following", "action"), keys)]
+    view = _picture(views.pop(turn["position"]), "cards", "the view from there") if turn["position"] in views else ""
+    return f"<div class=step>{view}<div><b>position {turn['position'] + 1}</b>: {' / '.join(parts)}{told}</div></div>"
+
+
 def _episodes(study, arm, most=3):
-    """Up to `most` ID and `most` rule OOD episodes of the arm's latest evaluation that has samples, one of other rows."""
+    """Up to `most` ID and `most` rule OOD episodes of the arm's latest evaluation that has samples, one of other rows; all walks."""
     e = next((e for e in reversed(study[arm][min(study[arm])]) if e["samples"]), {"samples": [], "rows": ()})
-    out = []
-    for sample in (s for row in e["rows"] for s in [s for s in e["samples"] if s["row"] == row][: most if row in ROWS else 1]):
+    out, few = [], lambda row: most if row in ROWS or tasks.walks(str(e["suite"])) else 1
+    for sample in (s for row in e["rows"] for s in [s for s in e["samples"] if s["row"] == row][: few(row)]):
         out.append(f"<h3>{esc(ROWS.get(sample['row'], sample['row']))}, return {esc(sample['reward'])}</h3>")
-        if "picture" in sample:
-            out.append(f'<img class=cards alt="what the model saw" src="data:image/png;base64,{esc(sample["picture"])}">')
-        out.append(f"<pre>{esc(sample['prompt'])}</pre>")
-        out += [f"<pre class=answer>{esc(t['response'])}</pre><p class=small>verifier: {esc(t.get('outcome', ''))}, reward "
-                f"{esc(t.get('reward', ''))}. {esc(t.get('feedback') or '')}</p>" for t in sample["turns"]]
+        out += [_picture(sample["picture"], "cards", "what the model saw")] if "picture" in sample else []
+        asked, views = f"<pre>{esc(sample['prompt'])}</pre>", dict(enumerate(sample.get("pictures", ())))
+        turns = "".join(_turn(turn, views) for turn in sample["turns"])
+        out.append(f"<div class=walk><div>{_picture(sample['map'], 'map', 'the route on its map')}{asked}</div><div>{turns}</div></div>"
+                   if "map" in sample else asked + turns)
     return (f"<details><summary>Sample episodes: {esc(name_of(arm))}, seed {min(study[arm])}, step {e['step']}</summary>"
             f"{''.join(out)}</details>") if out else ""
 
@@ -1106,23 +1278,27 @@ def write_report(study_dir):
 
 
 def result_table(result):
-    """Success of one evaluation with intervals, as markdown."""
-    lines = []
+    """Success of one evaluation with intervals, as markdown; of walks also per step, and below it where they fail."""
+    walk, lines = tasks.walks(result["suite"]), []
+    last = {"steps_first": "per step", "forced": "teacher-forced", "read": "observations right"} if walk else {"read": "all cards read"}
     for name, modes in result["rows"].items():
-        scores = [modes[mode][part] for mode in MODES for part in PARTS] + [np.array(modes["greedy"]["read"]) == 1]
+        scores = [modes[mode][part] for mode in MODES for part in PARTS] + [np.array(modes["greedy"][part]) for part in last]
+        scores[-1] = scores[-1] if walk else scores[-1] == 1
         lines.append([name, *(" ".join(percent(bootstrap(score, result["row_classes"][name]))) for score in scores)])
-    return _markdown(["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS), "greedy, all cards read"], lines)
+    head = ["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS), *(f"greedy, {part}" for part in last.values())]
+    more = failure_tables([(row, {0: result}, row) for row in result["rows"]], "greedy", result["classes"]) if walk else {}
+    return "\n\n".join([_markdown(head, lines), *(f"{title}, greedy\n\n{_markdown(*table)}" for title, table in more.items())])
 
 
 def compare_table(results, names):
-    """Two evaluations of one suite on the same problems: their success and the paired difference, as markdown."""
-    lines, (a, b) = [], results
-    for row in a["rows"]:
-        for mode in MODES:
-            first, second = (result["rows"][row][mode]["episode"] for result in results)
-            classes = a["row_classes"][row]
+    """Two evaluations of one suite on the same problems: their success, of walks also per step, and the paired difference."""
+    lines = []
+    for row, mode in ((row, mode) for row in results[0]["rows"] for mode in MODES):
+        for part in (part for part in ("episode", *STEPS) if part in results[0]["rows"][row][mode]):
+            first, second = (result["rows"][row][mode][part] for result in results)
+            classes = results[0]["row_classes"][row]
             cells = (percent(bootstrap(first, classes)), percent(bootstrap(second, classes)), percent(paired(second, first, classes), "+"))
-            lines.append([f"{row}, {MODES[mode]}", *map(" ".join, cells)])
+            lines.append([", ".join([row, MODES[mode], *([STEPS[part]] if part in STEPS else [])]), *map(" ".join, cells)])
     return _markdown(["row", *map(clean, names), "second - first"], lines)
 
 

@@ -254,7 +254,7 @@ def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_pa
     assert among[1][2][4][0] == f"{100 * red[read == 1].mean():.1f}" and "RL - SFT" not in among[0]
     cost = dict((label, cell[0]) for label, cell in report.cost_of_seeing(study, view))
     assert cost["RL, end"] == f"{100 * (end['solved'][('text', *view)] - end['solved'][('id', *view)]).mean():+.1f}"
-    assert report.table_text(study).count("row by row: ") == 2 and report.report_html(tmp_path).count("Row by row, in %: ") == 8
+    assert report.table_text(study).count("row by row: ") == 2 and report.report_html(tmp_path).count("Row by row: ") == 8
 
 
 def test_the_story_says_which_looks_separate_the_arms(tmp_path):
