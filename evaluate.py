@@ -735,14 +735,14 @@ def stages(study, view):
 
 def choose_rates(directory):
     """{arm: learning rate} of a grid of runs `ARM-lrRATE`, printed as a table and written to its file `chosen` for make: the
-    smallest rate within one standard error of the best ID score (greedy, whole episode, last evaluation). OOD scores are
+    smallest rate within one standard error of the best ID score (greedy, first attempt, last evaluation). OOD scores are
     shown nowhere: they must not choose."""
     study, grid = load_study(directory), {}
     for name, seeds in study.items():
         arm, found, rate = name.partition("-lr")
         if found:
             last = seeds[min(seeds)][-1]
-            mean, low, high = bootstrap(last["solved"]["id", "greedy", "episode"], last["classes"])
+            mean, low, high = bootstrap(last["solved"]["id", "greedy", "first"], last["classes"])
             grid.setdefault(arm, []).append((float(rate), mean, (high - low) / (2 * 1.96)))
     chosen = {}
     for arm, rates in grid.items():
