@@ -42,13 +42,13 @@ study-vl:
 
 # Walks: two answers at each position, as in the paper.
 VIRL = TASK=virl-l K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=128 FLOPS=$(FLOPS_VIRL) EVALS=$(EVALS_VIRL) N=$(N)
-FLOPS_VIRL ?= 6e12
-EVALS_VIRL ?= 5
+FLOPS_VIRL ?= 4e12
+EVALS_VIRL ?= 4
 STUDY_VIRL ?= runs/demo-virl
 demo-virl:
 	$(MAKE) demo $(VIRL) STUDY=$(STUDY_VIRL)
 study-virl:
-	$(MAKE) study $(VIRL) GRID=runs/grid-virl STUDIES=runs/study-virl
+	$(MAKE) study $(VIRL) GRID=runs/grid-virl STUDIES=runs/study-virl GRID_RL="1e-5 3e-5 1e-4 3e-4"
 VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
 FLOPS_VIRL_VL ?= 6e12
 EVALS_VIRL_VL ?= 3
