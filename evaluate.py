@@ -305,7 +305,8 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
             if not judged_again:
                 played = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows)
                 played = [episode for group in played for episode in group]
-                shown += [show_episode(row.name, e) for e in examples(played, samples * (mode == "greedy"), walk)]
+                kept = list({e.solved(): e for e in reversed(played)}.values()) if walk else played  # of walks one of each end
+                shown += [show_episode(row.name, e) for e in kept[: samples * (mode == "greedy")]]
                 cut.append(truncated(played, tokenizer))
                 turns[row.name, mode] = [e.turns for e in played]  # without the pictures
             asked = [r.name for r in suite_rows if judged_again and (r.rule, r.visual, r.judge) == (row.rule, row.visual, None)]
@@ -326,12 +327,12 @@ def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_token
 def scores_per_step(problems, walked, forced):
     """Scores of walks by position, from the turns of each walk and of its teacher-forced twin: lists of n, for JSON.
 
-    "steps_first", "steps": survival, the share of a route's positions passed before the first wrong answer, or before the attempts
-    ran out (the paper's per-step accuracy: the mean of that share, so each route weighs the same, long or short). "forced": the
-    share of positions answered rightly after a right walk up to each. Survival says how far one gets alone, and lets one kind of
-    mistake cost all that would follow it; teacher-forced says what is known at each position. "failed_at": the position of the
-    first wrong answer, or None. "read": the share of all answers that name what is there and nothing else. "marks" and
-    "forced_marks": a word a route, a letter a position reached, the right action's initial, capital if the first answer was right.
+    "steps_first", "steps": survival, the share of a route's positions passed before the first wrong answer, or before the
+    attempts ran out (the paper's per-step accuracy: the mean of that share, so each route weighs the same, long or short).
+    "forced": the share of positions answered rightly after a right walk up to each. Survival says how far one gets alone, and
+    lets one kind of mistake cost all that would follow it; teacher-forced says what is known at each position. "failed_at": the
+    position of the first wrong answer, or None. "read": the share of all answers that name what is there and nothing else.
+    "marks", "forced_marks": a word a route, a letter a position reached: the right action's initial, capital if right at first.
     """
     walks = [tasks.walk_scores(p.actions, [turn["outcome"] for turn in turns]) for p, turns in zip(problems, walked)]
     marks, forced_marks = ([_marks(p, turns) for p, turns in zip(problems, of)] for of in (walked, forced))
@@ -345,12 +346,6 @@ def scores_per_step(problems, walked, forced):
 def _marks(problem, turns):
     first = {turn["position"]: turn["outcome"] in ("right_action", "correct") for turn in reversed(turns)}
     return "".join(problem.actions[i][0].upper() if right else problem.actions[i][0] for i, right in sorted(first.items()))
-
-
-def examples(episodes, most, walk):
-    """The episodes to be shown: the first ones; of walks, which are long, one that failed and one that arrived."""
-    found = [next((e for e in episodes if e.solved() == arrived), None) for arrived in (False, True)] if walk else episodes
-    return [e for e in found if e is not None][:most]
 
 
 def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows, **options):
@@ -389,23 +384,21 @@ def show_episode(row, episode):
     """An Episode as plain data for samples/ and the report: the picture as PNG in base64; of a walk its map and its views."""
     problem, shown = episode.problem, {}
     if isinstance(problem, tasks.Navigation):
-        shown = {"pictures": [_png(_small(picture)) for picture in episode.pictures]} if episode.pictures else {}
-        shown |= {} if problem.route.folder else {"map": _png(_small(tasks.draw_map(problem, 340)))}  # released data has no map
+        shown = {"pictures": [_png(picture, 340) for picture in episode.pictures]} if episode.pictures else {}
+        shown |= {} if problem.route.folder else {"map": _png(tasks.draw_map(problem, 340), 340)}  # released data has no map
     elif problem.image is not None:
         shown = {"picture": _png(problem.image)}
     return {"row": row, "prompt": problem.prompt, "turns": episode.turns, "reward": episode.total()} | shown
 
 
-def _png(image):
-    image.save(file := io.BytesIO(), "PNG", optimize=image.mode == "P")
+def _png(image, side=None):
+    """In base64; with a `side`, of at most side x side pixels and 64 colours, not dithered: a few kilobytes."""
+    if side:
+        image = image.convert("RGB")
+        image.thumbnail((side, side))
+        image = image.quantize(64, dither=0)
+    image.save(file := io.BytesIO(), "PNG", optimize=side is not None)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def _small(image, side=340):
-    """A copy of at most side x side pixels in 64 colours, not dithered: a few kilobytes."""
-    image = image.convert("RGB")
-    image.thumbnail((side, side))
-    return image.quantize(64, dither=0)
 
 
 def within(samples, limit=10**6):
@@ -632,7 +625,10 @@ def _check_eval(e):
             if solved.shape != (n,) or not ((0 <= solved) & (solved <= 1)).all() or part in PARTS and (solved % 1).any():
                 raise ValueError(f"{row} {mode} {part} is not a list of {n} times " + ("0 or 1" if part in PARTS else "0 to 1"))
         if walk:
-            _check_marks(f"{row} {mode}", e["rows"][row][mode], n)
+            marks, forced, failed_at = (e["rows"][row][mode][key] for key in ("marks", "forced_marks", "failed_at"))
+            first = [next((i for i, mark in enumerate(word) if mark.islower()), None) for word in marks.split()]
+            if first != failed_at or not len(first) == len(forced.split()) == n or re.search("[^tfsTFS ]", marks + forced):
+                raise ValueError(f"{row} {mode} marks are not {n} words of letters t, f and s, or failed_at is not as they say")
     for sample in e["samples"]:
         sample["row"], sample["prompt"], sample["reward"], [turn["response"] for turn in sample["turns"]]
         for picture in (sample.get("picture", ""), sample.get("map", ""), *sample.get("pictures", ())):
@@ -640,15 +636,6 @@ def _check_eval(e):
         for turn in sample["turns"] if walk else ():
             turn["position"] = int(turn["position"])
     return e
-
-
-def _check_marks(name, scores, n):
-    """ValueError unless "marks" and "forced_marks" are n words of letters of actions and "failed_at" agrees with the former."""
-    marks, forced = scores["marks"].split(), scores["forced_marks"].split()
-    if [len(marks), len(forced)] != [n, n] or not re.fullmatch("[tfsTFS ]+", scores["marks"] + scores["forced_marks"]):
-        raise ValueError(f"{name} marks are not {n} words of the letters t, f and s")
-    if scores["failed_at"] != [next((i for i, mark in enumerate(word) if mark.islower()), None) for word in marks]:
-        raise ValueError(f"{name} failed_at is not where its marks have the first small letter")
 
 
 def load_study(study_dir):
@@ -853,7 +840,7 @@ def cost_of_seeing(study, view):
 
 
 def step_tables(study, view):
-    """{title: (head, lines)} of walks: what is right per step by stage (see `scores_per_step`), differences, and where walks fail."""
+    """{title: (head, lines)} of walks: what is right per step by stage (see `scores_per_step`), and where walks fail."""
     (mode, part), tables = view, {}
     for key in ("steps_first" if part == "first" else "steps", "forced", "read"):
         lines, pairs = table_rows(study, (mode, key))
@@ -861,14 +848,14 @@ def step_tables(study, view):
         tables[f"{title}, in %"] = ["", *columns(study).values()], lines
         pairs = [line for line in pairs if line[0].endswith(ROWS["rule"]) and key in STEPS]
         tables |= {f"{title}: paired differences on the same routes": (["", "points", ""], pairs)} if pairs else {}
-    cases = [(f"{label}: {ROWS[row]}", evals, row) for row in ("id", "rule") for key, (label, evals) in stages(study, view).items()
-             if key != "sft best"]
+    cases = [(f"{label}: {ROWS[row]}", evals, row) for row in ("id", "rule")
+             for key, (label, evals) in stages(study, view).items() if key != "sft best"]
     return tables | failure_tables(cases, mode, any_eval(study)["classes"])
 
 
 def failure_tables(cases, mode, classes, most=6):
-    """{title: (head, lines)} of walks, a line for each of cases (label, {seed: evaluation}, row): where the first wrong answer is;
-    then right first answers by kind of action, of all of that kind that were reached, so that long routes weigh more."""
+    """{title: (head, lines)} of walks, a line for each of cases (label, {seed: evaluation}, row): where the first wrong answer
+    is; then right first answers by kind of action, of all of that kind that were reached, so that long routes weigh more."""
     where, kinds = [], []
     for name, evals, row in cases:
         scores = [evals[seed]["rows"][row][mode] for seed in sorted(evals)]
@@ -876,8 +863,9 @@ def failure_tables(cases, mode, classes, most=6):
         where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}" for at in (*range(most + 1), None))])
         kinds.append([name])
         for field, kind in ((field, kind) for field in ("marks", "forced_marks") for kind in "TFS"):
-            right, wrong = (np.array([[word.count(m) for word in s[field].split()] for s in scores]) for m in (kind, kind.lower()))
-            kinds[-1].append(percent(bootstrap(right / np.maximum(right + wrong, 1), classes, among=right + wrong)))
+            right, met = (np.array([[sum(map(word.count, both)) for word in s[field].split()] for s in scores])
+                          for both in (kind, kind + kind.lower()))
+            kinds[-1].append(percent(bootstrap(right / np.maximum(met, 1), classes, among=met)))
     actions = [kind + how for how in ("", ", forced") for kind in tasks.KINDS_OF_ACTION]
     return {"Where walks fail first, by position, in %": (["", *map(str, range(1, most + 1)), "later", "nowhere"], where),
             "Right first answers by kind of action, in %": (["", *actions], kinds)}
@@ -1092,8 +1080,9 @@ def story(study, view=("greedy", "first")):
     rates = [f"{100 * _solved(stage['start'][1], row, view).mean():.1f} %" for row in ("id", "rule")]
     differ = len({any_args(study, arm).get("lr") for arm in ("sft", "rl")}) > 1
     out = [verdict(sign[sft], sign[rl], sign[gap], sign[rl_id]) + differ * " The arms' learning rates differ: see below.",
-           f"Scores are the share of {len(any_eval(study)['classes'])} held-out {called['things']} that are solved ({view_name(view)}) under "
-           f"the rule of training (ID: {called['trained']}) and under one that only the prompt states (rule OOD: {called['other']}).",
+           f"Scores are the share of {len(any_eval(study)['classes'])} held-out {called['things']} that are solved "
+           f"({view_name(view)}) under the rule of training (ID: {called['trained']}) and under one that only the prompt states (rule OOD: "
+           f"{called['other']}).",
            f"Both arms start from the same checkpoint, which solves {rates[0]} (ID) and {rates[1]} (rule OOD)."]
     for arm, on_id, on_rule in (("sft", sft_id, sft), ("rl", rl_id, rl)):
         spent = np.mean([e["flops"] for e in stage[f"{arm} end"][1].values()])
@@ -1114,12 +1103,13 @@ def story_of_steps(study, view):
     if not tasks.walks(str(any_eval(study).get("suite"))):
         return []
     ends = [(name_of(arm), stages(study, view)[f"{arm} end"][1], "rule") for arm in ("sft", "rl")]
-    by_arm = lambda part: " and ".join(f"{100 * _solved(evals, row, (view[0], part)).mean():.1f} % ({name})" for name, evals, row in ends)
+    by_arm = lambda part: " and ".join(f"{100 * _solved(evals, row, (view[0], part)).mean():.1f} % ({name})"
+                                       for name, evals, row in ends)
     kinds = failure_tables(ends, view[0], any_eval(study)["classes"])["Right first answers by kind of action, in %"][1]
     return [f"Step by step, rule OOD walks get through {by_arm('steps_first' if view[1] == 'first' else 'steps')} of their route "
-            f"before they fail; after a right walk up to each position, {by_arm('forced')} of the first answers are right, and of "
-            f"those that should turn {' and '.join(f'{line[4][0]} % ({line[0]})' for line in kinds)}.",
-            "The first number stops at a mistake, the second goes on: where it is far higher, much is known and few steps fail walks."]
+            f"before they fail; after a right walk up to each position, {by_arm('forced')} of the first answers are right, and "
+            f"of those that should turn {' and '.join(f'{line[4][0]} % ({line[0]})' for line in kinds)}.",
+            "The first number stops at a mistake, the second goes on: where it is far higher, few steps fail most walks."]
 
 
 def story_of_looks(study, view):
@@ -1134,7 +1124,8 @@ def story_of_looks(study, view):
     out = [f"Under other looks RL ends {word} SFT: {by_sign[s]}." for s, word in ((1, "clearly above"), (-1, "clearly below")) if by_sign[s]]
     out += [f"These looks do not separate the arms: {by_sign[0]}."] if by_sign[0] else []
     whole = (lambda read: read) if tasks.walks(last["suite"]) else (lambda read: read == 1)
-    rates = [(sorted(100 * whole(_solved(evals, row, (view[0], "read"))).mean() for row in rows), arm) for evals, arm in ((sft, "SFT"), (rl, "RL"))]
+    rates = [(sorted(100 * whole(_solved(evals, row, (view[0], "read"))).mean() for row in rows), arm)
+             for evals, arm in ((sft, "SFT"), (rl, "RL"))]
     told = ", ".join(f"{f'{r[0]:.0f} to ' if len(rows) > 1 else ''}{r[-1]:.0f} % ({arm})" for r, arm in rates if rows)
     hardest = ", from the hardest look to the easiest" if len(rows) > 1 else ""
     return out + [words_for(last["suite"])["read"].format(told) + f"{hardest}."] * bool(rows)
@@ -1180,7 +1171,8 @@ pre.answer{border-color:var(--c1)}.cards{width:12rem;max-width:100%;image-render
 .walk{display:grid;gap:1.2rem;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
 .walk>div{overflow-wrap:anywhere;min-width:0}.map{width:340px;max-width:100%}
 @media (min-width:45rem){.walk{grid-template-columns:20rem 1fr}.walk>:first-child{position:sticky;top:1rem}}
-.step{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin-bottom:.8rem}.step div{flex:1 1 14rem;min-width:0}.step .cards{align-self:start}
+.step{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin-bottom:.8rem}.step div{flex:1 1 14rem;min-width:0}
+.step .cards{align-self:start}
 @media (max-width:30rem){table{font-size:.82rem}th,td{padding-right:.5rem}}"""
 MATTER = ("model", "suite", "rule", "visual", "lr", "steps", "flops", "batch", "group", "attempts", "temperature", "seed")
 
@@ -1237,7 +1229,7 @@ def _turn(turn, views):
 
 
 def _episodes(study, arm, most=3):
-    """Up to `most` ID and `most` rule OOD episodes of the arm's latest evaluation that has samples, one of other rows; all walks."""
+    """Up to `most` ID and rule OOD episodes of the arm's latest evaluation that has samples, one of other rows; all walks."""
     e = next((e for e in reversed(study[arm][min(study[arm])]) if e["samples"]), {"samples": [], "rows": ()})
     out, few = [], lambda row: most if row in ROWS or tasks.walks(str(e["suite"])) else 1
     for sample in (s for row in e["rows"] for s in [s for s in e["samples"] if s["row"] == row][: few(row)]):
@@ -1245,8 +1237,9 @@ def _episodes(study, arm, most=3):
         out += [_picture(sample["picture"], "cards", "what the model saw")] if "picture" in sample else []
         asked, views = f"<pre>{esc(sample['prompt'])}</pre>", dict(enumerate(sample.get("pictures", ())))
         turns = "".join(_turn(turn, views) for turn in sample["turns"])
-        out.append(f"<div class=walk><div>{_picture(sample['map'], 'map', 'the route on its map')}{asked}</div><div>{turns}</div></div>"
-                   if "map" in sample else asked + turns)
+        if "map" in sample:
+            asked, turns = f"<div>{_picture(sample['map'], 'map', 'the route on its map')}{asked}</div>", f"<div>{turns}</div>"
+        out.append(f"<div class=walk>{asked}{turns}</div>" if "map" in sample else asked + turns)
     return (f"<details><summary>Sample episodes: {esc(name_of(arm))}, seed {min(study[arm])}, step {e['step']}</summary>"
             f"{''.join(out)}</details>") if out else ""
 
@@ -1280,12 +1273,13 @@ def write_report(study_dir):
 def result_table(result):
     """Success of one evaluation with intervals, as markdown; of walks also per step, and below it where they fail."""
     walk, lines = tasks.walks(result["suite"]), []
-    last = {"steps_first": "per step", "forced": "teacher-forced", "read": "observations right"} if walk else {"read": "all cards read"}
+    last = {"steps_first": "per step", "forced": "teacher-forced"} if walk else {}
+    last["read"] = "observations right" if walk else "all cards read"
     for name, modes in result["rows"].items():
         scores = [modes[mode][part] for mode in MODES for part in PARTS] + [np.array(modes["greedy"][part]) for part in last]
         scores[-1] = scores[-1] if walk else scores[-1] == 1
         lines.append([name, *(" ".join(percent(bootstrap(score, result["row_classes"][name]))) for score in scores)])
-    head = ["row", *(f"{MODES[mode]}, {PARTS[part]}" for mode in MODES for part in PARTS), *(f"greedy, {part}" for part in last.values())]
+    head = ["row", *(view_name((mode, part)) for mode in MODES for part in PARTS), *(f"greedy, {name}" for name in last.values())]
     more = failure_tables([(row, {0: result}, row) for row in result["rows"]], "greedy", result["classes"]) if walk else {}
     return "\n\n".join([_markdown(head, lines), *(f"{title}, greedy\n\n{_markdown(*table)}" for title, table in more.items())])
 

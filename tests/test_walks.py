@@ -115,7 +115,7 @@ def test_what_stays_in_the_log_and_the_samples(monkeypatch):
     logged = E.summary(result)
     assert logged["rule/sampled/forced"] < 1 and not [key for key in logged if "marks" in key or "failed_at" in key]
     for row in ("id", "rule"):
-        first, second = [s for s in result["samples"] if s["row"] == row]
+        first, second = sorted((s for s in result["samples"] if s["row"] == row), key=lambda s: s["turns"][-1]["outcome"] == "correct")
         assert first["turns"][-1]["outcome"] != "correct" and second["turns"][-1]["outcome"] == "correct" and "pictures" not in first
         assert first["map"] and len(first["map"]) < 8000
     assert len(evaluation(monkeypatch, expert)["samples"]) == 3  # ID and rule OOD arrived, the fake row failed
@@ -133,8 +133,8 @@ def test_views_over_the_limit_are_left_out():
     (lambda s: s.pop("forced"), "'forced' is missing"), (lambda s: s["steps"].__setitem__(0, 1.5), "steps is not a list of 8 times 0 to 1"),
     (lambda s: s["steps_first"].pop(), "steps_first is not a list"), (lambda s: s.pop("marks"), "'marks' is missing"),
     (lambda s: s.update(marks="T"), "marks are not 8 words"), (lambda s: s.update(forced_marks="x " * 8), "marks are not 8 words"),
-    (lambda s: s.update(marks=7), "no attribute"), (lambda s: s["failed_at"].__setitem__(0, 5), "failed_at is not where"),
-    (lambda s: s.update(failed_at=None), "failed_at is not where")])
+    (lambda s: s.update(marks=7), "no attribute"), (lambda s: s.update(marks="t " * 9), "marks are not"), (lambda s: s["failed_at"].__setitem__(0, 5), "failed_at is not as they say"),
+    (lambda s: s.update(failed_at=None), "failed_at is not as they say")])
 def test_a_malformed_score_is_named(tmp_path, monkeypatch, change, says):
     result = evaluation(monkeypatch, by_compass)
     change(result["rows"]["rule"]["greedy"])
