@@ -10,6 +10,7 @@ PYTHON ?= python3
 TASK ?= gp-l
 STUDY ?= runs/demo
 GRID ?= runs/grid
+GRID_EVALS ?= 3
 STUDIES ?= runs/study
 K ?= --k 8
 SFT_BATCH ?= 256
@@ -49,15 +50,15 @@ demo-virl:
 	$(MAKE) demo $(VIRL) STUDY=$(STUDY_VIRL)
 study-virl:
 	$(MAKE) study $(VIRL) GRID=runs/grid-virl STUDIES=runs/study-virl GRID_RL="1e-5 3e-5 1e-4 3e-4"
-VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
-FLOPS_VIRL_VL ?= 6e12
+VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 GRID_EVALS=1 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
+FLOPS_VIRL_VL ?= 4e12
 EVALS_VIRL_VL ?= 3
 N_VIRL_VL ?= 200
 STUDY_VIRL_VL ?= runs/demo-virl-vl
 demo-virl-vl:
 	$(MAKE) demo $(VIRL_VL) STUDY=$(STUDY_VIRL_VL)
 study-virl-vl:
-	$(MAKE) study $(VIRL_VL) GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="3e-5 1e-4 3e-4" GRID_RL="1e-5 3e-5 1e-4"
+	$(MAKE) study $(VIRL_VL) GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="1e-4 3e-4" GRID_RL="3e-5 1e-4"
 
 arms: .venv/ready
 	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out $(STUDY)/base; fi
@@ -88,9 +89,9 @@ grid: .venv/ready
 	$(call run,warmup,train_sft.py --task $(TASK) --model tiny --evals 0 $(WARMUP),$(GRID),val)
 	@$(MAKE) grid-$(ARM)
 grid-sft:
-	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init $(GRID)/warmup --batch $(SFT_BATCH) --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
+	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init $(GRID)/warmup --batch $(SFT_BATCH) --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 grid-rl:
-	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(GRID)/warmup --evals 3 --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
+	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(GRID)/warmup --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 
 # The shipped base: it learns both rules with all their neighbours, then gets bad habits (see the README).
 BASE = --split base --batch 128 --evals 2 --rules '*,*,*/courts=2:4' '?,?,?/courts=2:3' '*,*,*/target=*/courts=1:1' 10:0.8 11,12,13:1.5
