@@ -1081,8 +1081,8 @@ def story(study, view=("greedy", "first")):
     differ = len({any_args(study, arm).get("lr") for arm in ("sft", "rl")}) > 1
     out = [verdict(sign[sft], sign[rl], sign[gap], sign[rl_id]) + differ * " The arms' learning rates differ: see below.",
            f"Scores are the share of {len(any_eval(study)['classes'])} held-out {called['things']} that are solved "
-           f"({view_name(view)}) under the rule of training (ID: {called['trained']}) and under one that only the prompt states (rule OOD: "
-           f"{called['other']}).",
+           f"({view_name(view)}) under the rule of training (ID: {called['trained']}) and under one that only the prompt states "
+           f"(rule OOD: {called['other']}).",
            f"Both arms start from the same checkpoint, which solves {rates[0]} (ID) and {rates[1]} (rule OOD)."]
     for arm, on_id, on_rule in (("sft", sft_id, sft), ("rl", rl_id, rl)):
         spent = np.mean([e["flops"] for e in stage[f"{arm} end"][1].values()])
