@@ -1971,7 +1971,7 @@ def draw_walk(problem, width=340):
     height = max(rows * step + 10, side + 50 + 26 * len(problem.texts))
     sheet = Image.new("RGB", (side + columns * (width + 10) + 20, height), (250, 250, 250))
     draw = ImageDraw.Draw(sheet)
-    sheet.paste(_map(problem, side), (10, 10))
+    sheet.paste(draw_map(problem, side), (10, 10))
     for i, text in enumerate(problem.texts):
         draw.text((20, side + 24 + 26 * i), f"{i + 1}.  {text}", (30, 30, 40), large)
     for i, here in enumerate(rail):
@@ -1984,8 +1984,9 @@ def draw_walk(problem, width=340):
     return sheet
 
 
-def _map(problem, size):
-    """The part of the city around a route, size x size pixels, north up."""
+def draw_map(problem, size):
+    """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels: north up, the route in red,
+    its positions numbered from 1, the landmarks by name."""
     town, rail = city(problem.route.city, problem.style), problem.route.rail
     points = [town.point(here.place) for here in rail]
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
