@@ -48,7 +48,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from math import ceil, cos, gcd, pi, sin
 from pathlib import Path
 from typing import NamedTuple
@@ -1122,9 +1122,7 @@ def clear_bearing(angle):
     return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
 
 
-@lru_cache(maxsize=1)
-def _words():
-    return json.loads((Path(__file__).parent / "assets" / "virl.json").read_text(encoding="utf-8"))
+VIRL = json.loads((Path(__file__).parent / "assets" / "virl.json").read_text(encoding="utf-8"))  # names and wordings
 
 
 class City:
@@ -1180,6 +1178,10 @@ class City:
         return [c for c, towards in others.items() if clear_turn(heading, towards)
                 and all(said[turn_word(words, heading, towards)] == 1 for words in TURN_WORDS)]
 
+    def streets(self):
+        """Every street once, as (a, b) with a < b."""
+        return [(a, b) for a, b in self.turns if a < b]
+
     def heading(self, a, b):
         """The bearing from node a to its neighbour b."""
         return bearing(self.nodes[a], self.nodes[b])
@@ -1221,11 +1223,10 @@ class City:
     def _place_landmarks(self, rng, style):
         """At a third of the places along streets, and at most intersections that have a long front on one side."""
         spots = [(place, angle) for place, angle in self._spots(rng) if rng.random() < (0.8 if isinstance(place, int) else 0.35)]
-        words = _words()
         if style == "short":
-            names = [rng.choice(words["short"]) for _ in spots]
+            names = [rng.choice(VIRL["short"]) for _ in spots]
         else:
-            names = rng.sample([pattern.format(name) for pattern in words["patterns"] for name in words["names"]], len(spots))
+            names = rng.sample([pattern.format(name) for pattern in VIRL["patterns"] for name in VIRL["names"]], len(spots))
         self.landmarks = {place: (name, angle) for (place, angle), name in zip(spots, names)}
 
     def _spots(self, rng):
@@ -1711,11 +1712,21 @@ def forced_scores(actions, right):
 
 EYE, HORIZON, NEAR, FAR = 1.7, 0.6, 0.4, 110  # metres above ground; share of the picture above it; nearest and farthest metres drawn
 
-# sky above and at the horizon, pavement, road, how light the walls are, and the windows
+
+class Light(NamedTuple):
+    """The colours of the sky above and at the horizon, of pavement, road and windows, and how light the walls are."""
+    sky: tuple
+    low: tuple
+    pavement: tuple
+    road: tuple
+    pane: tuple
+    walls: float
+
+
 LIGHTS = {
-    "day": ((96, 156, 222), (214, 232, 244), (190, 186, 178), (104, 106, 112), 1.0, (74, 96, 120)),
-    "dusk": ((62, 52, 110), (246, 166, 110), (128, 116, 120), (72, 68, 80), 0.66, (255, 214, 130)),
-    "night": ((8, 12, 30), (38, 44, 76), (66, 68, 82), (38, 40, 52), 0.36, (255, 226, 150)),
+    "day": Light((96, 156, 222), (214, 232, 244), (190, 186, 178), (104, 106, 112), (74, 96, 120), 1.0),
+    "dusk": Light((62, 52, 110), (246, 166, 110), (128, 116, 120), (72, 68, 80), (255, 214, 130), 0.66),
+    "night": Light((8, 12, 30), (38, 44, 76), (66, 68, 82), (38, 40, 52), (255, 226, 150), 0.36),
 }
 PALETTES = {  # walls, then the boards of signs and their writing
     "stone": (((222, 208, 182), (205, 190, 168), (233, 224, 206), (188, 176, 160), (214, 196, 160)), (24, 62, 92), (255, 255, 255)),
@@ -1725,12 +1736,12 @@ PALETTES = {  # walls, then the boards of signs and their writing
 }
 WEATHERS = {"clear": 0.15, "rain": 0.4, "fog": 0.95, "snow": 0.5}  # and how much of a thing FAR away is lost in the haze
 EMBLEMS = ((214, 40, 40), (30, 90, 220), (20, 150, 60), (240, 170, 0))  # of the short names: four colours of four shapes
+WHITE = (236, 232, 220)  # of the lines on the roads
 
 
 @dataclass(frozen=True)
 class Scene(Visual):
-    """How a city is drawn, as in "dusk/weather=rain/palette=brick": names in LIGHTS, WEATHERS and PALETTES, and `tiles`: 4 for one view
-    a tile, 1 for all four in one tile."""
+    """How a city is drawn, as in "dusk/weather=rain/palette=brick"; with tiles=1 all four views are in one tile."""
     options = {"light": tuple(LIGHTS), "weather": tuple(WEATHERS), "palette": tuple(PALETTES), "tiles": (4, 1)}
     light: str = "day"
     weather: str = "clear"
@@ -1753,26 +1764,37 @@ class Wall(NamedTuple):
 def walls(name, style):
     """All fronts of a city, about 11 m wide each."""
     town, rng, found = city(name, style), random.Random(f"virl/{name}/walls"), []
-    for (a, b), side in product(((a, b) for a in town.arms for b in town.arms[a] if a < b), (1, -1)):
+    for (a, b), side in product(town.streets(), (1, -1)):
         start, end = town.front(a, b, side)
         count = max(round((end - start) / 11), 1)
         ends = [town.beside(a, b, start + (end - start) * i / count, side * CURB) for i in range(count + 1)][::-side]
-        found += [Wall(left, right, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for left, right in zip(ends, ends[1:])]
+        found += [Wall(*pair, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for pair in pairwise(ends)]
     return found
+
+
+@lru_cache(maxsize=32)
+def roads(name, style):
+    """(roads, white lines) of a city, each a list of four corners on the ground."""
+    town, paved, lines = city(name, style), [], []
+    for a, b in town.turns:
+        def strip(start, end, left, right):
+            return [town.beside(a, b, *corner) for corner in ((start, left), (end, left), (end, right), (start, right))]
+        long = math.dist(town.nodes[a], town.nodes[b])
+        if a < b:
+            paved.append(strip(-4, long + 4, -5, 5))
+            lines += [strip(at, at + 2, -0.12, 0.12) for at in range(16, int(long) - 16, 5)]
+        begin = max(town.front(a, b, 1)[0], town.front(a, b, -1)[0], 5)
+        lines += [strip(begin - 2, begin + 0.6, at, at + 0.7) for at in (-4.2, -2.8, -1.4, 0, 1.4, 2.8)]  # a crosswalk
+    return paved, lines
 
 
 class View:
     """One view in the making, `size` pixels each way, from a point of a city. Every draw method adds one kind of thing."""
 
     def __init__(self, point, heading, look, size):
-        self.point, self.size, self.look = point, size, look
+        self.point, self.size, self.look, self.light = point, size, look, LIGHTS[look.light]
         self.sin, self.cos = math.sin(math.radians(heading)), math.cos(math.radians(heading))
-        self.sky, self.low, self.pave, self.road, self.light, self.pane = LIGHTS[look.light]
-        haze = WEATHERS[look.weather]
-        self.sky = tuple(int(a + (b - a) * haze) for a, b in zip(self.sky, self.low))
-        if look.weather == "snow":
-            self.pave = tuple((value + 480) // 3 for value in self.pave)
-        self.image = Image.new("RGB", (size, size), self.pave)
+        self.image = _backdrop(look, size).copy()
         self.draw = ImageDraw.Draw(self.image)
 
     def ahead(self, point):
@@ -1780,77 +1802,68 @@ class View:
         x, y = point[0] - self.point[0], point[1] - self.point[1]
         return x * self.cos - y * self.sin, x * self.sin + y * self.cos
 
-    def pixel(self, spot, height):
+    def pixel(self, x, z, height):
         """Where a camera point at a height above ground is in the picture, from its top left."""
-        scale = self.size / 2 / spot[1]
-        return self.size / 2 + scale * spot[0], self.size * HORIZON - scale * (height - EYE)
+        scale = self.size / 2 / z
+        return self.size / 2 + scale * x, self.size * HORIZON - scale * (height - EYE)
 
     def shade(self, colour, distance, light):
         """A colour in this light (1: its own) and, at this distance, in this weather's haze."""
         haze = WEATHERS[self.look.weather] * min(distance / FAR, 1)
-        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in zip(colour, self.low))
+        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in zip(colour, self.light.low))
 
-    def draw_sky(self):
-        """From its colour above to the one at the horizon."""
-        horizon = int(self.size * HORIZON)
-        for y in range(horizon):
-            self.draw.line((0, y, self.size, y), tuple(int(a + (b - a) * y / horizon) for a, b in zip(self.sky, self.low)))
+    def fill(self, corners, colour):
+        """A polygon of (x, z, height); what is behind the camera is cut off."""
+        depths = [z for _, z, _ in corners]
+        if min(depths) < NEAR <= max(depths):
+            corners = [corner for start, end in zip(corners, corners[1:] + corners[:1]) for corner in _clipped(start, end)]
+        if max(depths) >= NEAR:
+            self.draw.polygon([self.pixel(*corner) for corner in corners], colour)
 
     def draw_ground(self, points, colour):
-        """A flat shape on the ground, given by its corners in the city; what is behind the camera is cut off."""
-        spots, shown = [self.ahead(point) for point in points], []
-        for (x, z), (u, w) in zip(spots, spots[1:] + spots[:1]):
-            if z >= NEAR:
-                shown.append((x, z))
-            if (z >= NEAR) != (w >= NEAR):
-                shown.append((x + (u - x) * (NEAR - z) / (w - z), NEAR))
-        if shown:  # without haze: overlapping roads should show no seams
-            self.draw.polygon([self.pixel(spot, 0) for spot in shown], colour)
+        """A flat shape on the ground, given by its corners in the city, without haze: overlapping roads should show no seams."""
+        self.fill([(*self.ahead(point), 0) for point in points], colour)
 
     def draw_wall(self, wall):
         """A front: its wall, the edge of its roof, its shop and its windows."""
-        left, right = self.ahead(wall.left), self.ahead(wall.right)
-        low, high = _in_sight(left, right)
-        if low >= high:
+        (x, z), (u, w) = left, right = self.ahead(wall.left), self.ahead(wall.right)
+        if _hidden(left, right):
             return
-        distance, colour = math.hypot(left[0] + right[0], left[1] + right[1]) / 2, PALETTES[self.look.palette][0][wall.pick % 5]
+        light, pane, unlit, pick = self.light.walls, self.light.pane, LIGHTS["day"].pane, wall.pick
+        distance, colour = math.hypot(x + u, z + w) / 2, PALETTES[self.look.palette][0][pick % 5]
 
         def part(first, last, bottom, top, colour, light):
             """A part of the front between two shares of its width, from the left, and two heights."""
-            first, last = max(first, low), min(last, high)
-            if first < last:
-                ends = [(left[0] + (right[0] - left[0]) * share, left[1] + (right[1] - left[1]) * share) for share in (first, last)]
-                corners = [self.pixel(ends[0], bottom), self.pixel(ends[0], top), self.pixel(ends[1], top), self.pixel(ends[1], bottom)]
-                self.draw.polygon(corners, self.shade(colour, distance, light))
+            (a, b), (c, d) = ((x + (u - x) * share, z + (w - z) * share) for share in (first, last))
+            self.fill([(a, b, bottom), (a, b, top), (c, d, top), (c, d, bottom)], self.shade(colour, distance, light))
 
-        part(0, 1, 0, wall.height, colour, self.light)
-        part(0, 1, wall.height - 0.5, wall.height, colour, self.light * 0.75)
-        part(0.06, 0.94, 0, 2.6, self.pane, 0.7)
-        part(0, 1, 2.6, 3.2, EMBLEMS[wall.pick % 4], self.light * 0.6)
-        columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(wall.height - 3.5) // 3
-        for column, floor in product(range(columns), range(floors) if distance < min(FAR, self.size / 2) / 2 else ()):
-            lit = self.light == 1 or (wall.pick + floor * 5 + column * 3) % 4 < 2
-            part((column + 0.25) / columns, (column + 0.75) / columns, 4.2 + 3 * floor, 6 + 3 * floor,
-                 self.pane if lit else LIGHTS["day"][5], 1 if lit else self.light)
+        part(0, 1, 0, wall.height, colour, light)
+        part(0, 1, wall.height - 0.5, wall.height, colour, light * 0.75)
+        part(0.06, 0.94, 0, 2.6, pane, 0.7)
+        part(0, 1, 2.6, 3.2, EMBLEMS[pick % 4], light * 0.6)
+        if distance < min(FAR, self.size / 2) / 2:
+            columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(wall.height - 3.5) // 3
+            for column, floor in product(range(columns), range(floors)):
+                lit = light == 1 or (pick + floor * 5 + column * 3) % 4 < 2
+                part((column + 0.25) / columns, (column + 0.75) / columns, 4.2 + 3 * floor, 6 + 3 * floor,
+                     pane if lit else unlit, 1 if lit else light)
 
-    def draw_board(self, name, spot, angle):
+    def draw_board(self, name, spot, angle, distance):
         """The sign of a landmark, seen at this bearing by someone in front of it: its picture in perspective."""
         board = sign(name, self.look.palette)
-        wide, bottom, top = (9, 0.6, 9.6) if board.size[0] == board.size[1] else (8, 2.4, 6.4)
-        across = (math.cos(math.radians(angle)) * wide / 2, -math.sin(math.radians(angle)) * wide / 2)
-        left, right = (self.ahead((spot[0] + s * across[0], spot[1] + s * across[1])) for s in (-1, 1))
-        if _in_sight(left, right) != (0, 1):
+        half, bottom, top = (4.5, 0.6, 9.6) if board.width == board.height else (4, 2.4, 6.4)
+        x, y = half * math.cos(math.radians(angle)), -half * math.sin(math.radians(angle))
+        left, right = (self.ahead((spot[0] + s * x, spot[1] + s * y)) for s in (-1, 1))
+        if _hidden(left, right) or min(left[1], right[1]) < NEAR:
             return
-        corners = [self.pixel(left, top), self.pixel(right, top), self.pixel(right, bottom), self.pixel(left, bottom)]
-        low_x, low_y = (max(int(min(axis)), 0) for axis in zip(*corners))
-        high_x, high_y = (min(int(max(axis)) + 1, self.size) for axis in zip(*corners))
-        if low_x >= high_x or low_y >= high_y:
-            return
-        flat = board.transform((high_x - low_x, high_y - low_y), Image.Transform.PERSPECTIVE,
-                               _perspective([(x - low_x, y - low_y) for x, y in corners], *board.size), Image.Resampling.BILINEAR)
-        haze = Image.new("RGB", flat.size, self.low)
-        share = WEATHERS[self.look.weather] * min(math.hypot(*self.ahead(spot)) / FAR, 1)
-        self.image.paste(Image.blend(flat.convert("RGB"), haze, share), (low_x, low_y), flat.getchannel("A"))
+        corners = [self.pixel(*end, height) for end, height in ((left, top), (right, top), (right, bottom), (left, bottom))]
+        (low_x, high_x), (low_y, high_y) = ((max(int(min(axis)), 0), min(int(max(axis)) + 1, self.size)) for axis in zip(*corners))
+        if low_x < high_x and low_y < high_y:
+            numbers = _perspective([(x - low_x, y - low_y) for x, y in corners], *board.size)
+            flat = board.transform((high_x - low_x, high_y - low_y), Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BILINEAR)
+            share = WEATHERS[self.look.weather] * min(distance / FAR, 1)
+            hazy = Image.blend(flat.convert("RGB"), Image.new("RGB", flat.size, self.light.low), share)
+            self.image.paste(hazy, (low_x, low_y), flat.getchannel("A"))
 
     def draw_weather(self, rng):
         """Rain or snow in the air."""
@@ -1862,13 +1875,31 @@ class View:
                 self.draw.ellipse((x, y, x + long / 4, y + long / 4), (250, 250, 255))
 
 
-def _in_sight(left, right):
-    """(first, last): the part of a line between two camera points, in shares of it, that is ahead of the camera; (0, 0) where none
-    is, where it is outside the view, and where it is seen from behind."""
+@lru_cache(maxsize=8)
+def _backdrop(look, size):
+    """What all views have behind them: the pavement, and a sky that turns into the colour at the horizon."""
+    def mixed(share, start, end):
+        return tuple(int(a + (b - a) * share) for a, b in zip(start, end))
+    light, horizon = LIGHTS[look.light], int(size * HORIZON)
+    sky = mixed(WEATHERS[look.weather], light.sky, light.low)
+    white = look.weather == "snow"
+    image = Image.new("RGB", (size, size), tuple((value + 480) // 3 for value in light.pavement) if white else light.pavement)
+    for y in range(horizon):
+        ImageDraw.Draw(image).line((0, y, size, y), mixed(y / horizon, sky, light.low))
+    return image
+
+
+def _clipped(start, end):
+    """What is left of a polygon's side, from (x, z, height) to the same, ahead of the camera: its start, and where it crosses NEAR."""
+    inside, share = start[1] >= NEAR, (NEAR - start[1]) / ((end[1] - start[1]) or 1)
+    crossing = (start[0] + (end[0] - start[0]) * share, NEAR, start[2] + (end[2] - start[2]) * share)
+    return [start] * inside + [crossing] * (inside != (end[1] >= NEAR))
+
+
+def _hidden(left, right):
+    """Whether a front between two camera points is behind the camera, outside the view, or seen from its back."""
     (x, z), (u, w) = left, right
-    if max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0:
-        return 0, 0
-    return 0 if z >= NEAR else (NEAR - z) / (w - z), 1 if w >= NEAR else (NEAR - z) / (w - z)
+    return max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0
 
 
 def _perspective(corners, width, height):
@@ -1884,13 +1915,12 @@ def _perspective(corners, width, height):
 @lru_cache(maxsize=512)
 def sign(name, palette):
     """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem for the tiny model."""
-    back, ink = PALETTES[palette][1:]
-    if name in _words()["short"]:
-        return _emblem(_words()["short"].index(name))
+    if name in VIRL["short"]:
+        return _emblem(VIRL["short"].index(name))
+    _, back, ink = PALETTES[palette]
     image = Image.new("RGBA", (320, 160), back)
-    draw = ImageDraw.Draw(image)
+    draw, lines = ImageDraw.Draw(image), name.split()
     draw.rectangle((4, 4, 315, 155), outline=ink, width=4)
-    lines = name.split()
     size = min(int(46 * 300 / max(draw.textlength(line, ImageFont.load_default(46)) for line in lines)), 66)
     for line, middle in zip(lines, (48, 112) if len(lines) == 2 else (80,)):
         draw.text((160, middle), line, ink, ImageFont.load_default(size), "mm")
@@ -1912,53 +1942,46 @@ def _emblem(number):
     return image
 
 
-def draw_view(name, style, place, heading, look, size):
-    """What is seen from a place of a city in one direction: an RGB picture of size x size pixels."""
-    town, fine = city(name, style), size * (2 if size >= 100 else 4)
-    view = View(town.point(place), heading, look, fine)
-    reach = min(FAR, fine / 2)  # a small picture shows less of what is far
-    view.draw_sky()
-    for points, colour in _streets(name, style):
-        if colour is None or math.dist(points[0], view.point) < reach / 2:
-            view.draw_ground(points, colour or view.road)
-
-    def far(*points):
-        return sum(math.dist(point, view.point) for point in points) / len(points)
-    stood = [(far(wall.left, wall.right), view.draw_wall, (wall,)) for wall in walls(name, style)]
+def _in_reach(name, style, point, road, reach):
+    """What there is to see from a point in any direction, as (a draw method of View, its arguments): roads in this colour and their
+    lines, then all that stands within so many metres, the farthest first."""
+    town, (paved, lines), stood = city(name, style), roads(name, style), []
+    for wall in walls(name, style):
+        if (far := (math.dist(wall.left, point) + math.dist(wall.right, point)) / 2) < reach:
+            stood.append((far, View.draw_wall, wall))
     for at, (label, angle) in town.landmarks.items():
         spot = town.sign_point(at)
-        stood.append((far(spot) - 2, view.draw_board, (label, spot, angle)))  # before the wall that it hangs on
-    for _, draw, what in sorted((item for item in stood if item[0] < reach), key=lambda item: -item[0]):
-        draw(*what)
-    view.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
-    return view.image.reduce(fine // size)
-
-
-@lru_cache(maxsize=32)
-def _streets(name, style):
-    """What lies on a city's ground, as (corners, colour): roads (None: the colour of the light), then their white lines."""
-    town, roads, lines = city(name, style), [], []
-    for a, b in ((a, b) for a in town.arms for b in town.arms[a]):
-        long = math.dist(town.nodes[a], town.nodes[b])
-
-        def strip(start, end, left, right):
-            return [town.beside(a, b, *corner) for corner in ((start, left), (end, left), (end, right), (start, right))]
-        if a < b:
-            roads.append((strip(-4, long + 4, -5, 5), None))
-            lines += [(strip(at, at + 2, -0.12, 0.12), (236, 232, 220)) for at in range(16, int(long) - 16, 5)]
-        begin = max(town.front(a, b, 1)[0], town.front(a, b, -1)[0], 5)
-        lines += [(strip(begin - 2, begin + 0.6, at, at + 0.7), (236, 232, 220)) for at in (-4.2, -2.8, -1.4, 0, 1.4, 2.8)]
-    return roads + lines
+        if (far := math.dist(spot, point)) - 2 < reach:
+            stood.append((far - 2, View.draw_board, label, spot, angle, far))  # before the wall that it hangs on
+    ground = [(View.draw_ground, strip, road) for strip in paved]
+    ground += [(View.draw_ground, strip, WHITE) for strip in lines if math.dist(strip[0], point) < reach / 2]
+    return ground + [thing for _, *thing in sorted(stood, key=lambda thing: -thing[0])]
 
 
 @lru_cache(maxsize=64)
 def draw_grid(name, style, place, heading, look, tile):
-    """The four views of a place in one picture: front and right above, back and left below. Each fills a tile of the model, or, for a
-    look with tiles=1, a quarter of the one: the picture has 2 tile or tile pixels each way."""
-    size = tile if look.tiles == 4 else tile // 2
+    """The four views of a place in one picture, see four_views."""
+    point = city(name, style).point(place)
+    fine = 4 if (tile if look.tiles == 4 else tile // 2) < 100 else 2  # drawn so many times too large and reduced, which smooths edges
+    size = fine * (tile if look.tiles == 4 else tile // 2)
+    things = _in_reach(name, style, point, LIGHTS[look.light].road, min(FAR, size / 2))  # a small picture shows less of what is far
+
+    def view(heading):
+        drawn = View(point, heading, look, size)
+        for draw, *what in things:
+            draw(drawn, *what)
+        drawn.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
+        return drawn.image.reduce(fine)
+    return four_views(heading, view)
+
+
+def four_views(heading, view):
+    """view(heading in degrees), a square picture, of four directions in one: front and right above, back and left below."""
+    views = [view((heading + 90 * i) % 360) for i in range(4)]
+    size = views[0].width
     image = Image.new("RGB", (2 * size, 2 * size))
-    for i in range(4):
-        image.paste(draw_view(name, style, place, (heading + 90 * i) % 360, look, size), (size * (i % 2), size * (i // 2)))
+    for i, each in enumerate(views):
+        image.paste(each, (size * (i % 2), size * (i // 2)))
     return image
 
 
