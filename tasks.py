@@ -1392,18 +1392,7 @@ def parse_turns(text):
 
 
 # What the agent reads and writes. "full": plain words for an instruct model; "short": few tokens for the tiny one.
-WORDING = {
-    "full": {"absolute": "Turn to face {absolute}.", "relative": "Turn {relative}.", "both": "Turn {relative} to face {absolute}.",
-             "crossing": "Move forward until you reach the next intersection{where}.",
-             "goal": "Move forward until you reach the destination{where}.", "where": " where {name} is on your {side}",
-             "seen": "{name} is on your {side}", "here": "You observe an intersection", "none": "No landmarks nearby", "between": "; ",
-             "doing": "{text}", "keys": ("current observation", "current instruction")},
-    "short": {"absolute": "turn {absolute}", "relative": "turn {relative}", "both": "turn {relative} to {absolute}",
-              "crossing": "go to crossing{where}",
-              "goal": "go to end{where}", "where": ", {name} {side}",
-              "seen": "{name} {side}", "here": "crossing", "none": "none", "between": ", ",
-              "doing": "{number} {text}", "keys": ("obs", "ins")},
-}
+WORDING = VIRL["wording"]
 
 
 def observation(here, style):
@@ -1448,7 +1437,7 @@ def right_word(here, rule):
 
 
 class Walked(NamedTuple):
-    """What the verifier found: the outcome (a key of WALK_REWARD), why, as a key of WHY, the fact for its sentence, and whether
+    """What the verifier found: the outcome (a key of WALK_REWARD), why, as a key of WORDING's "why", the fact for its sentence, and whether
     the observation named the landmarks and intersection that are there and no other (None where there is none to read)."""
     outcome: str
     why: str
@@ -1480,7 +1469,7 @@ def _parts(text):
 
 
 def _why(kind, word, here, rule):
-    """The key in WHY of what is wrong with an action; each of its sentences is true wherever this gives it."""
+    """The key of WORDING's "why" of what is wrong with an action; each of its sentences is true wherever this gives it."""
     if here.action == "stop":
         return "arrived"
     if kind == "stop":
@@ -1490,17 +1479,6 @@ def _why(kind, word, here, rule):
     if kind == "forward":
         return "turn"
     return "direction" if word in TURNS[rule.words] else "word"
-
-
-WHY = {
-    "full": {"right": "Correct. {seen}", "illegal": "Your answer is not legal: {fact}. " + AGAIN,
-             "arrived": "Wrong: this is the destination. " + AGAIN, "not_there": "Wrong: this is not the destination. " + AGAIN,
-             "no_turn": "Wrong: the instruction is to move on, not to turn yet. " + AGAIN,
-             "turn": "Wrong: the instruction is to turn here. " + AGAIN,
-             "direction": "Wrong: {fact} is not the way to turn here. " + AGAIN,
-             "word": "Wrong: {fact} is not one of the words for turn_direction(x). " + AGAIN},
-    "short": {"right": "{seen}", "illegal": "not legal", "arrived": "no: the end", "not_there": "no: not the end",
-              "no_turn": "no: no turn yet", "turn": "no: turn here", "direction": "no: other way", "word": "no: other word"}}
 
 
 # ---- 14. V-IRL: a walk -----------------------------------------------------------------------------------------------
@@ -1528,26 +1506,25 @@ class Navigation:
 
     @property
     def image(self):
-        here = self.route.rail[self.position]
-        if self.look and self.route.folder:
-            return released_grid(self.route.folder, here.place, here.heading, self.look, self.tile)
-        return self.look and draw_grid(self.route.city, self.style, here.place, here.heading, self.look, self.tile)
+        if self.look is None:
+            return None
+        here, folder = self.route.rail[self.position], self.route.folder
+        draw = partial(released_grid, folder) if folder else partial(draw_grid, self.route.city, self.style)
+        return draw(here.place, here.heading, self.look, self.tile)
 
     @property
     def prompt(self):
         """The first user turn: the rule, the instructions and, in text, the first observation."""
-        return (short_walk_prompt if self.style == "short" else full_walk_prompt)(self)
+        words, rule, here = WORDING[self.style], self.rule.words, self.route.rail[0]
+        told = words["listed"].join(words["item"].format(number=i, text=text) for i, text in enumerate(self.texts, 1))
+        seen = words["picture"] if self.look else words["text"].format(seen=observation(here, self.style))
+        return words["prompt"].format(told=told, means=words["means"][rule], choices=", ".join(TURNS[rule]),
+                                      facing=compass_word(here.heading), seen=seen)
 
     @property
     def actions(self):
         """The kind of right action at each position, "turn", "forward" or "stop", for the scores of section 15."""
         return tuple(here.action for here in self.route.rail)
-
-    def seen(self):
-        """The observation at the current position in words; with pictures a pointer to the next one."""
-        if self.look is None:
-            return observation(self.route.rail[self.position], self.style)
-        return "next" if self.style == "short" else "Look at the next picture."
 
     def step(self, response):
         """Judge the next answer. A right action moves on, and the feedback has the next observation; a wrong one is not executed.
@@ -1567,9 +1544,11 @@ class Navigation:
         return Step(float(reward), self.done, self._feedback(), outcome, float(bool(self.verdict.observed)))
 
     def _feedback(self):
-        if self.verdict.outcome == "correct":
-            return "the end" if self.style == "short" else "Correct. You have arrived."
-        return WHY[self.style][self.verdict.why].format(fact=self.verdict.fact, seen=self.seen())
+        """The verifier's text and, where the walk moves on, what is seen there; with pictures a pointer to the next one."""
+        words = WORDING[self.style]
+        seen = words["next"] if self.look else observation(self.route.rail[self.position], self.style)
+        said = words["end"] if self.verdict.outcome == "correct" else words["why"][self.verdict.why]
+        return said.format(fact=self.verdict.fact, seen=seen)
 
     def expert(self):
         """A right response at the current position, by the rule of the prompt."""
@@ -1634,29 +1613,6 @@ class Navigation:
         doing = words["doing"].format(number=here.instruction + 1, text=self.texts[here.instruction])
         fields = dict(zip(words["keys"], (observation(here, self.style), doing)), action=action)
         return json.dumps(fields, separators=(",", ":") if self.style == "short" else None)
-
-
-def short_walk_prompt(problem):
-    """Few tokens, for the tiny model: `facing south, compass. 1 turn east. 2 go to crossing, bank right. ...`."""
-    facing = compass_word(problem.route.rail[0].heading)
-    told = ". ".join(f"{number} {text}" for number, text in enumerate(problem.texts, 1))
-    return f"facing {facing}, {'compass' if problem.rule.words == 'absolute' else 'sides'}. {told}.\n{problem.seen()}"
-
-
-def full_walk_prompt(problem):
-    """Plain words, for an instruct model."""
-    rule = problem.rule.words
-    told = "\n".join(f"{number}. {text}" for number, text in enumerate(problem.texts, 1))
-    turns = "the direction that you then face" if rule == "absolute" else "the side to which you turn"
-    seen = f"You observe: {problem.seen()}" if problem.look is None else (
-        "The picture has four views of where you are: front and right above, back and left below.")
-    return (
-        f"You walk through a city along a route, one action at a time.\n\nInstructions:\n{told}\n\nActions:\nforward() moves one step "
-        f"ahead.\nturn_direction(x) turns, and moves one step into the new street; x is {turns}, one of: {', '.join(TURNS[rule])}.\n"
-        'stop() ends the walk, at the destination.\n\nReply with one JSON object and nothing else, with these keys: "current '
-        'observation", the landmarks here, as in "Hotel X is on your left" (or front, right, back), and "You observe an intersection" '
-        'where there is one, separated by semicolons, or "No landmarks nearby"; "current instruction", the instruction that you are '
-        f'following; "action", your next action as a string.\n\nYou face {compass_word(problem.route.rail[0].heading)}. {seen}')
 
 
 def _navigation(name, rule, visual, split, index, attempts, style, judge, tile, data):
