@@ -1622,7 +1622,7 @@ def _navigation(name, rule, visual, split, index, attempts, style, judge, tile, 
         if not 16 <= tile <= 1120:
             raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
     if data:
-        found = released_routes(str(data))
+        found = released_routes(str(data), look is not None)
         route = found[index % len(found)]
     else:
         route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
@@ -2062,20 +2062,36 @@ def _read_bytes(path):
     return path.read_bytes()
 
 
+BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)  # what odd data can raise
+
+
 @lru_cache(maxsize=4)
-def released_routes(folder):
-    """All Routes of a folder, in their order; each place is the name of a panorama. ValueError where a file is not as described."""
-    folder = Path(folder)
+def released_routes(folder, pictures=False):
+    """All Routes of a folder, in their order; each place is the name of a panorama (None without one, for walks in text only).
+
+    Routes that cannot be used are left out and named on stderr. ValueError for a folder without any, or files not as described."""
+    folder, found, skipped = Path(folder), [], []
     panoramas = read_plain_pickle(_read_bytes(folder / "gps_pano_mapping.pkl"))
     try:
-        infos = json.loads(_read_bytes(folder / "route_infos.json"))[0]
+        infos = list(json.loads(_read_bytes(folder / "route_infos.json"))[0])
         known = [(tuple(map(float, point)), str(name)) for point, name in panoramas.items()]
-        found = tuple(Route(folder.name, _released_rail(info, i, known), str(folder)) for i, info in enumerate(infos))
-        if not found:
-            raise ValueError("the list of routes is empty")
-        return found
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+    except BROKEN as error:
         raise ValueError(f"{folder} does not hold routes as released: {type(error).__name__} {clean(str(error))}.") from None
+    for number, info in enumerate(infos):
+        try:
+            rail = _released_rail(info, number, known)
+            if pictures and not all(here.place for here in rail):
+                raise ValueError("has no panorama within 20 m of a position")
+            found.append(Route(folder.name, rail, str(folder)))
+        except BROKEN as error:
+            lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            skipped.append(f"{number} {clean(lacks)}")
+    named = "; ".join(skipped[:10]) + f"; and {len(skipped) - 10} more" * (len(skipped) > 10)
+    if not found:
+        raise ValueError(f"{folder} does not hold routes as released, none can be used: {named or 'its list is empty'}.")
+    if skipped:
+        print(f"{len(skipped)} of {len(infos)} routes in {clean(str(folder), 200)} are left out: {named}.", file=sys.stderr)
+    return tuple(found)
 
 
 def _released_rail(info, number, known):
@@ -2084,21 +2100,27 @@ def _released_rail(info, number, known):
     points = [tuple(map(float, point)) for point in (info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"])]
     blocks = [read_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
     if len(blocks) != len(points) - 1 or not blocks:
-        raise ValueError(f"Route {number} has {len(points) - 1} points but {len(blocks)} milestones.")
-    headings = [float(re.match(r"\d+(\.\d+)?", block["to_next_intersection_heading"].strip())[0]) for block in blocks]
+        raise ValueError(f"has {len(points) - 1} points but {len(blocks)} milestones")
+    headings = [_released_heading(block["to_next_intersection_heading"]) for block in blocks]
     facing = round(float(info["init_heading"])) % 360 or _facing(rng, headings[0])
     rail = [Position(_nearest(points[0], known), facing, (), False, "turn", headings[0], 0)]
-    for i, block in enumerate(blocks):
-        start, end, last = points[i], points[i + 1], i == len(blocks) - 1
+    for i, (block, start, end) in enumerate(zip(blocks, points, points[1:])):
         for share in (k / 6 for k in range(1, 6)) if metres(start, end) > 5 else ():
             kept, point = rng.random() < 0.5, tuple(a + (b - a) * share for a, b in zip(start, end))
             if kept and min(metres(point, start), metres(point, end)) > 8 and (name := _nearest(point, known)):
                 rail.append(Position(name, headings[i], (), False, "forward", None, 2 * i + 1))
         told = re.findall(r"(?:The destination )?([^;]+?) is on your ([a-z ]+)", block["landmarks"])
-        landmarks = tuple((clean(name.strip()), side) for name, side in told)
-        rail.append(Position(_nearest(end, known), headings[i], landmarks, not last, "stop" if last else "turn",
-                             None if last else headings[i + 1], 2 * i + (1 if last else 2)))
+        action, towards = ("turn", headings[i + 1]) if i + 1 < len(blocks) else ("stop", None)
+        rail.append(Position(_nearest(end, known), headings[i], tuple((clean(name.strip()), side) for name, side in told),
+                             action == "turn", action, towards, 2 * i + 1 + (action == "turn")))
     return tuple(rail)
+
+
+def _released_heading(text):
+    """The degrees in a text such as "298 (northwest)"."""
+    if not (number := re.match(r"\d+(\.\d+)?", text.strip())):
+        raise ValueError(f"has no heading in degrees but {_quoted(text)}")
+    return float(number[0])
 
 
 def _nearest(point, known):
@@ -2112,7 +2134,7 @@ def _nearest(point, known):
 def released_grid(folder, name, heading, look, tile):
     """As draw_grid, from the panorama `name` of the folder. ValueError where it is missing, too large or wrongly named."""
     if not re.fullmatch(r"[\w-]{1,64}", name or "", re.ASCII):
-        raise ValueError(f"{_quoted(name)} is no name of a panorama." if name else "There is no panorama within 20 m: walk in text.")
+        raise ValueError(f"{_quoted(name or '')} is no name of a panorama.")
     folder, size = Path(folder) / "street_views", tile if look.tiles == 4 else tile // 2
     metadata = json.loads(_read_bytes(folder / f"{name}.metadata.json"))
     rotation = metadata.get("rotation") if isinstance(metadata, dict) else None
@@ -2122,11 +2144,11 @@ def released_grid(folder, name, heading, look, tile):
         if image.size[0] * image.size[1] > 1 << 27:
             raise ValueError(f"The panorama {name} has more than {1 << 27} pixels.")
         panorama = np.asarray(image.convert("RGB"))
-    sheet = Image.new("RGB", (2 * size, 2 * size))
-    for i in range(4):
-        view = perspective(panorama, (heading + 90 * i - 180) % 360 + rotation, 640)
-        sheet.paste(Image.fromarray(view).resize((size, size), Image.Resampling.BILINEAR), (size * (i % 2), size * (i // 2)))
-    return sheet
+
+    def view(towards):
+        flat = perspective(panorama, (towards - 180) % 360 + rotation, 640)
+        return Image.fromarray(flat).resize((size, size), Image.Resampling.BILINEAR)
+    return four_views(heading, view)
 
 
 def perspective(panorama, yaw, size):
