@@ -46,7 +46,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import combinations, pairwise, product
 from math import ceil, cos, gcd, pi, sin
@@ -55,6 +55,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+ASSETS = Path(__file__).parent / "assets"
 
 # ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
 
@@ -601,26 +603,17 @@ def feedback_text(verdict, style):
 # ---- 8. Looks --------------------------------------------------------------------------------------------------------
 # What a picture of the cards may look like, as data: one look is trained, the others are the test.
 
-OPTIONS = {
-    "suits": ("black", "red", "both", "text"),  # black: S and C only; red: H and D only; both: as dealt; text: no picture at all
-    "layout": ("row", "grid", "scattered", "shuffled"),  # scattered: tilted, in a rough grid; shuffled: a grid not in dealt order
-    "scheme": ("index", "numbers", "words", "pips"),  # how a rank is shown: K, 13, KING, or 13 suit signs
-    "style": ("plain", "framed", "dark"),  # the card
-    "glyphs": ("sans", "serif", "mono", "italic"),  # the typeface
-    "table": ("green", "blue", "wood", "grey"),
-    "light": tuple(range(40, 141)),  # brightness in percent
-    "noise": tuple(range(41)),  # standard deviation in grey levels
-    "tiles": (4, 1),  # how many of the model's tiles the picture takes
-}
+def _one_of(*known, default=None):
+    """A field of a Visual: one of these values; the first is the default."""
+    return field(default=known[0] if default is None else default, metadata={"known": known})
 
 
 class Visual:
-    """What pictures look like, as data: a value of `options` for each field. Its text is the first value, then the others that are
-    not the default, as in "red/layout=grid". ValueError for values that are not options."""
-    options = {}
+    """What pictures look like, as data: each field is _one_of some values. Its text is the first value, then the others that are not
+    the default, as in "red/layout=grid". ValueError for other values."""
 
     def __post_init__(self):
-        for name, known in self.options.items():
+        for name, known in self.options().items():
             if getattr(self, name) not in known:
                 raise ValueError(f"A {type(self).__name__.lower()} needs {name} {_any_of(known)}, not {clean(str(getattr(self, name)))!r}.")
 
@@ -630,21 +623,26 @@ class Visual:
         return first[1] + "".join(given)
 
     @classmethod
+    def options(cls):
+        """The known values of every field: {name: tuple}."""
+        return {each.name: each.metadata["known"] for each in fields(cls)}
+
+    @classmethod
     def parse(cls, text):
         """Read a text, its options in any order; str() undoes it.
 
         What is read already passes through; "text" ignores its options. Any other text is a ValueError that says what is wrong."""
         if isinstance(text, cls):
             return text
-        head, second, *more = cls.options
-        found = {head: text.partition("/")[0]}
-        for option in text.split("/")[1:]:
+        options, (first, *given) = cls.options(), text.split("/")
+        head, second, *more = options
+        found = {head: first}
+        for option in given:
             name, _, value = option.partition("=")
-            if name not in cls.options or name in found:
-                example = f"{cls.options[head][0]}/{second}={cls.options[second][1]}"
+            if name not in options or name in found:
                 raise ValueError(f"{clean(text)!r} is not a {cls.__name__.lower()}: after the {head} only {', '.join([second, *more])} may "
-                                 f"follow, each once, as in {example}.")
-            found[name] = int(value) if isinstance(cls.options[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
+                                 f"follow, each once, as in {options[head][0]}/{second}={options[second][1]}.")
+            found[name] = int(value) if isinstance(options[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
         return cls(**found)
 
     @classmethod
@@ -652,15 +650,16 @@ class Visual:
         """The text with its wildcards drawn: `*` for any value but text, `a|b` for one of those named.
 
         All of a list are read, so that a wrong one raises its ValueError at once and not when it happens to be drawn."""
-        parts, (head, *_) = str(text).split("/"), cls.options
+        parts, options = str(text).split("/"), cls.options()
+        head, *_ = options
         for i, part in enumerate(parts):
             name, equals, value = part.rpartition("=")
-            known = cls.options.get(name or head, ())
+            known = options.get(name or head, ())
             choices = [each for each in known if each != "text"] if value == "*" else value.split("|")
             if len(choices) > 1:
                 filled = [f"{name}{equals}{each}" for each in choices]
                 for each in filled if value != "*" else ():
-                    cls.parse(f"{cls.options[head][0]}/{each}" if i else each)
+                    cls.parse(f"{options[head][0]}/{each}" if i else each)
                 parts[i] = rng.choice(filled)
         return "/".join(parts)
 
@@ -671,17 +670,16 @@ def _any_of(known):
 
 @dataclass(frozen=True)
 class Look(Visual):
-    """What the cards look like: a value of OPTIONS for each name, as in "red/layout=grid/light=60"."""
-    options = OPTIONS
-    suits: str = "black"
-    layout: str = "row"
-    scheme: str = "index"
-    style: str = "plain"
-    glyphs: str = "sans"
-    table: str = "green"
-    light: int = 100
-    noise: int = 0
-    tiles: int = 4
+    """What the cards look like, as in "red/layout=grid/light=60"."""
+    suits: str = _one_of("black", "red", "both", "text")  # black: S and C only; red: H and D only; both: as dealt; text: no picture
+    layout: str = _one_of("row", "grid", "scattered", "shuffled")  # scattered: tilted, in a rough grid; shuffled: not in dealt order
+    scheme: str = _one_of("index", "numbers", "words", "pips")  # how a rank is shown: K, 13, KING, or 13 suit signs
+    style: str = _one_of("plain", "framed", "dark")  # the card
+    glyphs: str = _one_of("sans", "serif", "mono", "italic")  # the typeface
+    table: str = _one_of("green", "blue", "wood", "grey")
+    light: int = _one_of(*range(40, 141), default=100)  # brightness in percent
+    noise: int = _one_of(*range(41))  # standard deviation in grey levels
+    tiles: int = _one_of(4, 1)  # how many of the model's tiles the picture takes
 
 
 parse_look, fill_look = lru_cache(maxsize=1 << 12)(Look.parse), Look.fill
@@ -706,7 +704,6 @@ def legible_from(look, cards):
 # drawing: its rank fills it. A picture is a pure function of the problem: noise, places and angles come from its own stream.
 
 LARGE = 100
-FONTS = Path(__file__).parent / "assets" / "fonts"
 # pyftsubset DejaVuSerif-Bold.ttf --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting --name-IDs=0,1,2,13
 TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf", "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
 STYLE_COLOURS = {  # paper, edge, black ink, red ink
@@ -714,44 +711,20 @@ STYLE_COLOURS = {  # paper, edge, black ink, red ink
     "framed": ((250, 242, 222), (120, 96, 60), (22, 34, 84), (176, 26, 40)),
     "dark": ((40, 42, 52), (14, 14, 18), (236, 238, 244), (255, 112, 104))}
 TABLE_COLOURS = {"green": (32, 104, 66), "blue": (36, 72, 128), "wood": (140, 92, 52), "grey": (128, 130, 134)}
-PIPS = {  # heights of the signs in the two outer columns, and in the middle one
-    1: ((), (1 / 2,)), 2: ((), (0, 1)), 3: ((), (0, 1 / 2, 1)), 4: ((0, 1), ()), 5: ((0, 1), (1 / 2,)), 6: ((0, 1 / 2, 1), ()),
-    7: ((0, 1 / 2, 1), (1 / 4,)), 8: ((0, 1 / 2, 1), (1 / 4, 3 / 4)), 9: ((0, 1 / 3, 2 / 3, 1), (1 / 2,)),
-    10: ((0, 1 / 3, 2 / 3, 1), (1 / 6, 5 / 6)), 11: ((0, 1 / 3, 2 / 3, 1), (1 / 6, 1 / 2, 5 / 6)),
-    12: ((0, 1 / 3, 2 / 3, 1), (0, 1 / 3, 2 / 3, 1)), 13: ((0, 1 / 4, 1 / 2, 3 / 4, 1), (0, 1 / 2, 1))}
+CARDS = json.loads((ASSETS / "cards.json").read_text(encoding="utf-8"))  # where pips stand, and the figures, in a square of side 1
 
 
-def _arc(x, y, r):
+def _circle(x, y, r):
     return [(x + r * cos(k * pi / 24), y + r * sin(k * pi / 24)) for k in range(48)]
 
 
-def _heart():
-    turns = [k * pi / 32 for k in range(64)]
-    return [(.5 + .48 * sin(t) ** 3, .42 - (13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 32) for t in turns]
-
-
+HEART = [(.5 + .48 * sin(t) ** 3, .42 - (13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 32)
+         for t in (k * pi / 32 for k in range(64))]
 STEM = [(.5, .5), (.56, .8), (.72, .97), (.28, .97), (.44, .8)]
 SUIT_SHAPES = {  # polygons in a square of side 1
-    "H": [_heart()], "S": [[(x, .84 - .86 * (y - .04)) for x, y in _heart()], STEM],
+    "H": [HEART], "S": [[(x, .84 - .86 * (y - .04)) for x, y in HEART], STEM],
     "D": [[(.5, .01), (.68, .27), (.89, .5), (.68, .73), (.5, .99), (.32, .73), (.11, .5), (.32, .27)]],
-    "C": [_arc(.5, .25, .225), _arc(.25, .59, .225), _arc(.75, .59, .225), _arc(.5, .5, .12), STEM]}
-
-GOLD, SKIN, HAIR, DARK = (228, 176, 60), (248, 218, 188), (126, 78, 44), (30, 24, 24)
-FACE = [(SKIN, _arc(.5, .47, .145)), (DARK, _arc(.44, .46, .018)), (DARK, _arc(.56, .46, .018)),
-        ((170, 60, 60), [(.46, .545), (.54, .545), (.5, .565)])]
-ROBE = [(None, [(0, 1), (0, .88), (.28, .68), (.72, .68), (1, .88), (1, 1)]),
-        (GOLD, [(.28, .68), (.4, .64), (.5, .84), (.6, .64), (.72, .68), (.5, 1)])]
-FIGURES = {  # the upper half of J, Q and K: polygons in a square of side 1, in a colour or (None) in the card's ink
-    11: [(HAIR, [(.31, .36), (.69, .36), (.71, .62), (.62, .66), (.38, .66), (.29, .62)]), *ROBE, *FACE,
-         (None, [(.29, .37), (.25, .22), (.5, .13), (.76, .2), (.71, .37)]),
-         (GOLD, [(.66, .3), (.8, .06), (.93, .05), (.9, .17), (.72, .33)])],
-    12: [(HAIR, _arc(.5, .46, .22)), (HAIR, [(.28, .46), (.72, .46), (.78, .74), (.22, .74)]), *ROBE, *FACE,
-         (GOLD, [(.33, .35), (.28, .17), (.4, .24), (.5, .1), (.6, .24), (.72, .17), (.67, .35)]),
-         *((None, _arc(x, y, .035)) for x, y in ((.28, .15), (.5, .08), (.72, .15)))],
-    13: [(HAIR, _arc(.5, .47, .19)), *ROBE, *FACE,
-         (HAIR, [(.35, .5), (.44, .56), (.5, .54), (.56, .56), (.65, .5), (.6, .7), (.5, .78), (.4, .7)]),
-         (GOLD, [(.32, .36), (.28, .12), (.4, .22), (.44, .08), (.56, .08), (.6, .22), (.72, .12), (.68, .36)]),
-         (None, [(.32, .36), (.31, .3), (.69, .3), (.68, .36)]), (None, [(.48, .08), (.48, 0), (.52, 0), (.52, .08)])]}
+    "C": [_circle(.5, .25, .225), _circle(.25, .59, .225), _circle(.75, .59, .225), _circle(.5, .5, .12), STEM]}
 
 
 def picture(hand, look, tile, stream):
@@ -878,7 +851,7 @@ def _label(text, glyphs, width, height):
 
 @lru_cache(maxsize=64)
 def _font(glyphs, size):
-    return ImageFont.truetype(FONTS / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
+    return ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
 
 
 def _name(rank, scheme):
@@ -897,10 +870,10 @@ def _small_face(face, rank, suit, ink, scheme, glyphs):
 
 def _pips(face, rank, suit, ink, size, left, top):
     """As many suit signs as the rank, the outer ones at `left` and `top` in shares of the card, the lower ones upside down."""
-    sides, middle = PIPS[rank]
+    sides, middle = CARDS["pips"][str(rank)]
     for x, heights in ((left, sides), (1 - left, sides), (.5, middle)):
-        for y in heights:
-            _stamp(face, _sign(suit, size), ink, x, top + (1 - 2 * top) * y, turned=y > .5)
+        for twelfths in heights:
+            _stamp(face, _sign(suit, size), ink, x, top + (1 - 2 * top) * (twelfths / 12), turned=twelfths > 6)
 
 
 def _large_face(face, rank, suit, ink, scheme, glyphs):
@@ -917,15 +890,17 @@ def _large_face(face, rank, suit, ink, scheme, glyphs):
         return _pips(face, rank, suit, ink, .185 * width * (1 + (rank == 1)), .32, .16)
     if scheme == "numbers":
         return _framed(face, (), _label(str(rank), glyphs, .4 * width, .2 * height), (.5, .5), ink)
-    _framed(face, FIGURES[rank], _sign(suit, .12 * width), (.14, .14), ink)
+    figure = CARDS["behind"][str(rank)] + CARDS["body"] + CARDS["before"][str(rank)]
+    _framed(face, figure, _sign(suit, .12 * width), (.14, .14), ink)
 
 
 def _framed(face, figure, mask, at, ink):
     """A frame with a figure and a mask at (x, y) of its upper half, and the same upside down in the lower one."""
     width, height = round(.58 * face.width), round(.37 * face.height)
     half = Image.new("RGB", (width, height), face.getpixel((face.width // 2, face.height // 2)))
-    for colour, points in figure:
-        ImageDraw.Draw(half).polygon([(x * width, y * height) for x, y in points], colour or ink)
+    for colour, shape in figure:  # corners, or a circle's x, y and radius
+        points = shape if isinstance(shape[0], list) else _circle(*shape)
+        ImageDraw.Draw(half).polygon([(x * width, y * height) for x, y in points], tuple(CARDS["colours"].get(colour, ink)))
     _stamp(half, mask, ink, *at)
     left, top = (face.width - width) // 2, face.height // 2 - height
     face.paste(half, (left, top))
@@ -1122,7 +1097,7 @@ def clear_bearing(angle):
     return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
 
 
-VIRL = json.loads((Path(__file__).parent / "assets" / "virl.json").read_text(encoding="utf-8"))  # names and wordings
+VIRL = json.loads((ASSETS / "virl.json").read_text(encoding="utf-8"))  # names and wordings
 
 
 class City:
@@ -1698,11 +1673,10 @@ WHITE = (236, 232, 220)  # of the lines on the roads
 @dataclass(frozen=True)
 class Scene(Visual):
     """How a city is drawn, as in "dusk/weather=rain/palette=brick"; with tiles=1 all four views are in one tile."""
-    options = {"light": tuple(LIGHTS), "weather": tuple(WEATHERS), "palette": tuple(PALETTES), "tiles": (4, 1)}
-    light: str = "day"
-    weather: str = "clear"
-    palette: str = "stone"
-    tiles: int = 4
+    light: str = _one_of(*LIGHTS)
+    weather: str = _one_of(*WEATHERS)
+    palette: str = _one_of(*PALETTES)
+    tiles: int = _one_of(4, 1)
 
 
 parse_scene, fill_scene = Scene.parse, Scene.fill
@@ -2304,8 +2278,8 @@ def parse_args(argv=None):
     which.add_argument("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any value, "
-                          "a|b for one of some. Cards (default black): " + _all_of(OPTIONS)
-                          + ". Streets (default day): " + _all_of(Scene.options))
+                          "a|b for one of some. Cards (default black): " + _all_of(Look.options())
+                          + ". Streets (default day): " + _all_of(Scene.options()))
     pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
     pictures.add_argument("--show", metavar="FILE", help="gp-vl: draw the problems on one sheet, without --visual in many looks; V-IRL: "
                           "draw the first walk, its map and its views")
