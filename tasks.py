@@ -26,7 +26,7 @@ Contents
     13. V-IRL: words         TurnRule, WORDING, read_action, judge_walk
     14. V-IRL: a walk        Navigation, WALKERS
     15. V-IRL: scores        walk_scores, forced_scores
-    16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_walk (a route for people)
+    16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_map (a route for people)
     17. V-IRL: released data read_plain_pickle, released_routes, perspective
     18. Problems and suites  make, Row, SUITES
     19. Command line         python tasks.py --task gp-l; --task virl-vl --show walk.png
@@ -54,7 +54,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -1915,28 +1915,6 @@ def four_views(heading, view):
     return image
 
 
-def draw_walk(problem, width=340):
-    """A route for people: its map, north up, with numbered positions, the instructions under it, and beside it what each position
-    shows, asks and wants."""
-    rail, columns, side = problem.route.rail, min(len(problem.route.rail), 4), 3 * width
-    small, large = ImageFont.load_default(16), ImageFont.load_default(18)
-    rows, step = -(-len(rail) // columns), width + 58
-    height = max(rows * step + 10, side + 50 + 26 * len(problem.texts))
-    sheet = Image.new("RGB", (side + columns * (width + 10) + 20, height), (250, 250, 250))
-    draw = ImageDraw.Draw(sheet)
-    sheet.paste(draw_map(problem, side), (10, 10))
-    for i, text in enumerate(problem.texts):
-        draw.text((20, side + 24 + 26 * i), f"{i + 1}.  {text}", (30, 30, 40), large)
-    for i, here in enumerate(rail):
-        x, y = side + 20 + i % columns * (width + 10), 10 + i // columns * step
-        draw.text((x, y), f"{i + 1}. {observation(here, problem.style)}"[: width // 8], (30, 30, 40), small)
-        doing = f"instruction {here.instruction + 1}: {problem.at(i)[0].right()}"
-        draw.text((x, y + 22), doing, (170, 20, 20), small)
-        look = replace(problem.look or Scene(), tiles=1)
-        sheet.paste(draw_grid(problem.route.city, problem.style, here.place, here.heading, look, width), (x, y + 46))
-    return sheet
-
-
 def draw_map(problem, size):
     """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels: north up, the route in red,
     its positions numbered from 1, the landmarks by name."""
@@ -2337,36 +2315,47 @@ def contact_sheet(args):
     cards = parse_rule(fill_rule(args.rule or ID_RULE, random.Random(0))).cards
     known = dict.fromkeys([*(row.visual for row in SUITES["gp-vl"] if row.visual != "text"), *MIXED])
     legible = [look for look in known if legible_from(parse_look(look), cards) <= args.tile]
-    looks = [args.visual] if args.visual else legible or ["black"]  # where none is, make says how large a tile must be
     rows = []
-    for look in looks:
+    for look in [args.visual] if args.visual else legible or ["black"]:  # where none is, make says how large a tile must be
         wide = parse_look(fill_look(look, random.Random(0))).layout == "row"
-        rows.append(_sheet_row(look, [_problem(args, args.index + i, look) for i in range(args.n * (1 if wide else 2))]))
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    for i, row in enumerate(rows):
-        sheet.paste(row, (0, sum(above.height for above in rows[:i])))
-    return sheet.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-
-
-def _sheet_row(look, problems):
-    """A row of a sheet: the look's text, and pictures with their hands in words below, enlarged by a whole factor or reduced."""
-    font, zoom = ImageFont.load_default(15), min(400 / problems[0].image.width, 192 / problems[0].image.height)
-    width, height = (round(side * (int(zoom) if zoom > 1 else zoom)) for side in problems[0].image.size)
-    step, method = max(width, 192) + 12, Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.LANCZOS
-    row = Image.new("RGB", (step * len(problems) + 12, height + 60), "white")
-    draw = ImageDraw.Draw(row)
-    draw.text((12, 10), look, "black", font)
-    for i, problem in enumerate(problems):
-        row.paste(problem.image.resize((width, height), method), (12 + i * step, 32))
-        draw.text((12 + i * step, height + 36), " ".join(WORDS[rank - 1].lower() for rank, _ in problem.hand), (90, 90, 90), font)
-    return row
+        problems = [_problem(args, args.index + i, look) for i in range(args.n * (1 if wide else 2))]
+        dealt = [" ".join(WORDS[rank - 1].lower() for rank, _ in problem.hand) for problem in problems]
+        hands = [captioned(ImageOps.contain(problem.image, (400, 190)), hand) for problem, hand in zip(problems, dealt)]
+        rows.append(captioned(joined(hands), look))
+    return joined(rows, down=True).quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 
 
 def walk_sheet(args):
-    """The first walk in --visual."""
+    """The first walk in --visual: its map and instructions, and what each position shows, asks and wants, four in a row."""
     if args.data:
         raise ValueError("--show draws walks through generated cities only: leave out --data.")
-    return draw_walk(_problem(args, args.index, args.visual))
+    problem, shown = _problem(args, args.index, args.visual), []
+    for i, here in enumerate(problem.route.rail):
+        text = f"{i + 1}. {observation(here, problem.style)}\ninstruction {here.instruction + 1}: {problem.at(i)[0].right()}"
+        look = replace(problem.look or Scene(), tiles=1)
+        shown.append(captioned(draw_grid(problem.route.city, problem.style, here.place, here.heading, look, 340), text))
+    rows = [joined(shown[i:i + 4]) for i in range(0, len(shown), 4)]
+    told = "\n".join(f"{i + 1}. {text}" for i, text in enumerate(problem.texts))
+    return joined([captioned(draw_map(problem, 1000), told), joined(rows, down=True)])
+
+
+def captioned(image, text):
+    """A picture on white, with a margin, below a text of some lines."""
+    font = ImageFont.load_default(16)
+    _, _, width, height = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
+    framed = Image.new("RGB", (max(image.width, ceil(width)) + 12, image.height + ceil(height) + 16), "white")
+    ImageDraw.Draw(framed).multiline_text((6, 4), text, "black", font)
+    framed.paste(image, (6, ceil(height) + 10))
+    return framed
+
+
+def joined(images, down=False):
+    """Pictures beside each other, or below each other, on white."""
+    widths, heights = zip(*(image.size for image in images))
+    sheet = Image.new("RGB", (max(widths), sum(heights)) if down else (sum(widths), max(heights)), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (0, sum(heights[:i])) if down else (sum(widths[:i]), 0))
+    return sheet
 
 
 def _asked(problem):
