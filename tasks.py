@@ -17,7 +17,7 @@ Contents
     4. Solver                solve (3 to 6 cards), solutions (all of them, up to 4 cards)
     5. Splits and deals      problem_class, split_of, deal
     6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
-    7. The verifier          judge, REWARD, feedback_text, read_share (the cards that were recognized)
+    7. The verifier          judge, REWARD, FEEDBACK, read_share (the cards that were recognized)
     8. Looks                 Visual (options as text, wildcards), Look, parse_look, fill_look, legible_from
     9. Pictures of cards     picture
     10. GeneralPoints        GeneralPoints, KINDS of demonstrators
@@ -595,11 +595,6 @@ FEEDBACK = {
 MISREAD_TEXT = {"short": " Cards misread.", "full": " Your answer does not list the cards in the picture rightly."}
 
 
-def feedback_text(verdict, style):
-    """The verifier's words for the next turn, "full" or "short"; the response is echoed for 60 printable characters at most."""
-    return FEEDBACK[style][verdict.outcome].format(fact=verdict.fact)
-
-
 # ---- 8. Looks --------------------------------------------------------------------------------------------------------
 # What a picture of the cards may look like, as data: one look is trained, the others are the test.
 
@@ -951,10 +946,13 @@ class GeneralPoints:
         right, last = self.verdict.outcome == "correct", self.attempt == self.attempts
         self.done = right or last
         reward = REWARD[self.verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
-        feedback = feedback_text(self.verdict, self.style)
+        feedback = self._feedback(self.verdict)
         if self.look and self.verdict.read < 1:
             reward, feedback = reward + MISREAD, feedback + MISREAD_TEXT[self.style]
         return Step(float(reward), self.done, feedback, self.verdict.outcome, self.verdict.read)
+
+    def _feedback(self, verdict):
+        return FEEDBACK[self.style][verdict.outcome].format(fact=verdict.fact)
 
     def expert(self, rng=None):
         """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them.
@@ -981,7 +979,7 @@ class GeneralPoints:
             return [self._response(taken, formula) if formula else self.expert()]
         if kind == "retry":
             slip = self._sum()
-            feedback = feedback_text(judge(slip, self.hand, self.rule), self.style)
+            feedback = self._feedback(judge(slip, self.hand, self.rule))
             return [slip] if sum(self.numbers) == self.rule.target else [slip, feedback, self.expert()]
         raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(KINDS)}.")
 
@@ -1079,10 +1077,9 @@ def compass_word(angle):
 def turn_word(words, heading, towards):
     """What a turn from one bearing to another is called: the compass word of the new one ("absolute"), or "left", "right" and, up
     to SLIGHT degrees, "slightly left" and "slightly right" ("relative")."""
-    if words == "absolute":
-        return compass_word(towards)
     angle = wrap(towards - heading)
-    return ("slightly " if abs(angle) <= SLIGHT else "") + ("right" if angle > 0 else "left")
+    side = ("slightly " if abs(angle) <= SLIGHT else "") + ("right" if angle > 0 else "left")
+    return compass_word(towards) if words == "absolute" else side
 
 
 def clear_turn(heading, towards):
@@ -1153,17 +1150,17 @@ class City:
         return [c for c, towards in others.items() if clear_turn(heading, towards)
                 and all(said[turn_word(words, heading, towards)] == 1 for words in TURN_WORDS)]
 
-    def streets(self):
-        """Every street once, as (a, b) with a < b."""
-        return [(a, b) for a, b in self.turns if a < b]
-
     def heading(self, a, b):
         """The bearing from node a to its neighbour b."""
         return bearing(self.nodes[a], self.nodes[b])
 
+    def long(self, a, b):
+        """The length of the street between two nodes, in metres."""
+        return math.dist(self.nodes[a], self.nodes[b])
+
     def count(self, a, b):
-        """Into how many steps the street between two nodes is divided."""
-        return max(round(math.dist(self.nodes[a], self.nodes[b]) / SPACING), 1)
+        """Into how many steps it is divided."""
+        return max(round(self.long(a, b) / SPACING), 1)
 
     def place(self, a, b, k):
         """The place k steps along the street from a towards b: a node at its ends."""
@@ -1175,7 +1172,7 @@ class City:
         if isinstance(place, int):
             return self.nodes[place]
         a, b, k = place
-        return self.beside(a, b, k * math.dist(self.nodes[a], self.nodes[b]) / self.count(a, b), 0)
+        return self.beside(a, b, k * self.long(a, b) / self.count(a, b), 0)
 
     def beside(self, a, b, along, across):
         """The point so far along the street from node a towards b, and so far to the right of its middle."""
@@ -1187,13 +1184,11 @@ class City:
         """(start, end): between which distances from node a the street to b has fronts on its right (side 1) or left (-1).
 
         Around a node the lines of two neighbouring streets' fronts end where they meet, so that fronts close every block."""
-        return (self._setback(a, b, side), math.dist(self.nodes[a], self.nodes[b]) - self._setback(b, a, -side))
-
-    def _setback(self, a, b, side):
-        arms = self.arms[a]
-        other = arms[(arms.index(b) + side) % len(arms)]
-        between = side * (self.heading(a, other) - self.heading(a, b)) % 360
-        return min(max(CURB / math.tan(math.radians(between / 2)), -CURB), 3 * CURB)
+        def setback(a, b, side):
+            other = self.arms[a][(self.arms[a].index(b) + side) % len(self.arms[a])]
+            between = side * (self.heading(a, other) - self.heading(a, b)) % 360
+            return min(max(CURB / math.tan(math.radians(between / 2)), -CURB), 3 * CURB)
+        return setback(a, b, side), self.long(a, b) - setback(b, a, -side)
 
     def _place_landmarks(self, rng, style):
         """At a third of the places along streets, and at most intersections that have a long front on one side."""
@@ -1214,8 +1209,9 @@ class City:
                     break
             for b in (b for b in arms if a < b):
                 for k in range(1, self.count(a, b)):
-                    side, along = rng.choice((1, -1)), k * math.dist(self.nodes[a], self.nodes[b]) / self.count(a, b)
-                    if self.front(a, b, side)[0] + 4 <= along <= self.front(a, b, side)[1] - 4:
+                    side, along = rng.choice((1, -1)), k * self.long(a, b) / self.count(a, b)
+                    start, end = self.front(a, b, side)
+                    if start + 4 <= along <= end - 4:
                         yield (a, b, k), (self.heading(a, b) + 90 * side) % 360
 
     def seen(self, place, heading):
@@ -1233,10 +1229,7 @@ class City:
         return x + off * math.sin(angle), y + off * math.cos(angle)
 
 
-@lru_cache(maxsize=64)
-def city(name, style):
-    """The City of a name, kept."""
-    return City(name, style)
+city = lru_cache(maxsize=64)(City)
 
 
 # ---- 12. V-IRL: routes -----------------------------------------------------------------------------------------------
@@ -1265,10 +1258,6 @@ class Route(NamedTuple):
     city: str
     rail: tuple
     folder: str = ""
-
-    def shape(self):
-        """The turns in their order, as in "right, slightly left"."""
-        return ", ".join(turn_word("relative", here.heading, here.towards) for here in self.rail if here.action == "turn")
 
     def key(self):
         """What makes it another problem than other routes, whatever the city is called."""
@@ -1424,23 +1413,23 @@ def judge_walk(response, here, rule, style):
     """Judge a response (text of a model, of any content) at a Position under a TurnRule; never raises for a str."""
     observed = None
     try:
-        answer = read_answer(response)
-        if isinstance(answer.get(WORDING[style]["keys"][0]), str):
-            observed = _parts(answer[WORDING[style]["keys"][0]]) == _parts(observation(here, style))
+        answer, key = read_answer(response), WORDING[style]["keys"][0]
+        if isinstance(answer.get(key), str):
+            observed = _parts(answer[key]) == _parts(observation(here, style))
         if not isinstance(answer.get("action"), str):
             raise Illegal("the JSON object has no key 'action' with a string")
         kind, word = read_action(answer["action"])
     except Illegal as error:
         return Walked("illegal", "illegal", str(error), observed)
-    if (kind, word) == (here.action, right_word(here, rule)):
-        return Walked("correct" if kind == "stop" else "right_action", "right", "", observed)
-    return Walked("wrong_action", _why(kind, word, here, rule), clean(word), observed)
+    right = (kind, word) == (here.action, right_word(here, rule))
+    outcome = "wrong_action" if not right else "correct" if kind == "stop" else "right_action"
+    return Walked(outcome, "right" if right else _why(kind, word, here, rule), clean(word), observed)
 
 
 def _parts(text):
     """The set of things that an observation names, without case, "no landmarks" and the like."""
     parts = {" ".join(part.lower().removeprefix("the destination ").split()) for part in re.split("[;,.]", text)}
-    return {part for part in parts if part not in ("", "none", "no landmarks nearby", "no landmark nearby")}
+    return parts - {"", "none", "no landmarks nearby", "no landmark nearby"}
 
 
 def _why(kind, word, here, rule):
@@ -1451,9 +1440,7 @@ def _why(kind, word, here, rule):
         return "not_there"
     if here.action == "forward":
         return "no_turn"
-    if kind == "forward":
-        return "turn"
-    return "direction" if word in TURNS[rule.words] else "word"
+    return "turn" if kind == "forward" else "direction" if word in TURNS[rule.words] else "word"
 
 
 # ---- 14. V-IRL: a walk -----------------------------------------------------------------------------------------------
@@ -1475,7 +1462,8 @@ class Navigation:
 
     def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
         self.route, self.rule, self.attempts, self.style, self.judged_by = route, rule, attempts, style, judged_by
-        self.cls = f"{route.city}: {route.shape()}"
+        turns = [turn_word("relative", here.heading, here.towards) for here in route.rail if here.action == "turn"]
+        self.cls = f"{route.city}: {', '.join(turns)}"
         self.texts = instructions(route, rule, style)
         self.position, self.attempt, self.verdict, self.done, self.look, self.tile = 0, 0, None, False, look, tile
 
@@ -1694,7 +1682,7 @@ class Wall(NamedTuple):
 def walls(name, style):
     """All fronts of a city, about 11 m wide each."""
     town, rng, found = city(name, style), random.Random(f"virl/{name}/walls"), []
-    for (a, b), side in product(town.streets(), (1, -1)):
+    for (a, b), side in product(((a, b) for a, b in town.turns if a < b), (1, -1)):
         start, end = town.front(a, b, side)
         count = max(round((end - start) / 11), 1)
         ends = [town.beside(a, b, start + (end - start) * i / count, side * CURB) for i in range(count + 1)][::-side]
@@ -1709,10 +1697,9 @@ def roads(name, style):
     for a, b in town.turns:
         def strip(start, end, left, right):
             return [town.beside(a, b, *corner) for corner in ((start, left), (end, left), (end, right), (start, right))]
-        long = math.dist(town.nodes[a], town.nodes[b])
         if a < b:
-            paved.append(strip(-4, long + 4, -5, 5))
-            lines += [strip(at, at + 2, -0.12, 0.12) for at in range(16, int(long) - 16, 5)]
+            paved.append(strip(-4, town.long(a, b) + 4, -5, 5))
+            lines += [strip(at, at + 2, -0.12, 0.12) for at in range(16, int(town.long(a, b)) - 16, 5)]
         begin = max(town.front(a, b, 1)[0], town.front(a, b, -1)[0], 5)
         lines += [strip(begin - 2, begin + 0.6, at, at + 0.7) for at in (-4.2, -2.8, -1.4, 0, 1.4, 2.8)]  # a crosswalk
     return paved, lines
