@@ -164,10 +164,6 @@ def _apply(op, x, y):
     return _ratio(a * d, b * c)
 
 
-def _show(value):
-    return f"{value[0]}/{value[1]}" if value[1] > 1 else str(value[0])
-
-
 # ---- 3. Formulas -----------------------------------------------------------------------------------------------------
 
 class Formula(NamedTuple):
@@ -180,10 +176,6 @@ class Formula(NamedTuple):
     kind: str = ""
     ups: tuple = ()
     downs: tuple = ()
-
-
-def _number(n):
-    return Formula((n, 1), str(n))
 
 
 def _join(op, left, right):
@@ -205,11 +197,6 @@ def _order(part):
 
 def _bracketed(part):
     return f"({part.text})" if part.kind == "+" else part.text  # only a product can have a sum as its part
-
-
-def _difficulty(text):
-    """Sort key: few brackets first, then few - and /, then the text itself, so that the order is the same everywhere."""
-    return text.count("("), text.count("-") + text.count("/"), text
 
 
 # ---- 4. Solver -------------------------------------------------------------------------------------------------------
@@ -272,7 +259,7 @@ def _formulas(numbers, target, depth):
     `depth` numbers (two fewer than the hand), since a list for the largest part would cost more than all other lists together."""
     if len(numbers) == 1:
         if target == (numbers[0], 1):
-            yield _number(numbers[0])
+            yield Formula(target, str(numbers[0]))
         return
     for few, many in _splits(numbers):
         listed = _reachable(many) if len(many) <= depth else None
@@ -308,7 +295,8 @@ def solutions(numbers, target):
 @lru_cache(maxsize=1 << 13)
 def _solutions(numbers, target):
     texts = {formula.text for formula in _formulas(numbers, (target, 1), len(numbers) - 2)}
-    return tuple(sorted(texts, key=_difficulty))
+    # few brackets first, then few - and /, then by the text itself, so that the order is the same everywhere
+    return tuple(sorted(texts, key=lambda text: (text.count("("), text.count("-") + text.count("/"), text)))
 
 
 # ---- 5. Splits and deals ---------------------------------------------------------------------------------------------
@@ -408,18 +396,14 @@ def _json_tokens(text, position):
             break
         position, kind, token = match.end(), match.lastgroup, match[match.lastgroup]
         if kind == "double":
-            kind, token = "string", _unescaped(token)
+            try:
+                kind, token = "string", json.loads(token, strict=False)  # one string, bounded: nothing but its escapes is read
+            except ValueError:
+                raise Illegal("a string in the JSON object has a wrong escape") from None
         elif kind == "single":
             kind, token = "string", token[1:-1].replace("\\'", "'")
         yield token if kind == "mark" else kind, token, position
     raise Illegal(f"the JSON object is broken, does not end or has more than {MAX_TOKENS} parts")
-
-
-def _unescaped(token):
-    try:
-        return json.loads(token, strict=False)  # one string, bounded: nothing but its escapes is read
-    except ValueError:
-        raise Illegal("a string in the JSON object has a wrong escape") from None
 
 
 def _items(tokens, close, read):
@@ -519,9 +503,8 @@ STYLES = ("full", "short")  # prompts and feedback: for a large instruct model, 
 
 
 class Verdict(NamedTuple):
-    """What the verifier found: `outcome` is a key of REWARD, `fact` says what is wrong (empty when nothing is), `cards` is what the
-    response says the cards are (tuple of str, None when absent), `read` how much of that is right (see read_share). The outcome
-    rests on the formula alone."""
+    """What the verifier found: a key of REWARD, what is wrong (empty when nothing is), the cards that the response lists (None
+    where it does not), and how much of that is right (see read_share). The outcome rests on the formula alone."""
     outcome: str
     fact: str = ""
     cards: tuple[str, ...] | None = None
@@ -555,7 +538,8 @@ def judge(response, hand, rule):
     if fact := _misused(used, values(hand, rule)):
         return Verdict("wrong_numbers", fact, cards, read)
     if value != (rule.target, 1):
-        return Verdict("wrong_value", f"{_show(value)}, not {rule.target}", cards, read)
+        shown = "/".join(map(str, value)).removesuffix("/1")
+        return Verdict("wrong_value", f"{shown}, not {rule.target}", cards, read)
     return Verdict("correct", "", cards, read)
 
 
@@ -804,16 +788,11 @@ def _card(paint, scale, rank, suit, width, height, scheme, style, glyphs, angle)
     ImageDraw.Draw(face).rounded_rectangle(**shape, outline=edge, width=line)
     margin = max(2, round(.03 * height)) * scale
     card = Image.new("RGBA", (face.width + 2 * margin, face.height + 2 * margin), (0, 0, 0, 0))
-    card.putalpha(_shadow(outline, margin).resize(card.size))
+    shadow = Image.new("L", (card.width // 4, card.height // 4))  # at a quarter of the size it is blurred sooner
+    shadow.paste(130, (margin // 4, margin // 3), outline.reduce(4))
+    card.putalpha(shadow.filter(ImageFilter.GaussianBlur(margin / 16)).resize(card.size))
     card.paste(face, (margin, margin), outline)
     return (card.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else card).reduce(scale)
-
-
-def _shadow(outline, margin):
-    """The shadow of a card and its margin as a mask, at a quarter of their size, where it is blurred sooner."""
-    shadow = Image.new("L", ((outline.width + 2 * margin) // 4, (outline.height + 2 * margin) // 4))
-    shadow.paste(130, (margin // 4, margin // 3), outline.reduce(4))
-    return shadow.filter(ImageFilter.GaussianBlur(margin / 16))
 
 
 def _stamp(face, mask, ink, x, y, turned=False):
@@ -835,8 +814,9 @@ def _sign(suit, size):
     return mask
 
 
-def _label(text, glyphs, width, height):
-    """Capitals and digits as a mask, all `height` pixels tall, narrowed to `width` where they are wider."""
+def _label(rank, scheme, glyphs, width, height):
+    """A rank's name as a mask, all of it `height` pixels tall, narrowed to `width` where it is wider."""
+    text = WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
     font, stroke = _font(glyphs, round(height * 1.37)), height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
     left, top, right, bottom = font.getbbox(text, anchor="ls", stroke_width=stroke)
     mask = Image.new("L", (ceil(right - left), ceil(bottom - top)))
@@ -849,17 +829,13 @@ def _font(glyphs, size):
     return ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
 
 
-def _name(rank, scheme):
-    return WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
-
-
 def _small_face(face, rank, suit, ink, scheme, glyphs):
     """A card for a place of 32 pixels: the rank as large as it can be, the suit below it; or signs only."""
     width, height = face.size
     if scheme == "pips":
         return _pips(face, rank, suit, ink, .19 * height, .21, .14)
     tall = .34 if scheme == "words" else .5
-    _stamp(face, _label(_name(rank, scheme), glyphs, .88 * width, tall * height), ink, .5, .34)
+    _stamp(face, _label(rank, scheme, glyphs, .88 * width, tall * height), ink, .5, .34)
     _stamp(face, _sign(suit, .3 * height), ink, .5, .8)
 
 
@@ -877,14 +853,14 @@ def _large_face(face, rank, suit, ink, scheme, glyphs):
     if scheme == "pips":
         return _pips(face, rank, suit, ink, .18 * width, .22, .13)
     if scheme == "words":
-        _stamp(face, _label(_name(rank, scheme), glyphs, .84 * width, .13 * height), ink, .5, .5)
+        _stamp(face, _label(rank, scheme, glyphs, .84 * width, .13 * height), ink, .5, .5)
         return _twice(face, _sign(suit, .26 * width), ink, .5, .2)
-    _twice(face, _label(_name(rank, scheme), glyphs, .15 * width, .105 * height), ink, .11, .095)
+    _twice(face, _label(rank, scheme, glyphs, .15 * width, .105 * height), ink, .11, .095)
     _twice(face, _sign(suit, .125 * width), ink, .11, .205)
     if rank <= 10:
         return _pips(face, rank, suit, ink, .185 * width * (1 + (rank == 1)), .32, .16)
     if scheme == "numbers":
-        return _framed(face, (), _label(str(rank), glyphs, .4 * width, .2 * height), (.5, .5), ink)
+        return _framed(face, (), _label(rank, scheme, glyphs, .4 * width, .2 * height), (.5, .5), ink)
     figure = CARDS["behind"][str(rank)] + CARDS["body"] + CARDS["before"][str(rank)]
     _framed(face, figure, _sign(suit, .12 * width), (.14, .14), ink)
 
@@ -996,7 +972,7 @@ class GeneralPoints:
     def _careless(self, rule, rng):
         """Random operations until the value is not the target (there is always another: turn a + into a -)."""
         while True:
-            parts = [_number(n) for n in values(self.hand, rule)]
+            parts = [Formula((n, 1), str(n)) for n in values(self.hand, rule)]
             while len(parts) > 1:
                 left, right = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
                 if left.value[0] * right.value[1] < right.value[0] * left.value[1]:
