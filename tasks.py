@@ -682,7 +682,7 @@ def legible_from(look, cards):
 # Drawn two or four times too large and reduced, which smooths all edges. A card whose place is below LARGE pixels is another
 # drawing: its rank fills it. A picture is a pure function of the problem: noise, places and angles come from its own stream.
 
-LARGE = 100
+LARGE, GRAIN, ANGLES = 100, 1 << 20, (-10, -4, 4, 10)  # few angles (degrees), so that most cards have been drawn before
 # pyftsubset DejaVuSerif-Bold.ttf --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting --name-IDs=0,1,2,13
 TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf", "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
 STYLE_COLOURS = {  # paper, edge, black ink, red ink
@@ -735,17 +735,11 @@ def _lay(image, card, look, place, at, rng):
     image.paste(sprite, tuple(corner), sprite)
 
 
-ANGLES = (-10, -4, 4, 10)  # degrees: few, so that most cards have been drawn before
-
-
 def _noisy(image, deviation, seed):
     start, count = seed % GRAIN, image.width * image.height
     grain = Image.frombytes("L", image.size, _grain(count)[start:start + count])
     grain = grain.point([max(0, min(255, round(128 + (level - 128) / 30 * deviation))) for level in range(256)])
     return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
-
-
-GRAIN = 1 << 20
 
 
 @lru_cache(maxsize=4)
@@ -817,16 +811,12 @@ def _sign(suit, size):
 def _label(rank, scheme, glyphs, width, height):
     """A rank's name as a mask, all of it `height` pixels tall, narrowed to `width` where it is wider."""
     text = WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
-    font, stroke = _font(glyphs, round(height * 1.37)), height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
+    size, stroke = round(height * 1.37), height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
+    font = ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
     left, top, right, bottom = font.getbbox(text, anchor="ls", stroke_width=stroke)
     mask = Image.new("L", (ceil(right - left), ceil(bottom - top)))
     ImageDraw.Draw(mask).text((-left, -top), text, 255, font, "ls", stroke_width=stroke)
     return mask.resize((min(round(width), mask.width), round(height)))
-
-
-@lru_cache(maxsize=64)
-def _font(glyphs, size):
-    return ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
 
 
 def _small_face(face, rank, suit, ink, scheme, glyphs):
@@ -890,9 +880,7 @@ KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # dem
 class GeneralPoints:
     """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands for
     intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest), done.
-
     A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
-
     asks = "formula"
 
     def __init__(self, hand, rule, attempts, style, judged_by, look=None, tile=32, stream=""):
@@ -931,9 +919,8 @@ class GeneralPoints:
         return FEEDBACK[self.style][verdict.outcome].format(fact=verdict.fact)
 
     def expert(self, rng=None):
-        """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them.
-
-        For five and six cards it is always the one that the solver finds first."""
+        """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them; for
+        five and six cards the one that the solver finds first."""
         return self._response(self.rule, self._solution(self.rule, rng))
 
     def demonstrate(self, kind, rng):
@@ -1237,8 +1224,7 @@ class Route(NamedTuple):
 
     def key(self):
         """What makes it another problem than other routes, whatever the city is called."""
-        start = compass_word(self.rail[0].heading)
-        return start, *((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
+        return compass_word(self.rail[0].heading), *((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
 
 
 @lru_cache(maxsize=256)
@@ -1312,8 +1298,8 @@ TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "sl
 
 
 class TurnRule(NamedTuple):
-    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions use for turns: those of the rule,
-    or, told="both", those of both rules, as in the paper's absolute prompts; then only the stated actions tell which to take."""
+    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions use for turns: those of the
+    rule or, told="both" as in the paper's absolute prompts, of both; then only the stated actions tell which to take."""
     words: str = "absolute"
     told: str = "rule"
 
@@ -1498,7 +1484,7 @@ class Navigation:
         right answers by the rule of the prompt: response, feedback, ..., feedback (list of str).
 
         For scores with a given history: read problem.prompt and the texts, sample one response, and judge it by problem.step."""
-        walker, texts = self._fresh(self.rule), []
+        walker, texts = self._fresh(), []
         while walker.position < position:
             response = walker.expert()
             texts += [response, walker.step(response).feedback]
@@ -1513,23 +1499,22 @@ class Navigation:
         in the words of the other rule. "hasty": where a landmark is on the left it first says forward(). ValueError for other kinds."""
         if kind not in WALKERS:
             raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(WALKERS)}.")
-        slips = {"expert": [], "retry": [rng.randrange(len(self.route.rail))],
-                 "careless": [i for i in range(len(self.route.rail)) if rng.random() < 0.25],
-                 "inattentive": [i for i, action in enumerate(self.actions) if action == "turn"] * rng.randint(0, 1),
-                 "hasty": [i for i, here in enumerate(self.route.rail) if here.action != "forward" and "left" in dict(here.landmarks).values()],
-                 }[kind]
-        walker, texts = self._fresh(self.rule), []
+        rail = list(enumerate(self.route.rail))
+        slips = {"expert": [], "retry": [rng.randrange(len(rail))], "careless": [i for i, _ in rail if rng.random() < 0.25],
+                 "inattentive": [i for i, here in rail if here.action == "turn"] * rng.randint(0, 1),
+                 "hasty": [i for i, here in rail if here.action != "forward" and "left" in dict(here.landmarks).values()]}[kind]
+        walker, texts = self._fresh(), []
         while not walker.done:
             slip = walker.position in slips and walker.attempt == 0
             response = walker._response(walker._slip(kind, rng)) if slip else walker.expert()
             texts += [response, walker.step(response).feedback]
         return texts[:-1]
 
-    def _fresh(self, judged_by):
-        """A copy at the start; two attempts at least, since demonstrators err once."""
+    def _fresh(self):
+        """A copy at the start, judged by its own rule; two attempts at least, since demonstrators err once."""
         walker = copy.copy(self)
         walker.position, walker.attempt, walker.verdict, walker.done = 0, 0, None, False
-        walker.judged_by, walker.attempts = judged_by, max(self.attempts, 2)
+        walker.judged_by, walker.attempts = self.rule, max(self.attempts, 2)
         return walker
 
     def right(self):
@@ -1579,7 +1564,7 @@ def walk_scores(actions, outcomes):
     "first": the share of the route's positions passed before the first wrong answer, "episode": before the attempts ran out (the
     paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1. "failed_at":
     the position of the first wrong answer, or None. "by_action": {action: (right at the first answer, positions reached)}."""
-    position, attempt, failed_at, by_action = 0, 0, None, {kind: (0, 0) for kind in KINDS_OF_ACTION}
+    position, attempt, failed_at, by_action = 0, 0, None, dict.fromkeys(KINDS_OF_ACTION, (0, 0))
     for outcome in outcomes:
         right = outcome in ("right_action", "correct")
         if attempt == 0:
@@ -1646,23 +1631,15 @@ class Scene(Visual):
 parse_scene, fill_scene = Scene.parse, Scene.fill
 
 
-class Wall(NamedTuple):
-    """The front of a building: its left and right ends as seen from the street, its height, and a number that picks its colours."""
-    left: tuple
-    right: tuple
-    height: float
-    pick: int
-
-
 @lru_cache(maxsize=32)
 def walls(name, style):
-    """All fronts of a city, about 11 m wide each."""
+    """All fronts of a city, about 11 m wide each: (left and right end as seen from the street, height, a number for its colours)."""
     town, rng, found = city(name, style), random.Random(f"virl/{name}/walls"), []
     for (a, b), side in product(((a, b) for a, b in town.turns if a < b), (1, -1)):
         start, end = town.front(a, b, side)
         count = max(round((end - start) / 11), 1)
         ends = [town.beside(a, b, start + (end - start) * i / count, side * CURB) for i in range(count + 1)][::-side]
-        found += [Wall(*pair, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for pair in pairwise(ends)]
+        found += [(*pair, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for pair in pairwise(ends)]
     return found
 
 
@@ -1717,12 +1694,12 @@ class View:
         """A flat shape on the ground, given by its corners in the city, without haze: overlapping roads should show no seams."""
         self.fill([(*self.ahead(point), 0) for point in points], colour)
 
-    def draw_wall(self, wall):
+    def draw_wall(self, left, right, height, pick):
         """A front: its wall, the edge of its roof, its shop and its windows."""
-        (x, z), (u, w) = left, right = self.ahead(wall.left), self.ahead(wall.right)
+        (x, z), (u, w) = left, right = self.ahead(left), self.ahead(right)
         if _hidden(left, right):
             return
-        light, pane, unlit, pick = self.light.walls, self.light.pane, LIGHTS["day"].pane, wall.pick
+        light, pane, unlit = self.light.walls, self.light.pane, LIGHTS["day"].pane
         distance, colour = math.hypot(x + u, z + w) / 2, PALETTES[self.look.palette][0][pick % 5]
 
         def part(first, last, bottom, top, colour, light):
@@ -1730,12 +1707,12 @@ class View:
             (a, b), (c, d) = ((x + (u - x) * share, z + (w - z) * share) for share in (first, last))
             self.fill([(a, b, bottom), (a, b, top), (c, d, top), (c, d, bottom)], self.shade(colour, distance, light))
 
-        part(0, 1, 0, wall.height, colour, light)
-        part(0, 1, wall.height - 0.5, wall.height, colour, light * 0.75)
+        part(0, 1, 0, height, colour, light)
+        part(0, 1, height - 0.5, height, colour, light * 0.75)
         part(0.06, 0.94, 0, 2.6, pane, 0.7)
         part(0, 1, 2.6, 3.2, EMBLEMS[pick % 4], light * 0.6)
         if distance < min(FAR, self.size / 2) / 2:
-            columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(wall.height - 3.5) // 3
+            columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(height - 3.5) // 3
             for column, floor in product(range(columns), range(floors)):
                 lit = light == 1 or (pick + floor * 5 + column * 3) % 4 < 2
                 part((column + 0.25) / columns, (column + 0.75) / columns, 4.2 + 3 * floor, 6 + 3 * floor,
@@ -1840,8 +1817,8 @@ def _in_reach(name, style, point, road, reach):
     lines, then all that stands within so many metres, the farthest first."""
     town, (paved, lines), stood = city(name, style), roads(name, style), []
     for wall in walls(name, style):
-        if (far := (math.dist(wall.left, point) + math.dist(wall.right, point)) / 2) < reach:
-            stood.append((far, View.draw_wall, wall))
+        if (far := (math.dist(wall[0], point) + math.dist(wall[1], point)) / 2) < reach:
+            stood.append((far, View.draw_wall, *wall))
     for at, (label, angle) in town.landmarks.items():
         spot = town.sign_point(at)
         if (far := math.dist(spot, point)) - 2 < reach:
@@ -2205,6 +2182,7 @@ SUITES = {
 
 def parse_args(argv=None):
     """Command line that shows problems."""
+    cards, streets = ("; ".join(f"{name} {_any_of(known)}" for name, known in each.options().items()) for each in (Look, Scene))
     parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
     which = parser.add_argument_group("which problems")
     which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
@@ -2219,8 +2197,7 @@ def parse_args(argv=None):
     which.add_argument("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
     pictures = parser.add_argument_group("pictures")
     pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any value, "
-                          "a|b for one of some. Cards (default black): " + _all_of(Look.options())
-                          + ". Streets (default day): " + _all_of(Scene.options()))
+                          f"a|b for one of some. Cards (default black): {cards}. Streets (default day): {streets}")
     pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
     pictures.add_argument("--show", metavar="FILE", help="gp-vl: draw the problems on one sheet, without --visual in many looks; V-IRL: "
                           "draw the first walk, its map and its views")
@@ -2229,10 +2206,6 @@ def parse_args(argv=None):
     answers.add_argument("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
     answers.add_argument("--attempts", type=int, default=1, help="answers per problem (default 1)")
     return parser.parse_args(argv)
-
-
-def _all_of(options):
-    return "; ".join(f"{name} {_any_of(known)}" for name, known in options.items())
 
 
 def main(args):
