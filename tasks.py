@@ -31,8 +31,8 @@ Contents
     18. Problems and suites  make, Row, SUITES
     19. Command line         python tasks.py --task gp-l; --task virl-vl --show walk.png
 
-Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak: exact
-rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
+Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak:
+exact rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
 """
 import argparse
 import copy
@@ -67,8 +67,8 @@ ID_RULE, OOD_RULE = "10", "11,12,13"
 
 @dataclass(frozen=True)
 class Rule:
-    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999 (0, written `*`: drawn from TARGETS with every
-    hand), `cards` 3..6; and `courts`, at least how many face cards are dealt. ValueError otherwise."""
+    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999 (0, written `*`: drawn from TARGETS
+    with every hand), `cards` 3..6; and `courts`, at least how many face cards are dealt. ValueError otherwise."""
     faces: tuple[int, int, int] = (10, 10, 10)
     target: int = 24
     cards: int = 4
@@ -93,10 +93,8 @@ class Rule:
 
 
 def parse_rule(text):
-    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36" or "/target=*", "/cards=5" and "/courts=2" in any order;
-    str(rule) undoes it.
-
-    A Rule passes through unchanged. Any other text raises a ValueError that says what is wrong."""
+    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36" or "/target=*", "/cards=5" and "/courts=2" in
+    any order; str() undoes it, a Rule passes through. Any other text is a ValueError that says what is wrong."""
     if isinstance(text, Rule):
         return text
     faces, *options = text.split("/")
@@ -104,7 +102,8 @@ def parse_rule(text):
     for option in options:
         name, _, value = option.partition("=")
         if name not in ("target", "cards", "courts") or name in found:
-            raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N, /cards=N and /courts=N may follow, each once.")
+            raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N, /cards=N and /courts=N may follow, "
+                             "each once.")
         found[name] = 0 if option == "target=*" else _small_int(value, text)
     face_values = tuple(_small_int(face, text) for face in faces.split(","))
     return Rule(face_values * 3 if len(face_values) == 1 else face_values, **found)
@@ -169,8 +168,9 @@ def _apply(op, x, y):
 class Formula(NamedTuple):
     """A formula in the one notation used here: sums and products are flat lists, so a-(b-c) and a+c-b are one formula.
 
-    `ups` are added (multiplied), `downs` subtracted (divided by); each is sorted, larger values first. `kind` is "+" for a sum, "*"
-    for a product, "" for a number. Two formulas are the same up to commutativity and associativity just when their texts are equal."""
+    `ups` are added (multiplied), `downs` subtracted (divided by); each is sorted, larger values first. `kind` is "+" for a sum,
+    "*" for a product, "" for a number. Two formulas are the same up to commutativity and associativity just when their texts
+    are equal."""
     value: tuple
     text: str
     kind: str = ""
@@ -191,7 +191,8 @@ def _join(op, left, right):
 
 
 def _order(part):
-    # What must be worked out comes first, so that a reader from left to right has its value when the rest is chosen; then the larger.
+    # What must be worked out comes first, so that a reader from left to right has its value when the rest is chosen; then the
+    # larger.
     return part.kind == "", -part.value[0] / part.value[1], part.text  # the float only sorts: equal values give equal floats
 
 
@@ -200,8 +201,8 @@ def _bracketed(part):
 
 
 # ---- 4. Solver -------------------------------------------------------------------------------------------------------
-# No partial result is ever negative: (7-13)*(2-6) is (13-7)*(6-2) with two signs flipped, and any formula of a positive value can be
-# turned so. That halves the search, and keeps the unary minus and its look-alikes out of the experts' answers.
+# No partial result is ever negative: (7-13)*(2-6) is (13-7)*(6-2) with two signs flipped, and any formula of a positive value
+# can be turned so. That halves the search, and keeps the unary minus and its look-alikes out of the experts' answers.
 
 @lru_cache(maxsize=4096)
 def _splits(numbers):
@@ -255,8 +256,9 @@ def _partners(x, target):
 def _formulas(numbers, target, depth):
     """Yield the Formulas of exactly these numbers that equal the target; some come more than once.
 
-    Meet in the middle: one side of the top operation is enumerated, the partner it needs is looked up. Values are listed for up to
-    `depth` numbers (two fewer than the hand), since a list for the largest part would cost more than all other lists together."""
+    Meet in the middle: one side of the top operation is enumerated, the partner it needs is looked up. Values are listed for up
+    to `depth` numbers (two fewer than the hand), since a list for the largest part would cost more than all other lists
+    together."""
     if len(numbers) == 1:
         if target == (numbers[0], 1):
             yield Formula(target, str(numbers[0]))
@@ -300,10 +302,11 @@ def _solutions(numbers, target):
 
 
 # ---- 5. Splits and deals ---------------------------------------------------------------------------------------------
-# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are held out, their hands from every
-# stage and every rule, their numbers from all but "base", which stands in for pretraining (under J=3 it may show J-10-2-A as 3-10-2-A,
-# the numbers of 3-K-2-A). A class is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25 trained. A face card and a solution
-# under both rules is a lot to ask: of the classes of four cards that make 24, 57 are left for test, 15 for val.
+# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are held out, their hands
+# from every stage and every rule, their numbers from all but "base", which stands in for pretraining (under J=3 it may show
+# J-10-2-A as 3-10-2-A, the numbers of 3-K-2-A). A class is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25
+# trained. A face card and a solution under both rules is a lot to ask: of the classes of four cards that make 24, 57 are left
+# for test, 15 for val.
 
 SPLITS = ("base", "train", "val", "test")
 TRIES = 10_000
@@ -312,8 +315,8 @@ TRIES = 10_000
 def problem_class(numbers, target):
     """What a problem is whatever cards it came from: its numbers, sorted, those above 10 as 10, and its target: "1-2-7-10=24".
 
-    By its ranks, where J, Q and K count as 10, a hand has one class under every rule; by its values under ID_RULE and OOD_RULE it has
-    that class too, by those under another rule (J=3) it may have a second one, and `deal` looks at both (for "base" at the first)."""
+    By its ranks a hand has one class under every rule; by its values under ID_RULE and OOD_RULE it has that class too, by those
+    under another rule (J=3) it may have a second one, and `deal` looks at both (for "base" at the first)."""
     return "-".join(map(str, sorted(min(n, 10) for n in numbers))) + f"={target}"
 
 
@@ -325,14 +328,13 @@ def split_of(cls):
 
 
 def deal(rule, split, index, suits=4):
-    """(hand, rule with its target): the first of the index's stream of hands, dealt without replacement, and of targets, where the
-    rule leaves them open, that fits the split and the rule.
+    """(hand, rule with its target): the first of the index's stream of hands, dealt without replacement, and of targets, where
+    the rule leaves them open, that fits the split and the rule. ValueError when TRIES deals bring none.
 
-    "train": solvable under the rule; "base": the same for the stage before. "val" and "test": at least one face card, and solvable
-    under the rule and under both ID_RULE and OOD_RULE faces (same target and card count), so these two rules are tested on the same
-    hands and targets; for a third rule they may differ. No face value turns a hand of train into the numbers of a held-out class, or
-    the reverse (J=3 would make J-7-2-A a 3-7-2-A); in "base" it may. No rank is dealt more than `suits` times: a picture in
-    one colour has two suits. ValueError when TRIES deals bring none."""
+    "train" and "base": solvable under the rule. "val" and "test": at least one face card, and solvable under the rule and under
+    ID_RULE and OOD_RULE faces, so these two rules are tested on the same hands; for a third rule they may differ. Except in
+    "base", no face value turns a hand of train into the numbers of a held-out class, or the reverse (J=3 would make J-7-2-A a
+    3-7-2-A). No rank is dealt more than `suits` times: a picture in one colour has two suits."""
     held_out = split in ("val", "test")
     faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
     rng = random.Random(f"gp/{split}/{index}")  # a text seed is hashed the same way everywhere
@@ -352,9 +354,10 @@ def deal(rule, split, index, suits=4):
 
 
 # ---- 6. Reading an answer --------------------------------------------------------------------------------------------
-# Bound first, then read; the text is never executed or evaluated. One reader takes JSON and what a person would still call JSON: text
-# or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers stay text, so 1e999, NaN or five thousand
-# digits do no harm. Each token is matched once and they are counted (an answer to six cards needs 36), so the time is linear and short.
+# Bound first, then read; the text is never executed or evaluated. One reader takes JSON and what a person would still call
+# JSON: text or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers stay text, so 1e999, NaN
+# or five thousand digits do no harm. Each token is matched once and they are counted (an answer to six cards needs 36), so the
+# time is linear and short.
 
 MAX_RESPONSE, MAX_TOKENS, MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 4000, 100, 200, 16, 4, 16
 JSON_TOKEN = re.compile(r"""\s*(?:(?P<double>"(?:[^"\\]|\\.)*")|(?P<single>'(?:[^'\\]|\\.)*')"""
@@ -440,8 +443,8 @@ def _scalar(token, tokens):
 def read_formula(text, target):
     """Read a formula: returns its exact value (numerator, denominator) and the numbers it uses, in order.
 
-    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional `=target` at the end. Raises
-    Illegal, also for a division by zero, a sign before a number, a missing operator, and whatever passes the bounds."""
+    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional `=target` at the end.
+    Raises Illegal, also for a division by zero, a sign before a number, a missing operator, and whatever passes the bounds."""
     if len(text) > MAX_FORMULA:
         raise Illegal(f"the formula is longer than {MAX_FORMULA} characters")
     tokens = FORMULA_TOKEN.findall(text.translate(SIGNS))
@@ -521,7 +524,8 @@ class Step(NamedTuple):
 
 
 def judge(response, hand, rule):
-    """Judge a response (text of a model, of any content) to a hand under a rule; never raises for a str, takes under a millisecond.
+    """Judge a response (text of a model, of any content) to a hand under a rule; never raises for a str, takes under a
+    millisecond.
 
     One outcome per answer, the first that holds: "illegal", "wrong_numbers" (one not on the cards, used too often, or missing),
     "wrong_value", "correct"."""
@@ -588,13 +592,14 @@ def _one_of(*known, default=None):
 
 
 class Visual:
-    """What pictures look like, as data: each field is _one_of some values. Its text is the first value, then the others that are not
-    the default, as in "red/layout=grid". ValueError for other values."""
+    """What pictures look like, as data: each field is _one_of some values. Its text is the first value, then the others that
+    are not the default, as in "red/layout=grid". ValueError for other values."""
 
     def __post_init__(self):
         for name, known in self.options().items():
             if getattr(self, name) not in known:
-                raise ValueError(f"A {type(self).__name__.lower()} needs {name} {_any_of(known)}, not {clean(str(getattr(self, name)))!r}.")
+                kind, value = type(self).__name__.lower(), clean(str(getattr(self, name)))
+                raise ValueError(f"A {kind} needs {name} {_any_of(known)}, not {value!r}.")
 
     def __str__(self):
         first, *others = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
@@ -608,9 +613,8 @@ class Visual:
 
     @classmethod
     def parse(cls, text):
-        """Read a text, its options in any order; str() undoes it.
-
-        What is read already passes through; "text" ignores its options. Any other text is a ValueError that says what is wrong."""
+        """Read a text, its options in any order; str() undoes it, what is read already passes through, "text" ignores its
+        options. Any other text is a ValueError that says what is wrong."""
         if isinstance(text, cls):
             return text
         options, (first, *given) = cls.options(), text.split("/")
@@ -619,8 +623,9 @@ class Visual:
         for option in given:
             name, _, value = option.partition("=")
             if name not in options or name in found:
-                raise ValueError(f"{clean(text)!r} is not a {cls.__name__.lower()}: after the {head} only {', '.join([second, *more])} may "
-                                 f"follow, each once, as in {options[head][0]}/{second}={options[second][1]}.")
+                raise ValueError(f"{clean(text)!r} is not a {cls.__name__.lower()}: after the {head} only "
+                                 f"{', '.join([second, *more])} may "
+                                 f" follow, each once, as in {options[head][0]}/{second}={options[second][1]}.")
             found[name] = int(value) if isinstance(options[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
         return cls(**found)
 
@@ -650,8 +655,8 @@ def _any_of(known):
 @dataclass(frozen=True)
 class Look(Visual):
     """What the cards look like, as in "red/layout=grid/light=60"."""
-    suits: str = _one_of("black", "red", "both", "text")  # black: S and C only; red: H and D only; both: as dealt; text: no picture
-    layout: str = _one_of("row", "grid", "scattered", "shuffled")  # scattered: tilted, in a rough grid; shuffled: not in dealt order
+    suits: str = _one_of("black", "red", "both", "text")  # black: S and C only; red: H and D only; both: as dealt
+    layout: str = _one_of("row", "grid", "scattered", "shuffled")  # scattered: a tilted grid; shuffled: not in dealt order
     scheme: str = _one_of("index", "numbers", "words", "pips")  # how a rank is shown: K, 13, KING, or 13 suit signs
     style: str = _one_of("plain", "framed", "dark")  # the card
     glyphs: str = _one_of("sans", "serif", "mono", "italic")  # the typeface
@@ -690,7 +695,7 @@ STYLE_COLOURS = {  # paper, edge, black ink, red ink
     "framed": ((250, 242, 222), (120, 96, 60), (22, 34, 84), (176, 26, 40)),
     "dark": ((40, 42, 52), (14, 14, 18), (236, 238, 244), (255, 112, 104))}
 TABLE_COLOURS = {"green": (32, 104, 66), "blue": (36, 72, 128), "wood": (140, 92, 52), "grey": (128, 130, 134)}
-CARDS = json.loads((ASSETS / "cards.json").read_text(encoding="utf-8"))  # where pips stand, and the figures, in a square of side 1
+CARDS = json.loads((ASSETS / "cards.json").read_text(encoding="utf-8"))  # where pips stand, and the figures
 
 
 def _circle(x, y, r):
@@ -875,12 +880,13 @@ _large_card = lru_cache(maxsize=256)(partial(_card, _large_face, 2))  # at most 
 
 # ---- 10. GeneralPoints -----------------------------------------------------------------------------------------------
 
-KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
+KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators, see GeneralPoints.demonstrate
+
 
 class GeneralPoints:
-    """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands for
-    intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest), done.
-    A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
+    """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands
+    for intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest),
+    done. A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
     asks = "formula"
 
     def __init__(self, hand, rule, attempts, style, judged_by, look=None, tile=32, stream=""):
@@ -919,17 +925,17 @@ class GeneralPoints:
         return FEEDBACK[self.style][verdict.outcome].format(fact=verdict.fact)
 
     def expert(self, rng=None):
-        """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them; for
-        five and six cards the one that the solver finds first."""
+        """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them;
+        for five and six cards the one that the solver finds first."""
         return self._response(self.rule, self._solution(self.rule, rng))
 
     def demonstrate(self, kind, rng):
         """What a demonstrator of the base stage writes: response, feedback, response, ... (list of str).
 
-        "expert": the simplest right answer, always the same. "careful": any right answer. "careless": the right numbers in a formula of
-        another value. "lazy": where the first card is above 7, no list of numbers and just their sum; else the expert.
-        "inattentive": face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says (the expert where that has no solution).
-        "retry": the sum and, unless that is right, the verifier's text and the expert. ValueError for other kinds."""
+        "expert": the simplest right answer, always the same. "careful": any right answer. "careless": the right numbers in a
+        formula of another value. "lazy": where the first card is above 7, no list of numbers and just their sum; else the expert.
+        "inattentive": face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says (the expert where that has no
+        solution). "retry": the sum and, unless that is right, the verifier's text and the expert. ValueError for other kinds."""
         if kind in ("expert", "careful"):
             return [self.expert(rng if kind == "careful" else None)]
         if kind == "careless":
@@ -986,10 +992,10 @@ def full_prompt(hand, rule, look=None):
     count, names, order = f"{len(hand)} playing cards", json.dumps(rank_names(hand)), "in the picture" if look else "as dealt"
     dealt = f"The picture shows {count}. {SHOWN[look.scheme]}" if look else f"You are dealt {count}: {names}. "
     return (f"{dealt}{faces}. A counts as 1, and every other card "
-            f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly once "
-            "and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, with these "
-            f'keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; "formula", '
-            "your formula as a string.")
+            f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly "
+            "once and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, "
+            f'with these keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; '
+            '"formula", your formula as a string.')
 
 
 SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K. ",
@@ -1178,7 +1184,7 @@ class City:
                         yield (a, b, k), (self.heading(a, b) + 90 * side) % 360
 
     def seen(self, place, heading):
-        """((landmark, side),) at a place for someone who faces `heading`, the side empty where not clear; () without a landmark."""
+        """((landmark, side),) at a place for someone who faces `heading`, the side empty where not clear; () without one."""
         if place not in self.landmarks:
             return ()
         name, angle = self.landmarks[place]
@@ -1196,8 +1202,9 @@ city = lru_cache(maxsize=64)(City)
 
 
 # ---- 12. V-IRL: routes -----------------------------------------------------------------------------------------------
-# A route is its rail: one Position after another, each with one right action. A turn also takes the first step into the new street,
-# as in the released data. Every leg leads to the next intersection, where the route turns; the turn's word fits no other street there.
+# A route is its rail: one Position after another, each with one right action. A turn also takes the first step into the new
+# street, as in the released data. Every leg leads to the next intersection, where the route turns; the turn's word fits no
+# other street there.
 
 ROUTES = 20  # of a city
 LEGS = {"full": (2, 6), "short": (1, 2)}
@@ -1205,8 +1212,9 @@ LENGTHS = {"full": (4, 40), "short": (3, 6)}  # in positions
 
 
 class Position(NamedTuple):
-    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there, whether it is an intersection,
-    the right action ("turn", "forward" or "stop"), the bearing to turn to (None for others), the instruction's number from 0."""
+    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there, whether it is an
+    intersection, the right action ("turn", "forward" or "stop"), the bearing to turn to (None for others), the instruction's
+    number from 0."""
     place: object
     heading: float
     landmarks: tuple
@@ -1217,14 +1225,16 @@ class Position(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A city's name and a tuple of Positions, the last one the destination's; the folder it is from, where it is released data."""
+    """A city's name and a tuple of Positions, the last one the destination's; the folder it is from, where it is released
+    data."""
     city: str
     rail: tuple
     folder: str = ""
 
     def key(self):
         """What makes it another problem than other routes, whatever the city is called."""
-        return compass_word(self.rail[0].heading), *((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
+        acts = ((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
+        return compass_word(self.rail[0].heading), *acts
 
 
 @lru_cache(maxsize=256)
@@ -1243,7 +1253,8 @@ def routes(name, style):
 
 
 def _walk(town, rng, style):
-    """The rail of a random walk; empty where its length is not as wanted, it cannot be told clearly, or has no landmark to end at."""
+    """The rail of a random walk; empty where its length is not as wanted, it cannot be told clearly, or has no landmark to end
+    at."""
     nodes = _turning_points(town, rng, rng.randint(*LEGS[style]))
     if not nodes:
         return ()
@@ -1277,7 +1288,8 @@ def _facing(rng, heading):
 
 
 def _rail(town, nodes, start, end, facing):
-    """All Positions from the start-th place of the first street to the end-th of the last; instructions count turn, move, turn ..."""
+    """All Positions from the start-th place of the first street to the end-th of the last; instructions count turn, move, turn
+    ..."""
     heading = town.heading(*nodes[:2])
     rail = [Position(town.place(*nodes[:2], start), facing, (), False, "turn", heading, 0)]
     for leg, (a, b) in enumerate(zip(nodes, nodes[1:])):
@@ -1298,8 +1310,8 @@ TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "sl
 
 
 class TurnRule(NamedTuple):
-    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions use for turns: those of the
-    rule or, told="both" as in the paper's absolute prompts, of both; then only the stated actions tell which to take."""
+    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions use for turns: those of
+    the rule or, told="both" as in the paper's absolute prompts, of both; then only the stated actions tell which to take."""
     words: str = "absolute"
     told: str = "rule"
 
@@ -1363,8 +1375,9 @@ def right_word(here, rule):
 
 
 class Walked(NamedTuple):
-    """What the verifier found: the outcome (a key of WALK_REWARD), why, as a key of WORDING's "why", the fact for its sentence, and whether
-    the observation named the landmarks and intersection that are there and no other (None where there is none to read)."""
+    """What the verifier found: the outcome (a key of WALK_REWARD), why, as a key of WORDING's "why", the fact for its sentence,
+    and whether the observation named the landmarks and intersection that are there and no other (None where there is none to
+    read)."""
     outcome: str
     why: str
     fact: str = ""
@@ -1407,19 +1420,19 @@ def _why(kind, word, here, rule):
 
 # ---- 14. V-IRL: a walk -----------------------------------------------------------------------------------------------
 
-# One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In addition
-# LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD where the observation is not right.
+# One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In
+# addition LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD where the observation is
+# not right.
 WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
 WALKERS = ("expert", "careless", "inattentive", "hasty", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
 
 
 class Navigation:
     """One walk along a route, for one episode. Attributes: route, rule, position (index into route.rail), cls (city and turns:
-    groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position so far),
-    image (a grid of four views, None in text), verdict (the latest Walked), done; look (a Scene, None in text) and tile of the pictures.
-
-    `image` is the picture of the current position. It changes when step moves on, so a rollout that shows every position puts
-    problem.image into the turn that opens with step's feedback whenever the outcome is "right_action"."""
+    groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position), verdict (the
+    latest Walked), done; look (a Scene) and tile of the pictures, and image, the four views of the current position, all
+    None in text. A rollout that shows every position puts it into the turn that opens with step's feedback after each
+    "right_action"."""
     asks = "action"
 
     def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
@@ -1481,9 +1494,7 @@ class Navigation:
 
     def at(self, position):
         """(problem, texts): a fresh copy that stands at a position, and the conversation after the prompt that leads there with
-        right answers by the rule of the prompt: response, feedback, ..., feedback (list of str).
-
-        For scores with a given history: read problem.prompt and the texts, sample one response, and judge it by problem.step."""
+        right answers by the rule of the prompt: response, feedback, ..., feedback (for scores with a given history)."""
         walker, texts = self._fresh(), []
         while walker.position < position:
             response = walker.expert()
@@ -1495,8 +1506,8 @@ class Navigation:
         """What a demonstrator of the base stage writes on a whole walk: response, feedback, response, ... (list of str).
 
         "expert": the right action everywhere. "retry": at one position first a wrong action and then, after the verifier's words,
-        the right one. "careless": so at every fourth position or so. "inattentive": on half of the walks every turn is first said
-        in the words of the other rule. "hasty": where a landmark is on the left it first says forward(). ValueError for other kinds."""
+        the right one. "careless": so at every fourth position or so. "inattentive": on half of the walks every turn is first
+        said in the words of the other rule. "hasty": where a landmark is on the left, forward() first. ValueError for others."""
         if kind not in WALKERS:
             raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(WALKERS)}.")
         rail = list(enumerate(self.route.rail))
@@ -1562,8 +1573,9 @@ def walk_scores(actions, outcomes):
     """Scores of one episode. actions: problem.actions; outcomes: those of its answers in order, up to where it ended.
 
     "first": the share of the route's positions passed before the first wrong answer, "episode": before the attempts ran out (the
-    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1. "failed_at":
-    the position of the first wrong answer, or None. "by_action": {action: (right at the first answer, positions reached)}."""
+    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1.
+    "failed_at": the position of the first wrong answer, or None. "by_action": {action: (right at the first answer, positions
+    reached)}."""
     position, attempt, failed_at, by_action = 0, 0, None, dict.fromkeys(KINDS_OF_ACTION, (0, 0))
     for outcome in outcomes:
         right = outcome in ("right_action", "correct")
@@ -1582,15 +1594,16 @@ def forced_scores(actions, right):
     """Scores with the right history given at every position (see Navigation.at). right: one truth value per position of actions.
 
     {"all": share of right answers, "turn": ..., "forward": ..., "stop": ...}, None for an action that does not occur."""
-    groups = {"all": list(right)} | {kind: [hit for hit, action in zip(right, actions) if action == kind] for kind in KINDS_OF_ACTION}
+    groups = {kind: [hit for hit, action in zip(right, actions) if kind in ("all", action)] for kind in ("all", *KINDS_OF_ACTION)}
     return {name: sum(map(bool, hits)) / len(hits) if hits else None for name, hits in groups.items()}
 
 
 # ---- 16. V-IRL: views ------------------------------------------------------------------------------------------------
-# Four views of a place, each 90 degrees wide, drawn with pillow from the same city as the text: the sky, the ground, then everything
-# that stands on it, the farthest first. A camera point is (x, z): metres to its right and ahead of it.
+# Four views of a place, each 90 degrees wide, drawn with pillow from the same city as the text: the sky, the ground, then
+# everything that stands on it, the farthest first. A camera point is (x, z): metres to its right and ahead of it.
 
-EYE, HORIZON, NEAR, FAR = 1.7, 0.6, 0.4, 110  # metres above ground; share of the picture above it; nearest and farthest metres drawn
+EYE, NEAR, FAR = 1.7, 0.4, 110  # metres: height of the eye, and the nearest and farthest that is drawn
+HORIZON = 0.6  # share of the picture above it
 
 
 class Light(NamedTuple):
@@ -1608,12 +1621,13 @@ LIGHTS = {
     "dusk": Light((62, 52, 110), (246, 166, 110), (128, 116, 120), (72, 68, 80), (255, 214, 130), 0.66),
     "night": Light((8, 12, 30), (38, 44, 76), (66, 68, 82), (38, 40, 52), (255, 226, 150), 0.36),
 }
-PALETTES = {  # walls, then the boards of signs and their writing
-    "stone": (((222, 208, 182), (205, 190, 168), (233, 224, 206), (188, 176, 160), (214, 196, 160)), (24, 62, 92), (255, 255, 255)),
-    "brick": (((158, 78, 60), (134, 62, 52), (176, 96, 70), (120, 72, 64), (148, 90, 82)), (250, 240, 214), (88, 24, 20)),
-    "glass": (((122, 150, 170), (92, 122, 146), (150, 172, 184), (108, 132, 140), (134, 160, 178)), (16, 16, 20), (120, 240, 220)),
-    "pastel": (((244, 194, 190), (190, 222, 200), (246, 224, 170), (186, 206, 236), (224, 196, 230)), (255, 255, 255), (140, 30, 90)),
-}
+PALETTES = {  # walls
+    "stone": ((222, 208, 182), (205, 190, 168), (233, 224, 206), (188, 176, 160), (214, 196, 160)),
+    "brick": ((158, 78, 60), (134, 62, 52), (176, 96, 70), (120, 72, 64), (148, 90, 82)),
+    "glass": ((122, 150, 170), (92, 122, 146), (150, 172, 184), (108, 132, 140), (134, 160, 178)),
+    "pastel": ((244, 194, 190), (190, 222, 200), (246, 224, 170), (186, 206, 236), (224, 196, 230))}
+BOARDS = {"stone": ((24, 62, 92), (255, 255, 255)), "brick": ((250, 240, 214), (88, 24, 20)),  # of signs, and their writing
+          "glass": ((16, 16, 20), (120, 240, 220)), "pastel": ((255, 255, 255), (140, 30, 90))}
 WEATHERS = {"clear": 0.15, "rain": 0.4, "fog": 0.95, "snow": 0.5}  # and how much of a thing FAR away is lost in the haze
 EMBLEMS = ((214, 40, 40), (30, 90, 220), (20, 150, 60), (240, 170, 0))  # of the short names: four colours of four shapes
 WHITE = (236, 232, 220)  # of the lines on the roads
@@ -1633,7 +1647,7 @@ parse_scene, fill_scene = Scene.parse, Scene.fill
 
 @lru_cache(maxsize=32)
 def walls(name, style):
-    """All fronts of a city, about 11 m wide each: (left and right end as seen from the street, height, a number for its colours)."""
+    """All fronts of a city, about 11 m wide each: (left end seen from the street, right end, height, number of its colours)."""
     town, rng, found = city(name, style), random.Random(f"virl/{name}/walls"), []
     for (a, b), side in product(((a, b) for a, b in town.turns if a < b), (1, -1)):
         start, end = town.front(a, b, side)
@@ -1700,7 +1714,7 @@ class View:
         if _hidden(left, right):
             return
         light, pane, unlit = self.light.walls, self.light.pane, LIGHTS["day"].pane
-        distance, colour = math.hypot(x + u, z + w) / 2, PALETTES[self.look.palette][0][pick % 5]
+        distance, colour = math.hypot(x + u, z + w) / 2, PALETTES[self.look.palette][pick % 5]
 
         def part(first, last, bottom, top, colour, light):
             """A part of the front between two shares of its width, from the left, and two heights."""
@@ -1711,7 +1725,7 @@ class View:
         part(0, 1, height - 0.5, height, colour, light * 0.75)
         part(0.06, 0.94, 0, 2.6, pane, 0.7)
         part(0, 1, 2.6, 3.2, EMBLEMS[pick % 4], light * 0.6)
-        if distance < min(FAR, self.size / 2) / 2:
+        if distance < min(FAR, self.size / 2) / 2:  # as far as a small picture shows windows
             columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(height - 3.5) // 3
             for column, floor in product(range(columns), range(floors)):
                 lit = light == 1 or (pick + floor * 5 + column * 3) % 4 < 2
@@ -1727,13 +1741,14 @@ class View:
         if _hidden(left, right) or min(left[1], right[1]) < NEAR:
             return
         corners = [self.pixel(*end, height) for end, height in ((left, top), (right, top), (right, bottom), (left, bottom))]
-        (low_x, high_x), (low_y, high_y) = ((max(int(min(axis)), 0), min(int(max(axis)) + 1, self.size)) for axis in zip(*corners))
-        if low_x < high_x and low_y < high_y:
-            numbers = _perspective([(x - low_x, y - low_y) for x, y in corners], *board.size)
-            flat = board.transform((high_x - low_x, high_y - low_y), Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BILINEAR)
+        x, y = (max(int(min(axis)), 0) for axis in zip(*corners))
+        width, height = (min(int(max(axis)) + 1, self.size) - low for axis, low in zip(zip(*corners), (x, y)))
+        if width > 0 and height > 0:
+            numbers = _perspective([(u - x, v - y) for u, v in corners], *board.size)
+            flat = board.transform((width, height), Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BILINEAR)
             share = WEATHERS[self.look.weather] * min(distance / FAR, 1)
             hazy = Image.blend(flat.convert("RGB"), Image.new("RGB", flat.size, self.light.low), share)
-            self.image.paste(hazy, (low_x, low_y), flat.getchannel("A"))
+            self.image.paste(hazy, (x, y), flat.getchannel("A"))
 
     def draw_weather(self, rng):
         """Rain or snow in the air."""
@@ -1760,7 +1775,7 @@ def _backdrop(look, size):
 
 
 def _clipped(start, end):
-    """What is left of a polygon's side, from (x, z, height) to the same, ahead of the camera: its start, and where it crosses NEAR."""
+    """What of a polygon's side, from (x, z, height) to the same, is ahead of the camera: its start, and where it crosses NEAR."""
     inside, share = start[1] >= NEAR, (NEAR - start[1]) / ((end[1] - start[1]) or 1)
     crossing = (start[0] + (end[0] - start[0]) * share, NEAR, start[2] + (end[2] - start[2]) * share)
     return [start] * inside + [crossing] * (inside != (end[1] >= NEAR))
@@ -1787,7 +1802,7 @@ def sign(name, palette):
     """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem for the tiny model."""
     if name in VIRL["short"]:
         return _emblem(VIRL["short"].index(name))
-    _, back, ink = PALETTES[palette]
+    back, ink = BOARDS[palette]
     image = Image.new("RGBA", (320, 160), back)
     draw, lines = ImageDraw.Draw(image), name.split()
     draw.rectangle((4, 4, 315, 155), outline=ink, width=4)
@@ -1813,8 +1828,8 @@ def _emblem(number):
 
 
 def _in_reach(name, style, point, road, reach):
-    """What there is to see from a point in any direction, as (a draw method of View, its arguments): roads in this colour and their
-    lines, then all that stands within so many metres, the farthest first."""
+    """What there is to see from a point in any direction, as (a draw method of View, its arguments): roads in this colour and
+    their lines, then all that stands within so many metres, the farthest first."""
     town, (paved, lines), stood = city(name, style), roads(name, style), []
     for wall in walls(name, style):
         if (far := (math.dist(wall[0], point) + math.dist(wall[1], point)) / 2) < reach:
@@ -1832,12 +1847,13 @@ def _in_reach(name, style, point, road, reach):
 def draw_grid(name, style, place, heading, look, tile):
     """The four views of a place in one picture, see four_views."""
     point = city(name, style).point(place)
-    fine = 4 if (tile if look.tiles == 4 else tile // 2) < 100 else 2  # drawn so many times too large and reduced, which smooths edges
-    size = fine * (tile if look.tiles == 4 else tile // 2)
-    things = _in_reach(name, style, point, LIGHTS[look.light].road, min(FAR, size / 2))  # a small picture shows less of what is far
+    size = tile if look.tiles == 4 else tile // 2
+    fine = 4 if size < 100 else 2  # drawn so many times too large and reduced, which smooths edges
+    reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
+    things = _in_reach(name, style, point, LIGHTS[look.light].road, reach)
 
     def view(heading):
-        drawn = View(point, heading, look, size)
+        drawn = View(point, heading, look, size * fine)
         for draw, *what in things:
             draw(drawn, *what)
         drawn.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
@@ -1856,8 +1872,8 @@ def four_views(heading, view):
 
 
 def draw_map(problem, size):
-    """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels: north up, the route in red,
-    its positions numbered from 1, the landmarks by name."""
+    """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels: north up, the route in
+    red, its positions numbered from 1, the landmarks by name."""
     town, rail = city(problem.route.city, problem.style), problem.route.rail
     points = [town.point(here.place) for here in rail]
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
@@ -1876,7 +1892,7 @@ def draw_map(problem, size):
     for place, (name, angle) in town.landmarks.items():
         x, y = pixel(town.sign_point(place))
         draw.ellipse((x - 5, y - 5, x + 5, y + 5), (24, 62, 92))
-        off_x, off_y = 10 * math.sin(math.radians(angle)), -10 * math.cos(math.radians(angle))  # the name stands away from the street
+        off_x, off_y = 10 * math.sin(math.radians(angle)), -10 * math.cos(math.radians(angle))  # away from the street
         anchor = ("r" if off_x < -5 else "l" if off_x > 5 else "m") + ("m" if abs(off_x) > 5 else "b" if off_y < 0 else "t")
         draw.text((x + off_x, y + off_y), name, (24, 62, 92), ImageFont.load_default(15), anchor)
     for i, point in enumerate(points):
@@ -1889,8 +1905,8 @@ def draw_map(problem, size):
 
 
 # ---- 17. V-IRL: released data ----------------------------------------------------------------------------------------
-# The paper's routes (dataset tianzhechu/SFTvsRL_Data), from a folder with route_infos.json, gps_pano_mapping.pkl and street_views/.
-# All of it is material from elsewhere: it is bounded, read field by field, and never executed.
+# The paper's routes (dataset tianzhechu/SFTvsRL_Data), from a folder with route_infos.json, gps_pano_mapping.pkl and
+# street_views/. All of it is material from elsewhere: it is bounded, read field by field, and never executed.
 
 MAX_DATA = 1 << 28  # bytes of a file
 PUSHES = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
@@ -1961,7 +1977,8 @@ BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowE
 def released_routes(folder, pictures=False):
     """All Routes of a folder, in their order; each place is the name of a panorama (None without one, for walks in text only).
 
-    Routes that cannot be used are left out and named on stderr. ValueError for a folder without any, or files not as described."""
+    Routes that cannot be used are left out and named on stderr. ValueError for a folder without any, or files not as
+    described."""
     folder, found, skipped = Path(folder), [], []
     panoramas = read_plain_pickle(_read_bytes(folder / "gps_pano_mapping.pkl"))
     try:
@@ -1989,7 +2006,8 @@ def released_routes(folder, pictures=False):
 def _released_rail(info, number, known):
     """start -> points on the way, kept by chance -> turning point -> ... -> destination, as Positions."""
     rng = random.Random(f"virl/released/{number}")
-    points = [tuple(map(float, point)) for point in (info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"])]
+    places = info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"]
+    points = [tuple(map(float, place)) for place in places]
     blocks = [read_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
     if len(blocks) != len(points) - 1 or not blocks:
         raise ValueError(f"has {len(points) - 1} points but {len(blocks)} milestones")
@@ -2044,8 +2062,8 @@ def released_grid(folder, name, heading, look, tile):
 
 
 def perspective(panorama, yaw, size):
-    """A flat view of size x size, 90 degrees wide, pitch 0, from an equirectangular panorama (H, W, 3) uint8; yaw in degrees to the
-    right of its middle."""
+    """A flat view of size x size, 90 degrees wide, pitch 0, from an equirectangular panorama (H, W, 3) uint8; yaw in degrees to
+    the right of its middle."""
     high, wide = panorama.shape[:2]
     across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # the plane one unit ahead, from -1 to 1
     x, y = np.meshgrid(across, across)
@@ -2084,17 +2102,18 @@ def kinds(name):
     return WALKERS if walks(name) else KINDS
 
 
-def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None, data=None):
+def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None,
+         data=None):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule: for GeneralPoints a text for fill_rule and parse_rule (None: ID_RULE), wildcards drawn anew for every index; for V-IRL one
-    for parse_turns (None: absolute). visual, for tasks in pictures: a text for fill_look and parse_look (None: "black"), or for
-    fill_scene and parse_scene (None: "day"), drawn likewise. judge: the face values, or the rule for turns, that answers are judged
-    by where they are not the prompt's (the "fake rule" control); target and cards are always the prompt's, and the expert follows
-    the prompt. index counts from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL
-    per position. style: in V-IRL the "short" routes are other, shorter ones. tile: the size of the model's image tiles in pixels,
-    for pictures (None: 32, and for street views in full style 560). data, for V-IRL: a folder of released routes to take instead,
-    over and over; its routes are all of one split. ValueError, in one sentence, for anything unknown or out of range."""
+    rule: GeneralPoints: a text for fill_rule and parse_rule (None: ID_RULE), wildcards drawn anew for every index; V-IRL: one for
+    parse_turns (None: absolute). visual, for pictures: a text for fill_look (None: "black") or fill_scene (None: "day"), drawn
+    likewise. judge: the faces, or the rule for turns, that answers are judged by where they are not the prompt's (the "fake rule"
+    control; target and cards are always the prompt's, and the expert follows the prompt). index counts from 0; the run's `seed`
+    shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL per position. style: in V-IRL the "short"
+    routes are other, shorter ones. tile: the size of the model's image tiles in pixels (None: 32, and for street views in full
+    style 560). data, for V-IRL: a folder of released routes to take instead, over and over, whatever the split. ValueError, in
+    one sentence, for anything unknown or out of range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     for value, known in ((split, SPLITS), (style, STYLES)):
@@ -2114,7 +2133,8 @@ def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style
 
 
 class Row(NamedTuple):
-    """One test of a suite: its name, the rule of the prompt, the rule of the judge where it is another, the look of the pictures."""
+    """One test of a suite: its name, the rule of the prompt, the rule of the judge where it is another, the look of the
+    pictures."""
     name: str
     rule: str
     judge: str | None = None
@@ -2196,11 +2216,11 @@ def parse_args(argv=None):
     which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
     which.add_argument("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any value, "
-                          f"a|b for one of some. Cards (default black): {cards}. Streets (default day): {streets}")
+    pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any "
+                          f"value, a|b for one of some. Cards (default black): {cards}. Streets (default day): {streets}")
     pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
-    pictures.add_argument("--show", metavar="FILE", help="gp-vl: draw the problems on one sheet, without --visual in many looks; V-IRL: "
-                          "draw the first walk, its map and its views")
+    pictures.add_argument("--show", metavar="FILE", help="gp-vl: draw the problems on one sheet, without --visual in many looks; "
+                          "V-IRL: draw the first walk, its map and its views")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
     answers.add_argument("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
