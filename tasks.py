@@ -18,7 +18,7 @@ Contents
     5. Splits and deals      problem_class, split_of, deal
     6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
     7. The verifier          judge, REWARD, FEEDBACK, read_share (the cards that were recognized)
-    8. Looks                 Visual (options as text, wildcards), Look, parse_look, fill_look, legible_from
+    8. Looks                 Options (as text, with wildcards), Look, parse_look, fill_look, legible_from
     9. Pictures of cards     picture
     10. GeneralPoints        GeneralPoints, KINDS of demonstrators
     11. V-IRL: a city        City: streets, fronts and landmarks; words for bearings and turns
@@ -57,6 +57,17 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 ASSETS = Path(__file__).parent / "assets"
+
+
+def _tuples(data):
+    """What a JSON file holds, with tuples for its lists."""
+    if isinstance(data, dict):
+        return {key: _tuples(value) for key, value in data.items()}
+    return tuple(map(_tuples, data)) if isinstance(data, list) else data
+
+
+CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8"))) for name in ("cards.json", "virl.json"))
+
 
 # ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
 
@@ -501,7 +512,6 @@ def _atom(stack):
 REWARD = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3}
 LAST_ATTEMPT = -1  # in addition, when the last attempt fails too
 MISREAD = -1.5  # in addition, when the cards are in a picture and the answer's list of them is not right
-AGAIN = "Please give another answer in the same JSON form."
 STYLES = ("full", "short")  # prompts and feedback: for a large instruct model, or a handful of tokens for the tiny one
 
 
@@ -574,25 +584,19 @@ def _misused(used, numbers):
     return f"{n} is used {words.get(times, f'{times} times')}{limit}"
 
 
-FEEDBACK = {
-    "short": {"correct": "Correct.", "wrong_value": "{fact}.", "wrong_numbers": "{fact}.", "illegal": "Not a legal formula."},
-    "full": {"correct": "Correct.",
-             "wrong_value": "Your formula equals {fact}. " + AGAIN,
-             "wrong_numbers": "Your formula must use the value of each card exactly once, but {fact}. " + AGAIN,
-             "illegal": "Your answer is not legal: {fact}. " + AGAIN}}
-MISREAD_TEXT = {"short": " Cards misread.", "full": " Your answer does not list the cards in the picture rightly."}
+FEEDBACK, MISREAD_TEXT = CARDS["wording"]["feedback"], CARDS["wording"]["misread"]  # the verifier's words for the next turn
 
 
 # ---- 8. Looks --------------------------------------------------------------------------------------------------------
 # What a picture of the cards may look like, as data: one look is trained, the others are the test.
 
 def _one_of(*known, default=None):
-    """A field of a Visual: one of these values; the first is the default."""
+    """A field of Options: one of these values; the first is the default."""
     return field(default=known[0] if default is None else default, metadata={"known": known})
 
 
-class Visual:
-    """What pictures look like, as data: each field is _one_of some values. Its text is the first value, then the others that
+class Options:
+    """Options as data: each field is _one_of some values. Its text is the first value, then the others that
     are not the default, as in "red/layout=grid". ValueError for other values."""
 
     def __post_init__(self):
@@ -653,7 +657,7 @@ def _any_of(known):
 
 
 @dataclass(frozen=True)
-class Look(Visual):
+class Look(Options):
     """What the cards look like, as in "red/layout=grid/light=60"."""
     suits: str = _one_of("black", "red", "both", "text")  # black: S and C only; red: H and D only; both: as dealt
     layout: str = _one_of("row", "grid", "scattered", "shuffled")  # scattered: a tilted grid; shuffled: not in dealt order
@@ -695,7 +699,6 @@ STYLE_COLOURS = {  # paper, edge, black ink, red ink
     "framed": ((250, 242, 222), (120, 96, 60), (22, 34, 84), (176, 26, 40)),
     "dark": ((40, 42, 52), (14, 14, 18), (236, 238, 244), (255, 112, 104))}
 TABLE_COLOURS = {"green": (32, 104, 66), "blue": (36, 72, 128), "wood": (140, 92, 52), "grey": (128, 130, 134)}
-CARDS = json.loads((ASSETS / "cards.json").read_text(encoding="utf-8"))  # where pips stand, and the figures
 
 
 def _circle(x, y, r):
@@ -865,8 +868,8 @@ def _framed(face, figure, mask, at, ink):
     width, height = round(.58 * face.width), round(.37 * face.height)
     half = Image.new("RGB", (width, height), face.getpixel((face.width // 2, face.height // 2)))
     for colour, shape in figure:  # corners, or a circle's x, y and radius
-        points = shape if isinstance(shape[0], list) else _circle(*shape)
-        ImageDraw.Draw(half).polygon([(x * width, y * height) for x, y in points], tuple(CARDS["colours"].get(colour, ink)))
+        points = shape if isinstance(shape[0], tuple) else _circle(*shape)
+        ImageDraw.Draw(half).polygon([(x * width, y * height) for x, y in points], CARDS["colours"].get(colour, ink))
     _stamp(half, mask, ink, *at)
     left, top = (face.width - width) // 2, face.height // 2 - height
     face.paste(half, (left, top))
@@ -986,21 +989,14 @@ def short_prompt(hand, rule, look=None):
 
 def full_prompt(hand, rule, look=None):
     """Plain words, for an instruct model; with a Look, the cards are in a picture instead."""
-    jack, queen, king = rule.faces
-    alike = jack == queen == king
-    faces = f"J, Q and K each count as {jack}" if alike else f"J counts as {jack}, Q counts as {queen} and K counts as {king}"
-    count, names, order = f"{len(hand)} playing cards", json.dumps(rank_names(hand)), "in the picture" if look else "as dealt"
-    dealt = f"The picture shows {count}. {SHOWN[look.scheme]}" if look else f"You are dealt {count}: {names}. "
-    return (f"{dealt}{faces}. A counts as 1, and every other card "
-            f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly "
-            "once and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, "
-            f'with these keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; '
-            '"formula", your formula as a string.')
+    words = CARDS["wording"]
+    names, shown = json.dumps(rank_names(hand)), look and SHOWN[look.scheme]
+    cards = words["seen" if look else "dealt"].format(count=len(hand), names=names, shown=shown)
+    faces = words["alike" if len(set(rule.faces)) == 1 else "unlike"].format(*rule.faces)
+    return words["prompt"].format(cards=cards, faces=faces, target=rule.target, order="in the picture" if look else "as dealt")
 
 
-SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K. ",
-         "words": "Their names are written as words: ACE is A, JACK is J, QUEEN is Q and KING is K. ",
-         "pips": "Each shows as many signs as its number: one is A, and 11, 12 and 13 are J, Q and K. "}
+SHOWN = CARDS["wording"]["shown"]  # how to read the ranks in a picture
 
 
 def _general_points(name, rule, visual, split, index, attempts, style, judge, tile):
@@ -1061,9 +1057,6 @@ def clear_turn(heading, towards):
 def clear_bearing(angle):
     """Whether a bearing has one obvious compass word."""
     return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
-
-
-VIRL = json.loads((ASSETS / "virl.json").read_text(encoding="utf-8"))  # names and wordings
 
 
 class City:
@@ -1616,25 +1609,15 @@ class Light(NamedTuple):
     walls: float
 
 
-LIGHTS = {
-    "day": Light((96, 156, 222), (214, 232, 244), (190, 186, 178), (104, 106, 112), (74, 96, 120), 1.0),
-    "dusk": Light((62, 52, 110), (246, 166, 110), (128, 116, 120), (72, 68, 80), (255, 214, 130), 0.66),
-    "night": Light((8, 12, 30), (38, 44, 76), (66, 68, 82), (38, 40, 52), (255, 226, 150), 0.36),
-}
-PALETTES = {  # walls
-    "stone": ((222, 208, 182), (205, 190, 168), (233, 224, 206), (188, 176, 160), (214, 196, 160)),
-    "brick": ((158, 78, 60), (134, 62, 52), (176, 96, 70), (120, 72, 64), (148, 90, 82)),
-    "glass": ((122, 150, 170), (92, 122, 146), (150, 172, 184), (108, 132, 140), (134, 160, 178)),
-    "pastel": ((244, 194, 190), (190, 222, 200), (246, 224, 170), (186, 206, 236), (224, 196, 230))}
-BOARDS = {"stone": ((24, 62, 92), (255, 255, 255)), "brick": ((250, 240, 214), (88, 24, 20)),  # of signs, and their writing
-          "glass": ((16, 16, 20), (120, 240, 220)), "pastel": ((255, 255, 255), (140, 30, 90))}
+LIGHTS = {name: Light(*colours) for name, colours in VIRL["lights"].items()}
+PALETTES, BOARDS = VIRL["palettes"], VIRL["boards"]  # five colours of walls; a sign's board and its writing
 WEATHERS = {"clear": 0.15, "rain": 0.4, "fog": 0.95, "snow": 0.5}  # and how much of a thing FAR away is lost in the haze
 EMBLEMS = ((214, 40, 40), (30, 90, 220), (20, 150, 60), (240, 170, 0))  # of the short names: four colours of four shapes
 WHITE = (236, 232, 220)  # of the lines on the roads
 
 
 @dataclass(frozen=True)
-class Scene(Visual):
+class Scene(Options):
     """How a city is drawn, as in "dusk/weather=rain/palette=brick"; with tiles=1 all four views are in one tile."""
     light: str = _one_of(*LIGHTS)
     weather: str = _one_of(*WEATHERS)
