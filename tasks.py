@@ -596,8 +596,8 @@ def _one_of(*known, default=None):
 
 
 class Options:
-    """Options as data: each field is _one_of some values. Its text is the first value, then the others that
-    are not the default, as in "red/layout=grid". ValueError for other values."""
+    """What can be chosen, as data: each field is _one_of some values. Its text is the first value, then the others that are not
+    the default, as in "red/layout=grid". ValueError for other values."""
 
     def __post_init__(self):
         for name, known in self.options().items():
@@ -1196,8 +1196,7 @@ city = lru_cache(maxsize=64)(City)
 
 # ---- 12. V-IRL: routes -----------------------------------------------------------------------------------------------
 # A route is its rail: one Position after another, each with one right action. A turn also takes the first step into the new
-# street, as in the released data. Every leg leads to the next intersection, where the route turns; the turn's word fits no
-# other street there.
+# street, as in the released data. Every leg leads to the next intersection, where the turn's word fits no other street.
 
 ROUTES = 20  # of a city
 LEGS = {"full": (2, 6), "short": (1, 2)}
@@ -1206,8 +1205,7 @@ LENGTHS = {"full": (4, 40), "short": (3, 6)}  # in positions
 
 class Position(NamedTuple):
     """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there, whether it is an
-    intersection, the right action ("turn", "forward" or "stop"), the bearing to turn to (None for others), the instruction's
-    number from 0."""
+    intersection, the right action ("turn", "forward" or "stop"), the bearing to turn to or None, the instruction from 0."""
     place: object
     heading: float
     landmarks: tuple
@@ -1218,8 +1216,7 @@ class Position(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A city's name and a tuple of Positions, the last one the destination's; the folder it is from, where it is released
-    data."""
+    """A city's name and a tuple of Positions, the last one the destination's; the folder that a released one is from."""
     city: str
     rail: tuple
     folder: str = ""
@@ -1246,8 +1243,7 @@ def routes(name, style):
 
 
 def _walk(town, rng, style):
-    """The rail of a random walk; empty where its length is not as wanted, it cannot be told clearly, or has no landmark to end
-    at."""
+    """The rail of a random walk; empty where it is too long or short, cannot be told clearly, or has no landmark to end at."""
     nodes = _turning_points(town, rng, rng.randint(*LEGS[style]))
     if not nodes:
         return ()
@@ -1281,8 +1277,7 @@ def _facing(rng, heading):
 
 
 def _rail(town, nodes, start, end, facing):
-    """All Positions from the start-th place of the first street to the end-th of the last; instructions count turn, move, turn
-    ..."""
+    """All Positions from the start-th place of the first street to the end-th of the last."""
     heading = town.heading(*nodes[:2])
     rail = [Position(town.place(*nodes[:2], start), facing, (), False, "turn", heading, 0)]
     for leg, (a, b) in enumerate(zip(nodes, nodes[1:])):
@@ -1368,9 +1363,8 @@ def right_word(here, rule):
 
 
 class Walked(NamedTuple):
-    """What the verifier found: the outcome (a key of WALK_REWARD), why, as a key of WORDING's "why", the fact for its sentence,
-    and whether the observation named the landmarks and intersection that are there and no other (None where there is none to
-    read)."""
+    """What the verifier found: a key of WALK_REWARD, why, as a key of WORDING's "why", the fact for its sentence, and whether
+    the observation named the landmarks and intersection that are there and no other (None where there is none to read)."""
     outcome: str
     why: str
     fact: str = ""
@@ -1414,8 +1408,7 @@ def _why(kind, word, here, rule):
 # ---- 14. V-IRL: a walk -----------------------------------------------------------------------------------------------
 
 # One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In
-# addition LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD where the observation is
-# not right.
+# addition LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD for a wrong observation.
 WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
 WALKERS = ("expert", "careless", "inattentive", "hasty", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
 
@@ -1423,9 +1416,8 @@ WALKERS = ("expert", "careless", "inattentive", "hasty", "retry")  # demonstrato
 class Navigation:
     """One walk along a route, for one episode. Attributes: route, rule, position (index into route.rail), cls (city and turns:
     groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position), verdict (the
-    latest Walked), done; look (a Scene) and tile of the pictures, and image, the four views of the current position, all
-    None in text. A rollout that shows every position puts it into the turn that opens with step's feedback after each
-    "right_action"."""
+    latest Walked), done; look (a Scene) and tile of the pictures, and image, the four views of the current position, all None in
+    text. A rollout that shows every position puts it into the turn that opens with step's feedback after a "right_action"."""
     asks = "action"
 
     def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
@@ -1566,9 +1558,8 @@ def walk_scores(actions, outcomes):
     """Scores of one episode. actions: problem.actions; outcomes: those of its answers in order, up to where it ended.
 
     "first": the share of the route's positions passed before the first wrong answer, "episode": before the attempts ran out (the
-    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1.
-    "failed_at": the position of the first wrong answer, or None. "by_action": {action: (right at the first answer, positions
-    reached)}."""
+    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1. "failed_at":
+    where the first wrong answer was, or None. "by_action": {action: (right at the first answer, positions reached)}."""
     position, attempt, failed_at, by_action = 0, 0, None, dict.fromkeys(KINDS_OF_ACTION, (0, 0))
     for outcome in outcomes:
         right = outcome in ("right_action", "correct")
@@ -1960,8 +1951,7 @@ BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowE
 def released_routes(folder, pictures=False):
     """All Routes of a folder, in their order; each place is the name of a panorama (None without one, for walks in text only).
 
-    Routes that cannot be used are left out and named on stderr. ValueError for a folder without any, or files not as
-    described."""
+    Routes that cannot be used are left out and named on stderr. ValueError for other files, or without any usable route."""
     folder, found, skipped = Path(folder), [], []
     panoramas = read_plain_pickle(_read_bytes(folder / "gps_pano_mapping.pkl"))
     try:
@@ -2045,19 +2035,17 @@ def released_grid(folder, name, heading, look, tile):
 
 
 def perspective(panorama, yaw, size):
-    """A flat view of size x size, 90 degrees wide, pitch 0, from an equirectangular panorama (H, W, 3) uint8; yaw in degrees to
-    the right of its middle."""
+    """A flat view of size x size, 90 degrees wide, pitch 0, of an equirectangular panorama (H, W, 3) uint8; yaw in degrees
+    to the right of its middle."""
     high, wide = panorama.shape[:2]
     across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # the plane one unit ahead, from -1 to 1
-    x, y = np.meshgrid(across, across)
-    u = ((np.arctan(x) / (2 * np.pi) + yaw / 360 + 0.5) % 1 * wide - 0.5).astype(np.float32)
-    v = (0.5 + np.arctan2(y, np.hypot(x, 1)) / np.pi) * high - 0.5
+    u = (np.arctan(across) / (2 * np.pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
+    v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / np.pi) * high - 0.5  # (size, size)
     left, top = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
-    share_u, share_v = (u - left)[..., None], (v - top)[..., None]
-    left, right, low = left % wide, (left + 1) % wide, np.minimum(top + 1, high - 1)
-    upper = panorama[top, left] * (1 - share_u) + panorama[top, right] * share_u
-    lower = panorama[low, left] * (1 - share_u) + panorama[low, right] * share_u
-    return (upper * (1 - share_v) + lower * share_v + 0.5).astype(np.uint8)
+    share_u, share_v = (u - left).astype(np.float32)[:, None], (v - top)[..., None]
+    left, right, low, pixels = left % wide, (left + 1) % wide, np.minimum(top + 1, high - 1) * wide, panorama.reshape(-1, 3)
+    upper, lower = ((1 - share_u) * pixels[row + left] + share_u * pixels[row + right] for row in (top * wide, low))
+    return (upper + (lower - upper) * share_v + 0.5).astype(np.uint8)
 
 
 # ---- 18. Problems and suites -----------------------------------------------------------------------------------------
@@ -2116,8 +2104,7 @@ def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style
 
 
 class Row(NamedTuple):
-    """One test of a suite: its name, the rule of the prompt, the rule of the judge where it is another, the look of the
-    pictures."""
+    """One test of a suite: its name, the rule of the prompt, that of the judge where it is another, the look of the pictures."""
     name: str
     rule: str
     judge: str | None = None
