@@ -251,7 +251,7 @@ def test_feedback_is_true(style):
                 step = at.step(say(action, style=style))
                 if at.verdict.why != "right":
                     assert claims[at.verdict.why](here, at.verdict.fact) and "intersection" not in step.feedback, (action, step)
-                    assert step.feedback == tasks.WHY[style][at.verdict.why].format(fact=at.verdict.fact)
+                    assert step.feedback == tasks.WORDING[style]["why"][at.verdict.why].format(fact=at.verdict.fact)
                 elif i + 1 < len(walk.route.rail):
                     assert step.feedback.endswith(tasks.observation(walk.route.rail[i + 1], style))
 
