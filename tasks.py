@@ -180,8 +180,7 @@ class Formula(NamedTuple):
     """A formula in the one notation used here: sums and products are flat lists, so a-(b-c) and a+c-b are one formula.
 
     `ups` are added (multiplied), `downs` subtracted (divided by); each is sorted, larger values first. `kind` is "+" for a sum,
-    "*" for a product, "" for a number. Two formulas are the same up to commutativity and associativity just when their texts
-    are equal."""
+    "*" for a product, "" for a number. Texts are equal just where formulas are, up to commutativity and associativity."""
     value: tuple
     text: str
     kind: str = ""
@@ -202,8 +201,7 @@ def _join(op, left, right):
 
 
 def _order(part):
-    # What must be worked out comes first, so that a reader from left to right has its value when the rest is chosen; then the
-    # larger.
+    # What must be worked out comes first, so that its value is there when the rest is chosen; then the larger.
     return part.kind == "", -part.value[0] / part.value[1], part.text  # the float only sorts: equal values give equal floats
 
 
@@ -268,8 +266,7 @@ def _formulas(numbers, target, depth):
     """Yield the Formulas of exactly these numbers that equal the target; some come more than once.
 
     Meet in the middle: one side of the top operation is enumerated, the partner it needs is looked up. Values are listed for up
-    to `depth` numbers (two fewer than the hand), since a list for the largest part would cost more than all other lists
-    together."""
+    to `depth` numbers (two fewer than the hand): a list for the largest part would cost more than all the others."""
     if len(numbers) == 1:
         if target == (numbers[0], 1):
             yield Formula(target, str(numbers[0]))
@@ -367,8 +364,7 @@ def deal(rule, split, index, suits=4):
 # ---- 6. Reading an answer --------------------------------------------------------------------------------------------
 # Bound first, then read; the text is never executed or evaluated. One reader takes JSON and what a person would still call
 # JSON: text or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers stay text, so 1e999, NaN
-# or five thousand digits do no harm. Each token is matched once and they are counted (an answer to six cards needs 36), so the
-# time is linear and short.
+# or five thousand digits do no harm. Tokens are matched once and counted (six cards need 36), so the time is short.
 
 MAX_RESPONSE, MAX_TOKENS, MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 4000, 100, 200, 16, 4, 16
 JSON_TOKEN = re.compile(r"""\s*(?:(?P<double>"(?:[^"\\]|\\.)*")|(?P<single>'(?:[^'\\]|\\.)*')"""
@@ -534,10 +530,8 @@ class Step(NamedTuple):
 
 
 def judge(response, hand, rule):
-    """Judge a response (text of a model, of any content) to a hand under a rule; never raises for a str, takes under a
-    millisecond.
-
-    One outcome per answer, the first that holds: "illegal", "wrong_numbers" (one not on the cards, used too often, or missing),
+    """Judge a response (text of a model, of any content) to a hand under a rule, in under a millisecond; never raises for a str.
+    One outcome per answer, the first that holds: "illegal", "wrong_numbers" (not on the cards, used too often, or missing),
     "wrong_value", "correct"."""
     cards, read = None, 0.0
     try:
@@ -1067,7 +1061,6 @@ class City:
     the street a-b}, landmarks {place: (name, bearing)}."""
 
     def __init__(self, name, style):
-        self.name = name
         self.nodes = self._grid(random.Random(f"virl/{name}/grid"))
         self._join_nodes(random.Random(f"virl/{name}/streets"))
         self.turns = {(a, b): self._clear_arms(a, b) for a in self.arms for b in self.arms[a]}
@@ -1984,7 +1977,10 @@ def _released_rail(info, number, known):
     blocks = [read_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
     if len(blocks) != len(points) - 1 or not blocks:
         raise ValueError(f"has {len(points) - 1} points but {len(blocks)} milestones")
-    headings = [_released_heading(block["to_next_intersection_heading"]) for block in blocks]
+    stated = [re.match(r"\d+(\.\d+)?", block["to_next_intersection_heading"].strip()) for block in blocks]  # "298 (west)"
+    if not all(stated):
+        raise ValueError("has a milestone without a heading in degrees")
+    headings = [float(number[0]) for number in stated]
     facing = round(float(info["init_heading"])) % 360 or _facing(rng, headings[0])
     rail = [Position(_nearest(points[0], known), facing, (), False, "turn", headings[0], 0)]
     for i, (block, start, end) in enumerate(zip(blocks, points, points[1:])):
@@ -1997,13 +1993,6 @@ def _released_rail(info, number, known):
         rail.append(Position(_nearest(end, known), headings[i], tuple((clean(name.strip()), side) for name, side in told),
                              action == "turn", action, towards, 2 * i + 1 + (action == "turn")))
     return tuple(rail)
-
-
-def _released_heading(text):
-    """The degrees in a text such as "298 (northwest)"."""
-    if not (number := re.match(r"\d+(\.\d+)?", text.strip())):
-        raise ValueError(f"has no heading in degrees but {_quoted(text)}")
-    return float(number[0])
 
 
 def _nearest(point, known):

@@ -590,7 +590,7 @@ def test_routes_that_cannot_be_used_are_left_out_and_named(released, capsys):
         assert make(name, data=released, index=count).route == walks[0].route and len({walk.route for walk in walks}) == count
         said = capsys.readouterr().err  # once, whatever is made
         assert said.startswith(f"{6 - count} of 6 routes in {released} are left out: 0 has 2 points but 1 milestones; 1 lacks 'init_heading'; 2 ")
-        assert said.endswith("4 has no heading in degrees but 'east'.\n") and ("3 has no panorama within 20 m" in said) == (count == 1)
+        assert said.endswith("4 has a milestone without a heading in degrees.\n") and ("3 has no panorama within 20 m" in said) == (count == 1)
     assert walks[-1].route.rail == tuple(tasks._released_rail(route, 5, [(point, name) for point, name in tasks.read_plain_pickle(
         (released / "gps_pano_mapping.pkl").read_bytes()).items()]))
     (released / "route_infos.json").write_text(json.dumps([bad[:1] * 30, cursor]))
