@@ -1551,8 +1551,8 @@ def walk_scores(actions, outcomes):
     """Scores of one episode. actions: problem.actions; outcomes: those of its answers in order, up to where it ended.
 
     "first": the share of the route's positions passed before the first wrong answer, "episode": before the attempts ran out (the
-    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1. "failed_at":
-    where the first wrong answer was, or None. "by_action": {action: (right at the first answer, positions reached)}."""
+    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1.
+    "failed_at": where the first wrong answer was, or None. "by_action": {action: (right at the first answer, positions reached)}."""
     position, attempt, failed_at, by_action = 0, 0, None, dict.fromkeys(KINDS_OF_ACTION, (0, 0))
     for outcome in outcomes:
         right = outcome in ("right_action", "correct")
