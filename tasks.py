@@ -1378,7 +1378,8 @@ def judge_walk(response, here, rule, style):
         return Walked("illegal", "illegal", str(error), observed)
     right = (kind, word) == (here.action, right_word(here, rule))
     outcome = "wrong_action" if not right else "correct" if kind == "stop" else "right_action"
-    return Walked(outcome, "right" if right else _why(kind, word, here, rule), clean(word), observed)
+    why, fact = ("right", "") if right else (_why(kind, word, here, rule), clean(word))
+    return Walked(outcome, why, fact, observed)
 
 
 def _parts(text):
