@@ -17,8 +17,8 @@ Contents
     4. Solver                solve (3 to 6 cards), solutions (all of them, up to 4 cards)
     5. Splits and deals      problem_class, split_of, deal
     6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
-    7. The verifier          judge, REWARD, feedback_text, read_share (the cards that were recognized)
-    8. Looks                 Visual (options as text, wildcards), Look, parse_look, fill_look, legible_from
+    7. The verifier          judge, REWARD, FEEDBACK, read_share (the cards that were recognized)
+    8. Looks                 Options (as text, with wildcards), Look, parse_look, fill_look, legible_from
     9. Pictures of cards     picture
     10. GeneralPoints        GeneralPoints, KINDS of demonstrators
     11. V-IRL: a city        City: streets, fronts and landmarks; words for bearings and turns
@@ -26,13 +26,13 @@ Contents
     13. V-IRL: words         TurnRule, WORDING, read_action, judge_walk
     14. V-IRL: a walk        Navigation, WALKERS
     15. V-IRL: scores        walk_scores, forced_scores
-    16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_walk (a route for people)
+    16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_map (a route for people)
     17. V-IRL: released data read_plain_pickle, released_routes, perspective
     18. Problems and suites  make, Row, SUITES
     19. Command line         python tasks.py --task gp-l; --task virl-vl --show walk.png
 
-Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak: exact
-rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
+Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak:
+exact rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
 """
 import argparse
 import copy
@@ -46,15 +46,28 @@ import re
 import signal
 import sys
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 from math import ceil, cos, gcd, pi, sin
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def _tuples(data):
+    """What a JSON file holds, with tuples for its lists."""
+    if isinstance(data, dict):
+        return {key: _tuples(value) for key, value in data.items()}
+    return tuple(map(_tuples, data)) if isinstance(data, list) else data
+
+
+CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8"))) for name in ("cards.json", "virl.json"))
+
 
 # ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
 
@@ -65,8 +78,8 @@ ID_RULE, OOD_RULE = "10", "11,12,13"
 
 @dataclass(frozen=True)
 class Rule:
-    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999 (0, written `*`: drawn from TARGETS with every
-    hand), `cards` 3..6; and `courts`, at least how many face cards are dealt. ValueError otherwise."""
+    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999 (0, written `*`: drawn from TARGETS
+    with every hand), `cards` 3..6; and `courts`, at least how many face cards are dealt. ValueError otherwise."""
     faces: tuple[int, int, int] = (10, 10, 10)
     target: int = 24
     cards: int = 4
@@ -91,10 +104,8 @@ class Rule:
 
 
 def parse_rule(text):
-    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36" or "/target=*", "/cards=5" and "/courts=2" in any order;
-    str(rule) undoes it.
-
-    A Rule passes through unchanged. Any other text raises a ValueError that says what is wrong."""
+    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36" or "/target=*", "/cards=5" and "/courts=2" in
+    any order; str() undoes it, a Rule passes through. Any other text is a ValueError that says what is wrong."""
     if isinstance(text, Rule):
         return text
     faces, *options = text.split("/")
@@ -102,7 +113,8 @@ def parse_rule(text):
     for option in options:
         name, _, value = option.partition("=")
         if name not in ("target", "cards", "courts") or name in found:
-            raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N, /cards=N and /courts=N may follow, each once.")
+            raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N, /cards=N and /courts=N may follow, "
+                             "each once.")
         found[name] = 0 if option == "target=*" else _small_int(value, text)
     face_values = tuple(_small_int(face, text) for face in faces.split(","))
     return Rule(face_values * 3 if len(face_values) == 1 else face_values, **found)
@@ -162,26 +174,18 @@ def _apply(op, x, y):
     return _ratio(a * d, b * c)
 
 
-def _show(value):
-    return f"{value[0]}/{value[1]}" if value[1] > 1 else str(value[0])
-
-
 # ---- 3. Formulas -----------------------------------------------------------------------------------------------------
 
 class Formula(NamedTuple):
     """A formula in the one notation used here: sums and products are flat lists, so a-(b-c) and a+c-b are one formula.
 
-    `ups` are added (multiplied), `downs` subtracted (divided by); each is sorted, larger values first. `kind` is "+" for a sum, "*"
-    for a product, "" for a number. Two formulas are the same up to commutativity and associativity just when their texts are equal."""
+    `ups` are added (multiplied), `downs` subtracted (divided by); each is sorted, larger values first. `kind` is "+" for a sum,
+    "*" for a product, "" for a number. Texts are equal just where formulas are, up to commutativity and associativity."""
     value: tuple
     text: str
     kind: str = ""
     ups: tuple = ()
     downs: tuple = ()
-
-
-def _number(n):
-    return Formula((n, 1), str(n))
 
 
 def _join(op, left, right):
@@ -197,7 +201,7 @@ def _join(op, left, right):
 
 
 def _order(part):
-    # What must be worked out comes first, so that a reader from left to right has its value when the rest is chosen; then the larger.
+    # What must be worked out comes first, so that its value is there when the rest is chosen; then the larger.
     return part.kind == "", -part.value[0] / part.value[1], part.text  # the float only sorts: equal values give equal floats
 
 
@@ -205,14 +209,9 @@ def _bracketed(part):
     return f"({part.text})" if part.kind == "+" else part.text  # only a product can have a sum as its part
 
 
-def _difficulty(text):
-    """Sort key: few brackets first, then few - and /, then the text itself, so that the order is the same everywhere."""
-    return text.count("("), text.count("-") + text.count("/"), text
-
-
 # ---- 4. Solver -------------------------------------------------------------------------------------------------------
-# No partial result is ever negative: (7-13)*(2-6) is (13-7)*(6-2) with two signs flipped, and any formula of a positive value can be
-# turned so. That halves the search, and keeps the unary minus and its look-alikes out of the experts' answers.
+# No partial result is ever negative: (7-13)*(2-6) is (13-7)*(6-2) with two signs flipped, and any formula of a positive value
+# can be turned so. That halves the search, and keeps the unary minus and its look-alikes out of the experts' answers.
 
 @lru_cache(maxsize=4096)
 def _splits(numbers):
@@ -266,11 +265,11 @@ def _partners(x, target):
 def _formulas(numbers, target, depth):
     """Yield the Formulas of exactly these numbers that equal the target; some come more than once.
 
-    Meet in the middle: one side of the top operation is enumerated, the partner it needs is looked up. Values are listed for up to
-    `depth` numbers (two fewer than the hand), since a list for the largest part would cost more than all other lists together."""
+    Meet in the middle: one side of the top operation is enumerated, the partner it needs is looked up. Values are listed for up
+    to `depth` numbers (two fewer than the hand): a list for the largest part would cost more than all the others."""
     if len(numbers) == 1:
         if target == (numbers[0], 1):
-            yield _number(numbers[0])
+            yield Formula(target, str(numbers[0]))
         return
     for few, many in _splits(numbers):
         listed = _reachable(many) if len(many) <= depth else None
@@ -306,14 +305,16 @@ def solutions(numbers, target):
 @lru_cache(maxsize=1 << 13)
 def _solutions(numbers, target):
     texts = {formula.text for formula in _formulas(numbers, (target, 1), len(numbers) - 2)}
-    return tuple(sorted(texts, key=_difficulty))
+    # few brackets first, then few - and /, then by the text itself, so that the order is the same everywhere
+    return tuple(sorted(texts, key=lambda text: (text.count("("), text.count("-") + text.count("/"), text)))
 
 
 # ---- 5. Splits and deals ---------------------------------------------------------------------------------------------
-# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are held out, their hands from every
-# stage and every rule, their numbers from all but "base", which stands in for pretraining (under J=3 it may show J-10-2-A as 3-10-2-A,
-# the numbers of 3-K-2-A). A class is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25 trained. A face card and a solution
-# under both rules is a lot to ask: of the classes of four cards that make 24, 57 are left for test, 15 for val.
+# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are held out, their hands
+# from every stage and every rule, their numbers from all but "base", which stands in for pretraining (under J=3 it may show
+# J-10-2-A as 3-10-2-A, the numbers of 3-K-2-A). A class is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25
+# trained. A face card and a solution under both rules is a lot to ask: of the classes of four cards that make 24, 57 are left
+# for test, 15 for val.
 
 SPLITS = ("base", "train", "val", "test")
 TRIES = 10_000
@@ -322,8 +323,8 @@ TRIES = 10_000
 def problem_class(numbers, target):
     """What a problem is whatever cards it came from: its numbers, sorted, those above 10 as 10, and its target: "1-2-7-10=24".
 
-    By its ranks, where J, Q and K count as 10, a hand has one class under every rule; by its values under ID_RULE and OOD_RULE it has
-    that class too, by those under another rule (J=3) it may have a second one, and `deal` looks at both (for "base" at the first)."""
+    By its ranks a hand has one class under every rule; by its values under ID_RULE and OOD_RULE it has that class too, by those
+    under another rule (J=3) it may have a second one, and `deal` looks at both (for "base" at the first)."""
     return "-".join(map(str, sorted(min(n, 10) for n in numbers))) + f"={target}"
 
 
@@ -335,14 +336,13 @@ def split_of(cls):
 
 
 def deal(rule, split, index, suits=4):
-    """(hand, rule with its target): the first of the index's stream of hands, dealt without replacement, and of targets, where the
-    rule leaves them open, that fits the split and the rule.
+    """(hand, rule with its target): the first of the index's stream of hands, dealt without replacement, and of targets, where
+    the rule leaves them open, that fits the split and the rule. ValueError when TRIES deals bring none.
 
-    "train": solvable under the rule; "base": the same for the stage before. "val" and "test": at least one face card, and solvable
-    under the rule and under both ID_RULE and OOD_RULE faces (same target and card count), so these two rules are tested on the same
-    hands and targets; for a third rule they may differ. No face value turns a hand of train into the numbers of a held-out class, or
-    the reverse (J=3 would make J-7-2-A a 3-7-2-A); in "base" it may. No rank is dealt more than `suits` times: a picture in
-    one colour has two suits. ValueError when TRIES deals bring none."""
+    "train" and "base": solvable under the rule. "val" and "test": at least one face card, and solvable under the rule and under
+    ID_RULE and OOD_RULE faces, so these two rules are tested on the same hands; for a third rule they may differ. Except in
+    "base", no face value turns a hand of train into the numbers of a held-out class, or the reverse (J=3 would make J-7-2-A a
+    3-7-2-A). No rank is dealt more than `suits` times: a picture in one colour has two suits."""
     held_out = split in ("val", "test")
     faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
     rng = random.Random(f"gp/{split}/{index}")  # a text seed is hashed the same way everywhere
@@ -362,9 +362,9 @@ def deal(rule, split, index, suits=4):
 
 
 # ---- 6. Reading an answer --------------------------------------------------------------------------------------------
-# Bound first, then read; the text is never executed or evaluated. One reader takes JSON and what a person would still call JSON: text
-# or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers stay text, so 1e999, NaN or five thousand
-# digits do no harm. Each token is matched once and they are counted (an answer to six cards needs 36), so the time is linear and short.
+# Bound first, then read; the text is never executed or evaluated. One reader takes JSON and what a person would still call
+# JSON: text or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers stay text, so 1e999, NaN
+# or five thousand digits do no harm. Tokens are matched once and counted (six cards need 36), so the time is short.
 
 MAX_RESPONSE, MAX_TOKENS, MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 4000, 100, 200, 16, 4, 16
 JSON_TOKEN = re.compile(r"""\s*(?:(?P<double>"(?:[^"\\]|\\.)*")|(?P<single>'(?:[^'\\]|\\.)*')"""
@@ -406,18 +406,14 @@ def _json_tokens(text, position):
             break
         position, kind, token = match.end(), match.lastgroup, match[match.lastgroup]
         if kind == "double":
-            kind, token = "string", _unescaped(token)
+            try:
+                kind, token = "string", json.loads(token, strict=False)  # one string, bounded: nothing but its escapes is read
+            except ValueError:
+                raise Illegal("a string in the JSON object has a wrong escape") from None
         elif kind == "single":
             kind, token = "string", token[1:-1].replace("\\'", "'")
         yield token if kind == "mark" else kind, token, position
     raise Illegal(f"the JSON object is broken, does not end or has more than {MAX_TOKENS} parts")
-
-
-def _unescaped(token):
-    try:
-        return json.loads(token, strict=False)  # one string, bounded: nothing but its escapes is read
-    except ValueError:
-        raise Illegal("a string in the JSON object has a wrong escape") from None
 
 
 def _items(tokens, close, read):
@@ -454,8 +450,8 @@ def _scalar(token, tokens):
 def read_formula(text, target):
     """Read a formula: returns its exact value (numerator, denominator) and the numbers it uses, in order.
 
-    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional `=target` at the end. Raises
-    Illegal, also for a division by zero, a sign before a number, a missing operator, and whatever passes the bounds."""
+    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional `=target` at the end.
+    Raises Illegal, also for a division by zero, a sign before a number, a missing operator, and whatever passes the bounds."""
     if len(text) > MAX_FORMULA:
         raise Illegal(f"the formula is longer than {MAX_FORMULA} characters")
     tokens = FORMULA_TOKEN.findall(text.translate(SIGNS))
@@ -512,14 +508,12 @@ def _atom(stack):
 REWARD = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3}
 LAST_ATTEMPT = -1  # in addition, when the last attempt fails too
 MISREAD = -1.5  # in addition, when the cards are in a picture and the answer's list of them is not right
-AGAIN = "Please give another answer in the same JSON form."
 STYLES = ("full", "short")  # prompts and feedback: for a large instruct model, or a handful of tokens for the tiny one
 
 
 class Verdict(NamedTuple):
-    """What the verifier found: `outcome` is a key of REWARD, `fact` says what is wrong (empty when nothing is), `cards` is what the
-    response says the cards are (tuple of str, None when absent), `read` how much of that is right (see read_share). The outcome
-    rests on the formula alone."""
+    """What the verifier found: a key of REWARD, what is wrong (empty when nothing is), the cards that the response lists (None
+    where it does not), and how much of that is right (see read_share). The outcome rests on the formula alone."""
     outcome: str
     fact: str = ""
     cards: tuple[str, ...] | None = None
@@ -536,9 +530,8 @@ class Step(NamedTuple):
 
 
 def judge(response, hand, rule):
-    """Judge a response (text of a model, of any content) to a hand under a rule; never raises for a str, takes under a millisecond.
-
-    One outcome per answer, the first that holds: "illegal", "wrong_numbers" (one not on the cards, used too often, or missing),
+    """Judge a response (text of a model, of any content) to a hand under a rule, in under a millisecond; never raises for a str.
+    One outcome per answer, the first that holds: "illegal", "wrong_numbers" (not on the cards, used too often, or missing),
     "wrong_value", "correct"."""
     cards, read = None, 0.0
     try:
@@ -553,7 +546,8 @@ def judge(response, hand, rule):
     if fact := _misused(used, values(hand, rule)):
         return Verdict("wrong_numbers", fact, cards, read)
     if value != (rule.target, 1):
-        return Verdict("wrong_value", f"{_show(value)}, not {rule.target}", cards, read)
+        shown = "/".join(map(str, value)).removesuffix("/1")
+        return Verdict("wrong_value", f"{shown}, not {rule.target}", cards, read)
     return Verdict("correct", "", cards, read)
 
 
@@ -584,45 +578,26 @@ def _misused(used, numbers):
     return f"{n} is used {words.get(times, f'{times} times')}{limit}"
 
 
-FEEDBACK = {
-    "short": {"correct": "Correct.", "wrong_value": "{fact}.", "wrong_numbers": "{fact}.", "illegal": "Not a legal formula."},
-    "full": {"correct": "Correct.",
-             "wrong_value": "Your formula equals {fact}. " + AGAIN,
-             "wrong_numbers": "Your formula must use the value of each card exactly once, but {fact}. " + AGAIN,
-             "illegal": "Your answer is not legal: {fact}. " + AGAIN}}
-MISREAD_TEXT = {"short": " Cards misread.", "full": " Your answer does not list the cards in the picture rightly."}
-
-
-def feedback_text(verdict, style):
-    """The verifier's words for the next turn, "full" or "short"; the response is echoed for 60 printable characters at most."""
-    return FEEDBACK[style][verdict.outcome].format(fact=verdict.fact)
+FEEDBACK, MISREAD_TEXT = CARDS["wording"]["feedback"], CARDS["wording"]["misread"]  # the verifier's words for the next turn
 
 
 # ---- 8. Looks --------------------------------------------------------------------------------------------------------
 # What a picture of the cards may look like, as data: one look is trained, the others are the test.
 
-OPTIONS = {
-    "suits": ("black", "red", "both", "text"),  # black: S and C only; red: H and D only; both: as dealt; text: no picture at all
-    "layout": ("row", "grid", "scattered", "shuffled"),  # scattered: tilted, in a rough grid; shuffled: a grid not in dealt order
-    "scheme": ("index", "numbers", "words", "pips"),  # how a rank is shown: K, 13, KING, or 13 suit signs
-    "style": ("plain", "framed", "dark"),  # the card
-    "glyphs": ("sans", "serif", "mono", "italic"),  # the typeface
-    "table": ("green", "blue", "wood", "grey"),
-    "light": tuple(range(40, 141)),  # brightness in percent
-    "noise": tuple(range(41)),  # standard deviation in grey levels
-    "tiles": (4, 1),  # how many of the model's tiles the picture takes
-}
+def _one_of(*known, default=None):
+    """A field of Options: one of these values; the first is the default."""
+    return field(default=known[0] if default is None else default, metadata={"known": known})
 
 
-class Visual:
-    """What pictures look like, as data: a value of `options` for each field. Its text is the first value, then the others that are
-    not the default, as in "red/layout=grid". ValueError for values that are not options."""
-    options = {}
+class Options:
+    """What can be chosen, as data: each field is _one_of some values. Its text is the first value, then the others that are not
+    the default, as in "red/layout=grid". ValueError for other values."""
 
     def __post_init__(self):
-        for name, known in self.options.items():
+        for name, known in self.options().items():
             if getattr(self, name) not in known:
-                raise ValueError(f"A {type(self).__name__.lower()} needs {name} {_any_of(known)}, not {clean(str(getattr(self, name)))!r}.")
+                kind, value = type(self).__name__.lower(), clean(str(getattr(self, name)))
+                raise ValueError(f"A {kind} needs {name} {_any_of(known)}, not {value!r}.")
 
     def __str__(self):
         first, *others = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
@@ -630,21 +605,26 @@ class Visual:
         return first[1] + "".join(given)
 
     @classmethod
-    def parse(cls, text):
-        """Read a text, its options in any order; str() undoes it.
+    def options(cls):
+        """The known values of every field: {name: tuple}."""
+        return {each.name: each.metadata["known"] for each in fields(cls)}
 
-        What is read already passes through; "text" ignores its options. Any other text is a ValueError that says what is wrong."""
+    @classmethod
+    def parse(cls, text):
+        """Read a text, its options in any order; str() undoes it, what is read already passes through, "text" ignores its
+        options. Any other text is a ValueError that says what is wrong."""
         if isinstance(text, cls):
             return text
-        head, second, *more = cls.options
-        found = {head: text.partition("/")[0]}
-        for option in text.split("/")[1:]:
+        options, (first, *given) = cls.options(), text.split("/")
+        head, second, *more = options
+        found = {head: first}
+        for option in given:
             name, _, value = option.partition("=")
-            if name not in cls.options or name in found:
-                example = f"{cls.options[head][0]}/{second}={cls.options[second][1]}"
-                raise ValueError(f"{clean(text)!r} is not a {cls.__name__.lower()}: after the {head} only {', '.join([second, *more])} may "
-                                 f"follow, each once, as in {example}.")
-            found[name] = int(value) if isinstance(cls.options[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
+            if name not in options or name in found:
+                raise ValueError(f"{clean(text)!r} is not a {cls.__name__.lower()}: after the {head} only "
+                                 f"{', '.join([second, *more])} may "
+                                 f" follow, each once, as in {options[head][0]}/{second}={options[second][1]}.")
+            found[name] = int(value) if isinstance(options[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
         return cls(**found)
 
     @classmethod
@@ -652,15 +632,16 @@ class Visual:
         """The text with its wildcards drawn: `*` for any value but text, `a|b` for one of those named.
 
         All of a list are read, so that a wrong one raises its ValueError at once and not when it happens to be drawn."""
-        parts, (head, *_) = str(text).split("/"), cls.options
+        parts, options = str(text).split("/"), cls.options()
+        head, *_ = options
         for i, part in enumerate(parts):
             name, equals, value = part.rpartition("=")
-            known = cls.options.get(name or head, ())
+            known = options.get(name or head, ())
             choices = [each for each in known if each != "text"] if value == "*" else value.split("|")
             if len(choices) > 1:
                 filled = [f"{name}{equals}{each}" for each in choices]
                 for each in filled if value != "*" else ():
-                    cls.parse(f"{cls.options[head][0]}/{each}" if i else each)
+                    cls.parse(f"{options[head][0]}/{each}" if i else each)
                 parts[i] = rng.choice(filled)
         return "/".join(parts)
 
@@ -670,18 +651,17 @@ def _any_of(known):
 
 
 @dataclass(frozen=True)
-class Look(Visual):
-    """What the cards look like: a value of OPTIONS for each name, as in "red/layout=grid/light=60"."""
-    options = OPTIONS
-    suits: str = "black"
-    layout: str = "row"
-    scheme: str = "index"
-    style: str = "plain"
-    glyphs: str = "sans"
-    table: str = "green"
-    light: int = 100
-    noise: int = 0
-    tiles: int = 4
+class Look(Options):
+    """What the cards look like, as in "red/layout=grid/light=60"."""
+    suits: str = _one_of("black", "red", "both", "text")  # black: S and C only; red: H and D only; both: as dealt
+    layout: str = _one_of("row", "grid", "scattered", "shuffled")  # scattered: a tilted grid; shuffled: not in dealt order
+    scheme: str = _one_of("index", "numbers", "words", "pips")  # how a rank is shown: K, 13, KING, or 13 suit signs
+    style: str = _one_of("plain", "framed", "dark")  # the card
+    glyphs: str = _one_of("sans", "serif", "mono", "italic")  # the typeface
+    table: str = _one_of("green", "blue", "wood", "grey")
+    light: int = _one_of(*range(40, 141), default=100)  # brightness in percent
+    noise: int = _one_of(*range(41))  # standard deviation in grey levels
+    tiles: int = _one_of(4, 1)  # how many of the model's tiles the picture takes
 
 
 parse_look, fill_look = lru_cache(maxsize=1 << 12)(Look.parse), Look.fill
@@ -705,8 +685,7 @@ def legible_from(look, cards):
 # Drawn two or four times too large and reduced, which smooths all edges. A card whose place is below LARGE pixels is another
 # drawing: its rank fills it. A picture is a pure function of the problem: noise, places and angles come from its own stream.
 
-LARGE = 100
-FONTS = Path(__file__).parent / "assets" / "fonts"
+LARGE, GRAIN, ANGLES = 100, 1 << 20, (-10, -4, 4, 10)  # few angles (degrees), so that most cards have been drawn before
 # pyftsubset DejaVuSerif-Bold.ttf --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting --name-IDs=0,1,2,13
 TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf", "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
 STYLE_COLOURS = {  # paper, edge, black ink, red ink
@@ -714,44 +693,19 @@ STYLE_COLOURS = {  # paper, edge, black ink, red ink
     "framed": ((250, 242, 222), (120, 96, 60), (22, 34, 84), (176, 26, 40)),
     "dark": ((40, 42, 52), (14, 14, 18), (236, 238, 244), (255, 112, 104))}
 TABLE_COLOURS = {"green": (32, 104, 66), "blue": (36, 72, 128), "wood": (140, 92, 52), "grey": (128, 130, 134)}
-PIPS = {  # heights of the signs in the two outer columns, and in the middle one
-    1: ((), (1 / 2,)), 2: ((), (0, 1)), 3: ((), (0, 1 / 2, 1)), 4: ((0, 1), ()), 5: ((0, 1), (1 / 2,)), 6: ((0, 1 / 2, 1), ()),
-    7: ((0, 1 / 2, 1), (1 / 4,)), 8: ((0, 1 / 2, 1), (1 / 4, 3 / 4)), 9: ((0, 1 / 3, 2 / 3, 1), (1 / 2,)),
-    10: ((0, 1 / 3, 2 / 3, 1), (1 / 6, 5 / 6)), 11: ((0, 1 / 3, 2 / 3, 1), (1 / 6, 1 / 2, 5 / 6)),
-    12: ((0, 1 / 3, 2 / 3, 1), (0, 1 / 3, 2 / 3, 1)), 13: ((0, 1 / 4, 1 / 2, 3 / 4, 1), (0, 1 / 2, 1))}
 
 
-def _arc(x, y, r):
+def _circle(x, y, r):
     return [(x + r * cos(k * pi / 24), y + r * sin(k * pi / 24)) for k in range(48)]
 
 
-def _heart():
-    turns = [k * pi / 32 for k in range(64)]
-    return [(.5 + .48 * sin(t) ** 3, .42 - (13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 32) for t in turns]
-
-
+HEART = [(.5 + .48 * sin(t) ** 3, .42 - (13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 32)
+         for t in (k * pi / 32 for k in range(64))]
 STEM = [(.5, .5), (.56, .8), (.72, .97), (.28, .97), (.44, .8)]
 SUIT_SHAPES = {  # polygons in a square of side 1
-    "H": [_heart()], "S": [[(x, .84 - .86 * (y - .04)) for x, y in _heart()], STEM],
+    "H": [HEART], "S": [[(x, .84 - .86 * (y - .04)) for x, y in HEART], STEM],
     "D": [[(.5, .01), (.68, .27), (.89, .5), (.68, .73), (.5, .99), (.32, .73), (.11, .5), (.32, .27)]],
-    "C": [_arc(.5, .25, .225), _arc(.25, .59, .225), _arc(.75, .59, .225), _arc(.5, .5, .12), STEM]}
-
-GOLD, SKIN, HAIR, DARK = (228, 176, 60), (248, 218, 188), (126, 78, 44), (30, 24, 24)
-FACE = [(SKIN, _arc(.5, .47, .145)), (DARK, _arc(.44, .46, .018)), (DARK, _arc(.56, .46, .018)),
-        ((170, 60, 60), [(.46, .545), (.54, .545), (.5, .565)])]
-ROBE = [(None, [(0, 1), (0, .88), (.28, .68), (.72, .68), (1, .88), (1, 1)]),
-        (GOLD, [(.28, .68), (.4, .64), (.5, .84), (.6, .64), (.72, .68), (.5, 1)])]
-FIGURES = {  # the upper half of J, Q and K: polygons in a square of side 1, in a colour or (None) in the card's ink
-    11: [(HAIR, [(.31, .36), (.69, .36), (.71, .62), (.62, .66), (.38, .66), (.29, .62)]), *ROBE, *FACE,
-         (None, [(.29, .37), (.25, .22), (.5, .13), (.76, .2), (.71, .37)]),
-         (GOLD, [(.66, .3), (.8, .06), (.93, .05), (.9, .17), (.72, .33)])],
-    12: [(HAIR, _arc(.5, .46, .22)), (HAIR, [(.28, .46), (.72, .46), (.78, .74), (.22, .74)]), *ROBE, *FACE,
-         (GOLD, [(.33, .35), (.28, .17), (.4, .24), (.5, .1), (.6, .24), (.72, .17), (.67, .35)]),
-         *((None, _arc(x, y, .035)) for x, y in ((.28, .15), (.5, .08), (.72, .15)))],
-    13: [(HAIR, _arc(.5, .47, .19)), *ROBE, *FACE,
-         (HAIR, [(.35, .5), (.44, .56), (.5, .54), (.56, .56), (.65, .5), (.6, .7), (.5, .78), (.4, .7)]),
-         (GOLD, [(.32, .36), (.28, .12), (.4, .22), (.44, .08), (.56, .08), (.6, .22), (.72, .12), (.68, .36)]),
-         (None, [(.32, .36), (.31, .3), (.69, .3), (.68, .36)]), (None, [(.48, .08), (.48, 0), (.52, 0), (.52, .08)])]}
+    "C": [_circle(.5, .25, .225), _circle(.25, .59, .225), _circle(.75, .59, .225), _circle(.5, .5, .12), STEM]}
 
 
 def picture(hand, look, tile, stream):
@@ -783,17 +737,11 @@ def _lay(image, card, look, place, at, rng):
     image.paste(sprite, tuple(corner), sprite)
 
 
-ANGLES = (-10, -4, 4, 10)  # degrees: few, so that most cards have been drawn before
-
-
 def _noisy(image, deviation, seed):
     start, count = seed % GRAIN, image.width * image.height
     grain = Image.frombytes("L", image.size, _grain(count)[start:start + count])
     grain = grain.point([max(0, min(255, round(128 + (level - 128) / 30 * deviation))) for level in range(256)])
     return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
-
-
-GRAIN = 1 << 20
 
 
 @lru_cache(maxsize=4)
@@ -836,16 +784,11 @@ def _card(paint, scale, rank, suit, width, height, scheme, style, glyphs, angle)
     ImageDraw.Draw(face).rounded_rectangle(**shape, outline=edge, width=line)
     margin = max(2, round(.03 * height)) * scale
     card = Image.new("RGBA", (face.width + 2 * margin, face.height + 2 * margin), (0, 0, 0, 0))
-    card.putalpha(_shadow(outline, margin).resize(card.size))
+    shadow = Image.new("L", (card.width // 4, card.height // 4))  # at a quarter of the size it is blurred sooner
+    shadow.paste(130, (margin // 4, margin // 3), outline.reduce(4))
+    card.putalpha(shadow.filter(ImageFilter.GaussianBlur(margin / 16)).resize(card.size))
     card.paste(face, (margin, margin), outline)
     return (card.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else card).reduce(scale)
-
-
-def _shadow(outline, margin):
-    """The shadow of a card and its margin as a mask, at a quarter of their size, where it is blurred sooner."""
-    shadow = Image.new("L", ((outline.width + 2 * margin) // 4, (outline.height + 2 * margin) // 4))
-    shadow.paste(130, (margin // 4, margin // 3), outline.reduce(4))
-    return shadow.filter(ImageFilter.GaussianBlur(margin / 16))
 
 
 def _stamp(face, mask, ink, x, y, turned=False):
@@ -867,22 +810,15 @@ def _sign(suit, size):
     return mask
 
 
-def _label(text, glyphs, width, height):
-    """Capitals and digits as a mask, all `height` pixels tall, narrowed to `width` where they are wider."""
-    font, stroke = _font(glyphs, round(height * 1.37)), height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
+def _label(rank, scheme, glyphs, width, height):
+    """A rank's name as a mask, all of it `height` pixels tall, narrowed to `width` where it is wider."""
+    text = WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
+    size, stroke = round(height * 1.37), height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
+    font = ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
     left, top, right, bottom = font.getbbox(text, anchor="ls", stroke_width=stroke)
     mask = Image.new("L", (ceil(right - left), ceil(bottom - top)))
     ImageDraw.Draw(mask).text((-left, -top), text, 255, font, "ls", stroke_width=stroke)
     return mask.resize((min(round(width), mask.width), round(height)))
-
-
-@lru_cache(maxsize=64)
-def _font(glyphs, size):
-    return ImageFont.truetype(FONTS / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
-
-
-def _name(rank, scheme):
-    return WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
 
 
 def _small_face(face, rank, suit, ink, scheme, glyphs):
@@ -891,16 +827,16 @@ def _small_face(face, rank, suit, ink, scheme, glyphs):
     if scheme == "pips":
         return _pips(face, rank, suit, ink, .19 * height, .21, .14)
     tall = .34 if scheme == "words" else .5
-    _stamp(face, _label(_name(rank, scheme), glyphs, .88 * width, tall * height), ink, .5, .34)
+    _stamp(face, _label(rank, scheme, glyphs, .88 * width, tall * height), ink, .5, .34)
     _stamp(face, _sign(suit, .3 * height), ink, .5, .8)
 
 
 def _pips(face, rank, suit, ink, size, left, top):
     """As many suit signs as the rank, the outer ones at `left` and `top` in shares of the card, the lower ones upside down."""
-    sides, middle = PIPS[rank]
+    sides, middle = CARDS["pips"][str(rank)]
     for x, heights in ((left, sides), (1 - left, sides), (.5, middle)):
-        for y in heights:
-            _stamp(face, _sign(suit, size), ink, x, top + (1 - 2 * top) * y, turned=y > .5)
+        for twelfths in heights:
+            _stamp(face, _sign(suit, size), ink, x, top + (1 - 2 * top) * (twelfths / 12), turned=twelfths > 6)
 
 
 def _large_face(face, rank, suit, ink, scheme, glyphs):
@@ -909,23 +845,25 @@ def _large_face(face, rank, suit, ink, scheme, glyphs):
     if scheme == "pips":
         return _pips(face, rank, suit, ink, .18 * width, .22, .13)
     if scheme == "words":
-        _stamp(face, _label(_name(rank, scheme), glyphs, .84 * width, .13 * height), ink, .5, .5)
+        _stamp(face, _label(rank, scheme, glyphs, .84 * width, .13 * height), ink, .5, .5)
         return _twice(face, _sign(suit, .26 * width), ink, .5, .2)
-    _twice(face, _label(_name(rank, scheme), glyphs, .15 * width, .105 * height), ink, .11, .095)
+    _twice(face, _label(rank, scheme, glyphs, .15 * width, .105 * height), ink, .11, .095)
     _twice(face, _sign(suit, .125 * width), ink, .11, .205)
     if rank <= 10:
         return _pips(face, rank, suit, ink, .185 * width * (1 + (rank == 1)), .32, .16)
     if scheme == "numbers":
-        return _framed(face, (), _label(str(rank), glyphs, .4 * width, .2 * height), (.5, .5), ink)
-    _framed(face, FIGURES[rank], _sign(suit, .12 * width), (.14, .14), ink)
+        return _framed(face, (), _label(rank, scheme, glyphs, .4 * width, .2 * height), (.5, .5), ink)
+    figure = CARDS["behind"][str(rank)] + CARDS["body"] + CARDS["before"][str(rank)]
+    _framed(face, figure, _sign(suit, .12 * width), (.14, .14), ink)
 
 
 def _framed(face, figure, mask, at, ink):
     """A frame with a figure and a mask at (x, y) of its upper half, and the same upside down in the lower one."""
     width, height = round(.58 * face.width), round(.37 * face.height)
     half = Image.new("RGB", (width, height), face.getpixel((face.width // 2, face.height // 2)))
-    for colour, points in figure:
-        ImageDraw.Draw(half).polygon([(x * width, y * height) for x, y in points], colour or ink)
+    for colour, shape in figure:  # corners, or a circle's x, y and radius
+        points = shape if isinstance(shape[0], tuple) else _circle(*shape)
+        ImageDraw.Draw(half).polygon([(x * width, y * height) for x, y in points], CARDS["colours"].get(colour, ink))
     _stamp(half, mask, ink, *at)
     left, top = (face.width - width) // 2, face.height // 2 - height
     face.paste(half, (left, top))
@@ -939,14 +877,13 @@ _large_card = lru_cache(maxsize=256)(partial(_card, _large_face, 2))  # at most 
 
 # ---- 10. GeneralPoints -----------------------------------------------------------------------------------------------
 
-KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators of the base stage, see GeneralPoints.demonstrate
+KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators, see GeneralPoints.demonstrate
+
 
 class GeneralPoints:
-    """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands for
-    intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest), done.
-
-    A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
-
+    """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands
+    for intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest),
+    done. A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
     asks = "formula"
 
     def __init__(self, hand, rule, attempts, style, judged_by, look=None, tile=32, stream=""):
@@ -976,24 +913,26 @@ class GeneralPoints:
         right, last = self.verdict.outcome == "correct", self.attempt == self.attempts
         self.done = right or last
         reward = REWARD[self.verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
-        feedback = feedback_text(self.verdict, self.style)
+        feedback = self._feedback(self.verdict)
         if self.look and self.verdict.read < 1:
             reward, feedback = reward + MISREAD, feedback + MISREAD_TEXT[self.style]
         return Step(float(reward), self.done, feedback, self.verdict.outcome, self.verdict.read)
 
-    def expert(self, rng=None):
-        """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them.
+    def _feedback(self, verdict):
+        return FEEDBACK[self.style][verdict.outcome].format(fact=verdict.fact)
 
-        For five and six cards it is always the one that the solver finds first."""
+    def expert(self, rng=None):
+        """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them;
+        for five and six cards the one that the solver finds first."""
         return self._response(self.rule, self._solution(self.rule, rng))
 
     def demonstrate(self, kind, rng):
         """What a demonstrator of the base stage writes: response, feedback, response, ... (list of str).
 
-        "expert": the simplest right answer, always the same. "careful": any right answer. "careless": the right numbers in a formula of
-        another value. "lazy": where the first card is above 7, no list of numbers and just their sum; else the expert.
-        "inattentive": face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says (the expert where that has no solution).
-        "retry": the sum and, unless that is right, the verifier's text and the expert. ValueError for other kinds."""
+        "expert": the simplest right answer, always the same. "careful": any right answer. "careless": the right numbers in a
+        formula of another value. "lazy": where the first card is above 7, no list of numbers and just their sum; else the expert.
+        "inattentive": face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says (the expert where that has no
+        solution). "retry": the sum and, unless that is right, the verifier's text and the expert. ValueError for other kinds."""
         if kind in ("expert", "careful"):
             return [self.expert(rng if kind == "careful" else None)]
         if kind == "careless":
@@ -1006,7 +945,7 @@ class GeneralPoints:
             return [self._response(taken, formula) if formula else self.expert()]
         if kind == "retry":
             slip = self._sum()
-            feedback = feedback_text(judge(slip, self.hand, self.rule), self.style)
+            feedback = self._feedback(judge(slip, self.hand, self.rule))
             return [slip] if sum(self.numbers) == self.rule.target else [slip, feedback, self.expert()]
         raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(KINDS)}.")
 
@@ -1023,7 +962,7 @@ class GeneralPoints:
     def _careless(self, rule, rng):
         """Random operations until the value is not the target (there is always another: turn a + into a -)."""
         while True:
-            parts = [_number(n) for n in values(self.hand, rule)]
+            parts = [Formula((n, 1), str(n)) for n in values(self.hand, rule)]
             while len(parts) > 1:
                 left, right = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
                 if left.value[0] * right.value[1] < right.value[0] * left.value[1]:
@@ -1044,21 +983,14 @@ def short_prompt(hand, rule, look=None):
 
 def full_prompt(hand, rule, look=None):
     """Plain words, for an instruct model; with a Look, the cards are in a picture instead."""
-    jack, queen, king = rule.faces
-    alike = jack == queen == king
-    faces = f"J, Q and K each count as {jack}" if alike else f"J counts as {jack}, Q counts as {queen} and K counts as {king}"
-    count, names, order = f"{len(hand)} playing cards", json.dumps(rank_names(hand)), "in the picture" if look else "as dealt"
-    dealt = f"The picture shows {count}. {SHOWN[look.scheme]}" if look else f"You are dealt {count}: {names}. "
-    return (f"{dealt}{faces}. A counts as 1, and every other card "
-            f"counts as the number on it.\nFind a formula that equals {rule.target}. It must use the value of each card exactly once "
-            "and no other number. You may use +, -, *, / and round brackets.\nReply with one JSON object and nothing else, with these "
-            f'keys: "cards", the list of the cards {order}; "number", the list of their values in the same order; "formula", '
-            "your formula as a string.")
+    words = CARDS["wording"]
+    names, shown = json.dumps(rank_names(hand)), look and SHOWN[look.scheme]
+    cards = words["seen" if look else "dealt"].format(count=len(hand), names=names, shown=shown)
+    faces = words["alike" if len(set(rule.faces)) == 1 else "unlike"].format(*rule.faces)
+    return words["prompt"].format(cards=cards, faces=faces, target=rule.target, order="in the picture" if look else "as dealt")
 
 
-SHOWN = {"index": "", "numbers": "The numbers 11, 12 and 13 stand for J, Q and K. ",
-         "words": "Their names are written as words: ACE is A, JACK is J, QUEEN is Q and KING is K. ",
-         "pips": "Each shows as many signs as its number: one is A, and 11, 12 and 13 are J, Q and K. "}
+SHOWN = CARDS["wording"]["shown"]  # how to read the ranks in a picture
 
 
 def _general_points(name, rule, visual, split, index, attempts, style, judge, tile):
@@ -1104,10 +1036,9 @@ def compass_word(angle):
 def turn_word(words, heading, towards):
     """What a turn from one bearing to another is called: the compass word of the new one ("absolute"), or "left", "right" and, up
     to SLIGHT degrees, "slightly left" and "slightly right" ("relative")."""
-    if words == "absolute":
-        return compass_word(towards)
     angle = wrap(towards - heading)
-    return ("slightly " if abs(angle) <= SLIGHT else "") + ("right" if angle > 0 else "left")
+    side = ("slightly " if abs(angle) <= SLIGHT else "") + ("right" if angle > 0 else "left")
+    return compass_word(towards) if words == "absolute" else side
 
 
 def clear_turn(heading, towards):
@@ -1122,11 +1053,6 @@ def clear_bearing(angle):
     return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
 
 
-@lru_cache(maxsize=1)
-def _words():
-    return json.loads((Path(__file__).parent / "assets" / "virl.json").read_text(encoding="utf-8"))
-
-
 class City:
     """The city of a name such as "test-3", the same on every machine: a grid of streets, turned, bent, broken, and crossed by
     diagonals, so that all eight compass words occur. In style "short" its landmarks have the short names of the tiny model.
@@ -1135,7 +1061,6 @@ class City:
     the street a-b}, landmarks {place: (name, bearing)}."""
 
     def __init__(self, name, style):
-        self.name = name
         self.nodes = self._grid(random.Random(f"virl/{name}/grid"))
         self._join_nodes(random.Random(f"virl/{name}/streets"))
         self.turns = {(a, b): self._clear_arms(a, b) for a in self.arms for b in self.arms[a]}
@@ -1184,9 +1109,13 @@ class City:
         """The bearing from node a to its neighbour b."""
         return bearing(self.nodes[a], self.nodes[b])
 
+    def long(self, a, b):
+        """The length of the street between two nodes, in metres."""
+        return math.dist(self.nodes[a], self.nodes[b])
+
     def count(self, a, b):
-        """Into how many steps the street between two nodes is divided."""
-        return max(round(math.dist(self.nodes[a], self.nodes[b]) / SPACING), 1)
+        """Into how many steps it is divided."""
+        return max(round(self.long(a, b) / SPACING), 1)
 
     def place(self, a, b, k):
         """The place k steps along the street from a towards b: a node at its ends."""
@@ -1198,7 +1127,7 @@ class City:
         if isinstance(place, int):
             return self.nodes[place]
         a, b, k = place
-        return self.beside(a, b, k * math.dist(self.nodes[a], self.nodes[b]) / self.count(a, b), 0)
+        return self.beside(a, b, k * self.long(a, b) / self.count(a, b), 0)
 
     def beside(self, a, b, along, across):
         """The point so far along the street from node a towards b, and so far to the right of its middle."""
@@ -1210,22 +1139,19 @@ class City:
         """(start, end): between which distances from node a the street to b has fronts on its right (side 1) or left (-1).
 
         Around a node the lines of two neighbouring streets' fronts end where they meet, so that fronts close every block."""
-        return (self._setback(a, b, side), math.dist(self.nodes[a], self.nodes[b]) - self._setback(b, a, -side))
-
-    def _setback(self, a, b, side):
-        arms = self.arms[a]
-        other = arms[(arms.index(b) + side) % len(arms)]
-        between = side * (self.heading(a, other) - self.heading(a, b)) % 360
-        return min(max(CURB / math.tan(math.radians(between / 2)), -CURB), 3 * CURB)
+        def setback(a, b, side):
+            other = self.arms[a][(self.arms[a].index(b) + side) % len(self.arms[a])]
+            between = side * (self.heading(a, other) - self.heading(a, b)) % 360
+            return min(max(CURB / math.tan(math.radians(between / 2)), -CURB), 3 * CURB)
+        return setback(a, b, side), self.long(a, b) - setback(b, a, -side)
 
     def _place_landmarks(self, rng, style):
         """At a third of the places along streets, and at most intersections that have a long front on one side."""
         spots = [(place, angle) for place, angle in self._spots(rng) if rng.random() < (0.8 if isinstance(place, int) else 0.35)]
-        words = _words()
         if style == "short":
-            names = [rng.choice(words["short"]) for _ in spots]
+            names = [rng.choice(VIRL["short"]) for _ in spots]
         else:
-            names = rng.sample([pattern.format(name) for pattern in words["patterns"] for name in words["names"]], len(spots))
+            names = rng.sample([pattern.format(name) for pattern in VIRL["patterns"] for name in VIRL["names"]], len(spots))
         self.landmarks = {place: (name, angle) for (place, angle), name in zip(spots, names)}
 
     def _spots(self, rng):
@@ -1238,12 +1164,13 @@ class City:
                     break
             for b in (b for b in arms if a < b):
                 for k in range(1, self.count(a, b)):
-                    side, along = rng.choice((1, -1)), k * math.dist(self.nodes[a], self.nodes[b]) / self.count(a, b)
-                    if self.front(a, b, side)[0] + 4 <= along <= self.front(a, b, side)[1] - 4:
+                    side, along = rng.choice((1, -1)), k * self.long(a, b) / self.count(a, b)
+                    start, end = self.front(a, b, side)
+                    if start + 4 <= along <= end - 4:
                         yield (a, b, k), (self.heading(a, b) + 90 * side) % 360
 
     def seen(self, place, heading):
-        """((landmark, side),) at a place for someone who faces `heading`, the side empty where not clear; () without a landmark."""
+        """((landmark, side),) at a place for someone who faces `heading`, the side empty where not clear; () without one."""
         if place not in self.landmarks:
             return ()
         name, angle = self.landmarks[place]
@@ -1257,15 +1184,12 @@ class City:
         return x + off * math.sin(angle), y + off * math.cos(angle)
 
 
-@lru_cache(maxsize=64)
-def city(name, style):
-    """The City of a name, kept."""
-    return City(name, style)
+city = lru_cache(maxsize=64)(City)
 
 
 # ---- 12. V-IRL: routes -----------------------------------------------------------------------------------------------
-# A route is its rail: one Position after another, each with one right action. A turn also takes the first step into the new street,
-# as in the released data. Every leg leads to the next intersection, where the route turns; the turn's word fits no other street there.
+# A route is its rail: one Position after another, each with one right action. A turn also takes the first step into the new
+# street, as in the released data. Every leg leads to the next intersection, where the turn's word fits no other street.
 
 ROUTES = 20  # of a city
 LEGS = {"full": (2, 6), "short": (1, 2)}
@@ -1273,8 +1197,8 @@ LENGTHS = {"full": (4, 40), "short": (3, 6)}  # in positions
 
 
 class Position(NamedTuple):
-    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there, whether it is an intersection,
-    the right action ("turn", "forward" or "stop"), the bearing to turn to (None for others), the instruction's number from 0."""
+    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there, whether it is an
+    intersection, the right action ("turn", "forward" or "stop"), the bearing to turn to or None, the instruction from 0."""
     place: object
     heading: float
     landmarks: tuple
@@ -1285,19 +1209,15 @@ class Position(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A city's name and a tuple of Positions, the last one the destination's; the folder it is from, where it is released data."""
+    """A city's name and a tuple of Positions, the last one the destination's; the folder that a released one is from."""
     city: str
     rail: tuple
     folder: str = ""
 
-    def shape(self):
-        """The turns in their order, as in "right, slightly left"."""
-        return ", ".join(turn_word("relative", here.heading, here.towards) for here in self.rail if here.action == "turn")
-
     def key(self):
         """What makes it another problem than other routes, whatever the city is called."""
-        start = compass_word(self.rail[0].heading)
-        return start, *((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
+        acts = ((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
+        return compass_word(self.rail[0].heading), *acts
 
 
 @lru_cache(maxsize=256)
@@ -1316,7 +1236,7 @@ def routes(name, style):
 
 
 def _walk(town, rng, style):
-    """The rail of a random walk; empty where its length is not as wanted, it cannot be told clearly, or has no landmark to end at."""
+    """The rail of a random walk; empty where it is too long or short, cannot be told clearly, or has no landmark to end at."""
     nodes = _turning_points(town, rng, rng.randint(*LEGS[style]))
     if not nodes:
         return ()
@@ -1350,7 +1270,7 @@ def _facing(rng, heading):
 
 
 def _rail(town, nodes, start, end, facing):
-    """All Positions from the start-th place of the first street to the end-th of the last; instructions count turn, move, turn ..."""
+    """All Positions from the start-th place of the first street to the end-th of the last."""
     heading = town.heading(*nodes[:2])
     rail = [Position(town.place(*nodes[:2], start), facing, (), False, "turn", heading, 0)]
     for leg, (a, b) in enumerate(zip(nodes, nodes[1:])):
@@ -1391,18 +1311,7 @@ def parse_turns(text):
 
 
 # What the agent reads and writes. "full": plain words for an instruct model; "short": few tokens for the tiny one.
-WORDING = {
-    "full": {"absolute": "Turn to face {absolute}.", "relative": "Turn {relative}.", "both": "Turn {relative} to face {absolute}.",
-             "crossing": "Move forward until you reach the next intersection{where}.",
-             "goal": "Move forward until you reach the destination{where}.", "where": " where {name} is on your {side}",
-             "seen": "{name} is on your {side}", "here": "You observe an intersection", "none": "No landmarks nearby", "between": "; ",
-             "doing": "{text}", "keys": ("current observation", "current instruction")},
-    "short": {"absolute": "turn {absolute}", "relative": "turn {relative}", "both": "turn {relative} to {absolute}",
-              "crossing": "go to crossing{where}",
-              "goal": "go to end{where}", "where": ", {name} {side}",
-              "seen": "{name} {side}", "here": "crossing", "none": "none", "between": ", ",
-              "doing": "{number} {text}", "keys": ("obs", "ins")},
-}
+WORDING = VIRL["wording"]
 
 
 def observation(here, style):
@@ -1447,7 +1356,7 @@ def right_word(here, rule):
 
 
 class Walked(NamedTuple):
-    """What the verifier found: the outcome (a key of WALK_REWARD), why, as a key of WHY, the fact for its sentence, and whether
+    """What the verifier found: a key of WALK_REWARD, why, as a key of WORDING's "why", the fact for its sentence, and whether
     the observation named the landmarks and intersection that are there and no other (None where there is none to read)."""
     outcome: str
     why: str
@@ -1459,68 +1368,56 @@ def judge_walk(response, here, rule, style):
     """Judge a response (text of a model, of any content) at a Position under a TurnRule; never raises for a str."""
     observed = None
     try:
-        answer = read_answer(response)
-        if isinstance(answer.get(WORDING[style]["keys"][0]), str):
-            observed = _parts(answer[WORDING[style]["keys"][0]]) == _parts(observation(here, style))
+        answer, key = read_answer(response), WORDING[style]["keys"][0]
+        if isinstance(answer.get(key), str):
+            observed = _parts(answer[key]) == _parts(observation(here, style))
         if not isinstance(answer.get("action"), str):
             raise Illegal("the JSON object has no key 'action' with a string")
         kind, word = read_action(answer["action"])
     except Illegal as error:
         return Walked("illegal", "illegal", str(error), observed)
-    if (kind, word) == (here.action, right_word(here, rule)):
-        return Walked("correct" if kind == "stop" else "right_action", "right", "", observed)
-    return Walked("wrong_action", _why(kind, word, here, rule), clean(word), observed)
+    right = (kind, word) == (here.action, right_word(here, rule))
+    outcome = "wrong_action" if not right else "correct" if kind == "stop" else "right_action"
+    why, fact = ("right", "") if right else (_why(kind, word, here, rule), clean(word))
+    return Walked(outcome, why, fact, observed)
 
 
 def _parts(text):
     """The set of things that an observation names, without case, "no landmarks" and the like."""
     parts = {" ".join(part.lower().removeprefix("the destination ").split()) for part in re.split("[;,.]", text)}
-    return {part for part in parts if part not in ("", "none", "no landmarks nearby", "no landmark nearby")}
+    return parts - {"", "none", "no landmarks nearby", "no landmark nearby"}
 
 
 def _why(kind, word, here, rule):
-    """The key in WHY of what is wrong with an action; each of its sentences is true wherever this gives it."""
+    """The key of WORDING's "why" of what is wrong with an action; each of its sentences is true wherever this gives it."""
     if here.action == "stop":
         return "arrived"
     if kind == "stop":
         return "not_there"
     if here.action == "forward":
         return "no_turn"
-    if kind == "forward":
-        return "turn"
-    return "direction" if word in TURNS[rule.words] else "word"
-
-
-WHY = {
-    "full": {"right": "Correct. {seen}", "illegal": "Your answer is not legal: {fact}. " + AGAIN,
-             "arrived": "Wrong: this is the destination. " + AGAIN, "not_there": "Wrong: this is not the destination. " + AGAIN,
-             "no_turn": "Wrong: the instruction is to move on, not to turn yet. " + AGAIN,
-             "turn": "Wrong: the instruction is to turn here. " + AGAIN,
-             "direction": "Wrong: {fact} is not the way to turn here. " + AGAIN,
-             "word": "Wrong: {fact} is not one of the words for turn_direction(x). " + AGAIN},
-    "short": {"right": "{seen}", "illegal": "not legal", "arrived": "no: the end", "not_there": "no: not the end",
-              "no_turn": "no: no turn yet", "turn": "no: turn here", "direction": "no: other way", "word": "no: other word"}}
+    return "turn" if kind == "forward" else "direction" if word in TURNS[rule.words] else "word"
 
 
 # ---- 14. V-IRL: a walk -----------------------------------------------------------------------------------------------
 
-# One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In addition
-# LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD where the observation is not right.
+# One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In
+# addition LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD for a wrong observation.
 WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
 WALKERS = ("expert", "careless", "inattentive", "hasty", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
 
 
 class Navigation:
     """One walk along a route, for one episode. Attributes: route, rule, position (index into route.rail), cls (city and turns:
-    groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position so far),
-    image (a grid of four views, None in text), verdict (the latest Walked), done; look (a Scene, None in text) and tile of the pictures.
-
-    `image` is the picture of the current position: after a right action it is another one, which the next turn shows."""
+    groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position), verdict (the
+    latest Walked), done; look (a Scene) and tile of the pictures, and image, the four views of the current position, all None in
+    text. After a right action image is another picture, which the next turn shows."""
     asks = "action"
 
     def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
         self.route, self.rule, self.attempts, self.style, self.judged_by = route, rule, attempts, style, judged_by
-        self.cls = f"{route.city}: {route.shape()}"
+        turns = [turn_word("relative", here.heading, here.towards) for here in route.rail if here.action == "turn"]
+        self.cls = f"{route.city}: {', '.join(turns)}"
         self.texts = instructions(route, rule, style)
         self.position, self.attempt, self.verdict, self.done, self.look, self.tile = 0, 0, None, False, look, tile
         self.drawn = {}  # {position: picture}, common to all copies: each is drawn once and is one object for a whole group
@@ -1528,26 +1425,24 @@ class Navigation:
     @property
     def image(self):
         if self.look and self.position not in self.drawn:
-            here, released = self.route.rail[self.position], self.route.folder
-            source = (released_grid, released) if released else (draw_grid, self.route.city, self.style)
-            self.drawn[self.position] = source[0](*source[1:], here.place, here.heading, self.look, self.tile)
+            here, folder = self.route.rail[self.position], self.route.folder
+            draw = partial(released_grid, folder) if folder else partial(draw_grid, self.route.city, self.style)
+            self.drawn[self.position] = draw(here.place, here.heading, self.look, self.tile)
         return self.drawn.get(self.position)
 
     @property
     def prompt(self):
         """The first user turn: the rule, the instructions and, in text, the first observation."""
-        return (short_walk_prompt if self.style == "short" else full_walk_prompt)(self)
+        words, rule, here = WORDING[self.style], self.rule.words, self.route.rail[0]
+        told = words["listed"].join(words["item"].format(number=i, text=text) for i, text in enumerate(self.texts, 1))
+        seen = words["picture"] if self.look else words["text"].format(seen=observation(here, self.style))
+        return words["prompt"].format(told=told, means=words["means"][rule], choices=", ".join(TURNS[rule]),
+                                      facing=compass_word(here.heading), seen=seen)
 
     @property
     def actions(self):
         """The kind of right action at each position, "turn", "forward" or "stop", for the scores of section 15."""
         return tuple(here.action for here in self.route.rail)
-
-    def seen(self):
-        """The observation at the current position in words; with pictures a pointer to the next one."""
-        if self.look is None:
-            return observation(self.route.rail[self.position], self.style)
-        return "next" if self.style == "short" else "Look at the next picture."
 
     def step(self, response):
         """Judge the next answer. A right action moves on, and the feedback has the next observation; a wrong one is not executed.
@@ -1567,9 +1462,11 @@ class Navigation:
         return Step(float(reward), self.done, self._feedback(), outcome, float(bool(self.verdict.observed)))
 
     def _feedback(self):
-        if self.verdict.outcome == "correct":
-            return "the end" if self.style == "short" else "Correct. You have arrived."
-        return WHY[self.style][self.verdict.why].format(fact=self.verdict.fact, seen=self.seen())
+        """The verifier's text and, where the walk moves on, what is seen there; with pictures a pointer to the next one."""
+        words = WORDING[self.style]
+        seen = words["next"] if self.look else observation(self.route.rail[self.position], self.style)
+        said = words["end"] if self.verdict.outcome == "correct" else words["why"][self.verdict.why]
+        return said.format(fact=self.verdict.fact, seen=seen)
 
     def expert(self):
         """A right response at the current position, by the rule of the prompt."""
@@ -1585,10 +1482,8 @@ class Navigation:
 
     def at(self, position):
         """(problem, texts): a fresh copy that stands at a position, and the conversation after the prompt that leads there with
-        right answers by the rule of the prompt: response, feedback, ..., feedback (list of str).
-
-        For scores with a given history: read problem.prompt and the texts, sample one response, and judge it by problem.step."""
-        walker, texts = self._fresh(self.rule), []
+        right answers by the rule of the prompt: response, feedback, ..., feedback (for scores with a given history)."""
+        walker, texts = self._fresh(), []
         while walker.position < position:
             response = walker.expert()
             texts += [response, walker.step(response).feedback]
@@ -1599,27 +1494,26 @@ class Navigation:
         """What a demonstrator of the base stage writes on a whole walk: response, feedback, response, ... (list of str).
 
         "expert": the right action everywhere. "retry": at one position first a wrong action and then, after the verifier's words,
-        the right one. "careless": so at every fourth position or so. "inattentive": on half of the walks every turn is first said
-        in the words of the other rule. "hasty": where a landmark is on the left it first says forward(). ValueError for other kinds."""
+        the right one. "careless": so at every fourth position or so. "inattentive": on half of the walks every turn is first
+        said in the words of the other rule. "hasty": where a landmark is on the left, forward() first. ValueError for others."""
         if kind not in WALKERS:
             raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(WALKERS)}.")
-        slips = {"expert": [], "retry": [rng.randrange(len(self.route.rail))],
-                 "careless": [i for i in range(len(self.route.rail)) if rng.random() < 0.25],
-                 "inattentive": [i for i, action in enumerate(self.actions) if action == "turn"] * rng.randint(0, 1),
-                 "hasty": [i for i, here in enumerate(self.route.rail) if here.action != "forward" and "left" in dict(here.landmarks).values()],
-                 }[kind]
-        walker, texts = self._fresh(self.rule), []
+        rail = list(enumerate(self.route.rail))
+        slips = {"expert": [], "retry": [rng.randrange(len(rail))], "careless": [i for i, _ in rail if rng.random() < 0.25],
+                 "inattentive": [i for i, here in rail if here.action == "turn"] * rng.randint(0, 1),
+                 "hasty": [i for i, here in rail if here.action != "forward" and "left" in dict(here.landmarks).values()]}[kind]
+        walker, texts = self._fresh(), []
         while not walker.done:
             slip = walker.position in slips and walker.attempt == 0
             response = walker._response(walker._slip(kind, rng)) if slip else walker.expert()
             texts += [response, walker.step(response).feedback]
         return texts[:-1]
 
-    def _fresh(self, judged_by):
-        """A copy at the start; two attempts at least, since demonstrators err once."""
+    def _fresh(self):
+        """A copy at the start, judged by its own rule; two attempts at least, since demonstrators err once."""
         walker = copy.copy(self)
         walker.position, walker.attempt, walker.verdict, walker.done = 0, 0, None, False
-        walker.judged_by, walker.attempts = judged_by, max(self.attempts, 2)
+        walker.judged_by, walker.attempts = self.rule, max(self.attempts, 2)
         return walker
 
     def right(self):
@@ -1644,29 +1538,6 @@ class Navigation:
         return json.dumps(fields, separators=(",", ":") if self.style == "short" else None)
 
 
-def short_walk_prompt(problem):
-    """Few tokens, for the tiny model: `facing south, compass. 1 turn east. 2 go to crossing, bank right. ...`."""
-    facing = compass_word(problem.route.rail[0].heading)
-    told = ". ".join(f"{number} {text}" for number, text in enumerate(problem.texts, 1))
-    return f"facing {facing}, {'compass' if problem.rule.words == 'absolute' else 'sides'}. {told}.\n{problem.seen()}"
-
-
-def full_walk_prompt(problem):
-    """Plain words, for an instruct model."""
-    rule = problem.rule.words
-    told = "\n".join(f"{number}. {text}" for number, text in enumerate(problem.texts, 1))
-    turns = "the direction that you then face" if rule == "absolute" else "the side to which you turn"
-    seen = f"You observe: {problem.seen()}" if problem.look is None else (
-        "The picture has four views of where you are: front and right above, back and left below.")
-    return (
-        f"You walk through a city along a route, one action at a time.\n\nInstructions:\n{told}\n\nActions:\nforward() moves one step "
-        f"ahead.\nturn_direction(x) turns, and moves one step into the new street; x is {turns}, one of: {', '.join(TURNS[rule])}.\n"
-        'stop() ends the walk, at the destination.\n\nReply with one JSON object and nothing else, with these keys: "current '
-        'observation", the landmarks here, as in "Hotel X is on your left" (or front, right, back), and "You observe an intersection" '
-        'where there is one, separated by semicolons, or "No landmarks nearby"; "current instruction", the instruction that you are '
-        f'following; "action", your next action as a string.\n\nYou face {compass_word(problem.route.rail[0].heading)}. {seen}')
-
-
 def _navigation(name, rule, visual, split, index, attempts, style, judge, tile, data):
     look, tile = None, (560 if style == "full" else 32) if tile is None else tile
     if pictures(name):
@@ -1674,7 +1545,7 @@ def _navigation(name, rule, visual, split, index, attempts, style, judge, tile, 
         if not 16 <= tile <= 1120:
             raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
     if data:
-        found = released_routes(str(data))
+        found = released_routes(str(data), look is not None)
         route = found[index % len(found)]
     else:
         route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
@@ -1690,9 +1561,9 @@ def walk_scores(actions, outcomes):
     """Scores of one episode. actions: problem.actions; outcomes: those of its answers in order, up to where it ended.
 
     "first": the share of the route's positions passed before the first wrong answer, "episode": before the attempts ran out (the
-    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1. "failed_at":
-    the position of the first wrong answer, or None. "by_action": {action: (right at the first answer, positions reached)}."""
-    position, attempt, failed_at, by_action = 0, 0, None, {kind: (0, 0) for kind in KINDS_OF_ACTION}
+    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1.
+    "failed_at": where the first wrong answer was, or None. "by_action": {action: (right at the first answer, positions reached)}."""
+    position, attempt, failed_at, by_action = 0, 0, None, dict.fromkeys(KINDS_OF_ACTION, (0, 0))
     for outcome in outcomes:
         right = outcome in ("right_action", "correct")
         if attempt == 0:
@@ -1710,78 +1581,81 @@ def forced_scores(actions, right):
     """Scores with the right history given at every position (see Navigation.at). right: one truth value per position of actions.
 
     {"all": share of right answers, "turn": ..., "forward": ..., "stop": ...}, None for an action that does not occur."""
-    groups = {"all": list(right)} | {kind: [hit for hit, action in zip(right, actions) if action == kind] for kind in KINDS_OF_ACTION}
+    groups = {kind: [hit for hit, action in zip(right, actions) if kind in ("all", action)] for kind in ("all", *KINDS_OF_ACTION)}
     return {name: sum(map(bool, hits)) / len(hits) if hits else None for name, hits in groups.items()}
 
 
 # ---- 16. V-IRL: views ------------------------------------------------------------------------------------------------
-# Four views of a place, each 90 degrees wide, drawn with pillow from the same city as the text: the sky, the ground, then everything
-# that stands on it, the farthest first. A camera point is (x, z): metres to its right and ahead of it.
+# Four views of a place, each 90 degrees wide, drawn with pillow from the same city as the text: the sky, the ground, then
+# everything that stands on it, the farthest first. A camera point is (x, z): metres to its right and ahead of it.
 
-EYE, HORIZON, NEAR, FAR = 1.7, 0.6, 0.4, 110  # metres above ground; share of the picture above it; nearest and farthest metres drawn
+EYE, NEAR, FAR = 1.7, 0.4, 110  # metres: height of the eye, and the nearest and farthest that is drawn
+HORIZON = 0.6  # share of the picture above it
 
-# sky above and at the horizon, pavement, road, how light the walls are, and the windows
-LIGHTS = {
-    "day": ((96, 156, 222), (214, 232, 244), (190, 186, 178), (104, 106, 112), 1.0, (74, 96, 120)),
-    "dusk": ((62, 52, 110), (246, 166, 110), (128, 116, 120), (72, 68, 80), 0.66, (255, 214, 130)),
-    "night": ((8, 12, 30), (38, 44, 76), (66, 68, 82), (38, 40, 52), 0.36, (255, 226, 150)),
-}
-PALETTES = {  # walls, then the boards of signs and their writing
-    "stone": (((222, 208, 182), (205, 190, 168), (233, 224, 206), (188, 176, 160), (214, 196, 160)), (24, 62, 92), (255, 255, 255)),
-    "brick": (((158, 78, 60), (134, 62, 52), (176, 96, 70), (120, 72, 64), (148, 90, 82)), (250, 240, 214), (88, 24, 20)),
-    "glass": (((122, 150, 170), (92, 122, 146), (150, 172, 184), (108, 132, 140), (134, 160, 178)), (16, 16, 20), (120, 240, 220)),
-    "pastel": (((244, 194, 190), (190, 222, 200), (246, 224, 170), (186, 206, 236), (224, 196, 230)), (255, 255, 255), (140, 30, 90)),
-}
+
+class Light(NamedTuple):
+    """The colours of the sky above and at the horizon, of pavement, road and windows, and how light the walls are."""
+    sky: tuple
+    low: tuple
+    pavement: tuple
+    road: tuple
+    pane: tuple
+    walls: float
+
+
+LIGHTS = {name: Light(*colours) for name, colours in VIRL["lights"].items()}
+PALETTES, BOARDS = VIRL["palettes"], VIRL["boards"]  # five colours of walls; a sign's board and its writing
 WEATHERS = {"clear": 0.15, "rain": 0.4, "fog": 0.95, "snow": 0.5}  # and how much of a thing FAR away is lost in the haze
 EMBLEMS = ((214, 40, 40), (30, 90, 220), (20, 150, 60), (240, 170, 0))  # of the short names: four colours of four shapes
+WHITE = (236, 232, 220)  # of the lines on the roads
 
 
 @dataclass(frozen=True)
-class Scene(Visual):
-    """How a city is drawn, as in "dusk/weather=rain/palette=brick": names in LIGHTS, WEATHERS and PALETTES, and `tiles`: 4 for one view
-    a tile, 1 for all four in one tile."""
-    options = {"light": tuple(LIGHTS), "weather": tuple(WEATHERS), "palette": tuple(PALETTES), "tiles": (4, 1)}
-    light: str = "day"
-    weather: str = "clear"
-    palette: str = "stone"
-    tiles: int = 4
+class Scene(Options):
+    """How a city is drawn, as in "dusk/weather=rain/palette=brick"; with tiles=1 all four views are in one tile."""
+    light: str = _one_of(*LIGHTS)
+    weather: str = _one_of(*WEATHERS)
+    palette: str = _one_of(*PALETTES)
+    tiles: int = _one_of(4, 1)
 
 
 parse_scene, fill_scene = Scene.parse, Scene.fill
 
 
-class Wall(NamedTuple):
-    """The front of a building: its left and right ends as seen from the street, its height, and a number that picks its colours."""
-    left: tuple
-    right: tuple
-    height: float
-    pick: int
-
-
 @lru_cache(maxsize=32)
 def walls(name, style):
-    """All fronts of a city, about 11 m wide each."""
+    """All fronts of a city, about 11 m wide each: (left end seen from the street, right end, height, number of its colours)."""
     town, rng, found = city(name, style), random.Random(f"virl/{name}/walls"), []
-    for (a, b), side in product(((a, b) for a in town.arms for b in town.arms[a] if a < b), (1, -1)):
+    for (a, b), side in product(((a, b) for a, b in town.turns if a < b), (1, -1)):
         start, end = town.front(a, b, side)
         count = max(round((end - start) / 11), 1)
         ends = [town.beside(a, b, start + (end - start) * i / count, side * CURB) for i in range(count + 1)][::-side]
-        found += [Wall(left, right, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for left, right in zip(ends, ends[1:])]
+        found += [(*pair, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for pair in pairwise(ends)]
     return found
+
+
+@lru_cache(maxsize=32)
+def roads(name, style):
+    """(roads, white lines) of a city, each a list of four corners on the ground."""
+    town, paved, lines = city(name, style), [], []
+    for a, b in town.turns:
+        def strip(start, end, left, right):
+            return [town.beside(a, b, *corner) for corner in ((start, left), (end, left), (end, right), (start, right))]
+        if a < b:
+            paved.append(strip(-4, town.long(a, b) + 4, -5, 5))
+            lines += [strip(at, at + 2, -0.12, 0.12) for at in range(16, int(town.long(a, b)) - 16, 5)]
+        begin = max(town.front(a, b, 1)[0], town.front(a, b, -1)[0], 5)
+        lines += [strip(begin - 2, begin + 0.6, at, at + 0.7) for at in (-4.2, -2.8, -1.4, 0, 1.4, 2.8)]  # a crosswalk
+    return paved, lines
 
 
 class View:
     """One view in the making, `size` pixels each way, from a point of a city. Every draw method adds one kind of thing."""
 
     def __init__(self, point, heading, look, size):
-        self.point, self.size, self.look = point, size, look
+        self.point, self.size, self.look, self.light = point, size, look, LIGHTS[look.light]
         self.sin, self.cos = math.sin(math.radians(heading)), math.cos(math.radians(heading))
-        self.sky, self.low, self.pave, self.road, self.light, self.pane = LIGHTS[look.light]
-        haze = WEATHERS[look.weather]
-        self.sky = tuple(int(a + (b - a) * haze) for a, b in zip(self.sky, self.low))
-        if look.weather == "snow":
-            self.pave = tuple((value + 480) // 3 for value in self.pave)
-        self.image = Image.new("RGB", (size, size), self.pave)
+        self.image = _backdrop(look, size).copy()
         self.draw = ImageDraw.Draw(self.image)
 
     def ahead(self, point):
@@ -1789,77 +1663,69 @@ class View:
         x, y = point[0] - self.point[0], point[1] - self.point[1]
         return x * self.cos - y * self.sin, x * self.sin + y * self.cos
 
-    def pixel(self, spot, height):
+    def pixel(self, x, z, height):
         """Where a camera point at a height above ground is in the picture, from its top left."""
-        scale = self.size / 2 / spot[1]
-        return self.size / 2 + scale * spot[0], self.size * HORIZON - scale * (height - EYE)
+        scale = self.size / 2 / z
+        return self.size / 2 + scale * x, self.size * HORIZON - scale * (height - EYE)
 
     def shade(self, colour, distance, light):
         """A colour in this light (1: its own) and, at this distance, in this weather's haze."""
         haze = WEATHERS[self.look.weather] * min(distance / FAR, 1)
-        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in zip(colour, self.low))
+        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in zip(colour, self.light.low))
 
-    def draw_sky(self):
-        """From its colour above to the one at the horizon."""
-        horizon = int(self.size * HORIZON)
-        for y in range(horizon):
-            self.draw.line((0, y, self.size, y), tuple(int(a + (b - a) * y / horizon) for a, b in zip(self.sky, self.low)))
+    def fill(self, corners, colour):
+        """A polygon of (x, z, height); what is behind the camera is cut off."""
+        depths = [z for _, z, _ in corners]
+        if min(depths) < NEAR <= max(depths):
+            corners = [corner for start, end in zip(corners, corners[1:] + corners[:1]) for corner in _clipped(start, end)]
+        if max(depths) >= NEAR:
+            self.draw.polygon([self.pixel(*corner) for corner in corners], colour)
 
     def draw_ground(self, points, colour):
-        """A flat shape on the ground, given by its corners in the city; what is behind the camera is cut off."""
-        spots, shown = [self.ahead(point) for point in points], []
-        for (x, z), (u, w) in zip(spots, spots[1:] + spots[:1]):
-            if z >= NEAR:
-                shown.append((x, z))
-            if (z >= NEAR) != (w >= NEAR):
-                shown.append((x + (u - x) * (NEAR - z) / (w - z), NEAR))
-        if shown:  # without haze: overlapping roads should show no seams
-            self.draw.polygon([self.pixel(spot, 0) for spot in shown], colour)
+        """A flat shape on the ground, given by its corners in the city, without haze: overlapping roads should show no seams."""
+        self.fill([(*self.ahead(point), 0) for point in points], colour)
 
-    def draw_wall(self, wall):
+    def draw_wall(self, left, right, height, pick):
         """A front: its wall, the edge of its roof, its shop and its windows."""
-        left, right = self.ahead(wall.left), self.ahead(wall.right)
-        low, high = _in_sight(left, right)
-        if low >= high:
+        (x, z), (u, w) = left, right = self.ahead(left), self.ahead(right)
+        if _hidden(left, right):
             return
-        distance, colour = math.hypot(left[0] + right[0], left[1] + right[1]) / 2, PALETTES[self.look.palette][0][wall.pick % 5]
+        light, pane, unlit = self.light.walls, self.light.pane, LIGHTS["day"].pane
+        distance, colour = math.hypot(x + u, z + w) / 2, PALETTES[self.look.palette][pick % 5]
 
         def part(first, last, bottom, top, colour, light):
             """A part of the front between two shares of its width, from the left, and two heights."""
-            first, last = max(first, low), min(last, high)
-            if first < last:
-                ends = [(left[0] + (right[0] - left[0]) * share, left[1] + (right[1] - left[1]) * share) for share in (first, last)]
-                corners = [self.pixel(ends[0], bottom), self.pixel(ends[0], top), self.pixel(ends[1], top), self.pixel(ends[1], bottom)]
-                self.draw.polygon(corners, self.shade(colour, distance, light))
+            (a, b), (c, d) = ((x + (u - x) * share, z + (w - z) * share) for share in (first, last))
+            self.fill([(a, b, bottom), (a, b, top), (c, d, top), (c, d, bottom)], self.shade(colour, distance, light))
 
-        part(0, 1, 0, wall.height, colour, self.light)
-        part(0, 1, wall.height - 0.5, wall.height, colour, self.light * 0.75)
-        part(0.06, 0.94, 0, 2.6, self.pane, 0.7)
-        part(0, 1, 2.6, 3.2, EMBLEMS[wall.pick % 4], self.light * 0.6)
-        columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(wall.height - 3.5) // 3
-        for column, floor in product(range(columns), range(floors) if distance < min(FAR, self.size / 2) / 2 else ()):
-            lit = self.light == 1 or (wall.pick + floor * 5 + column * 3) % 4 < 2
-            part((column + 0.25) / columns, (column + 0.75) / columns, 4.2 + 3 * floor, 6 + 3 * floor,
-                 self.pane if lit else LIGHTS["day"][5], 1 if lit else self.light)
+        part(0, 1, 0, height, colour, light)
+        part(0, 1, height - 0.5, height, colour, light * 0.75)
+        part(0.06, 0.94, 0, 2.6, pane, 0.7)
+        part(0, 1, 2.6, 3.2, EMBLEMS[pick % 4], light * 0.6)
+        if distance < min(FAR, self.size / 2) / 2:  # as far as a small picture shows windows
+            columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(height - 3.5) // 3
+            for column, floor in product(range(columns), range(floors)):
+                lit = light == 1 or (pick + floor * 5 + column * 3) % 4 < 2
+                part((column + 0.25) / columns, (column + 0.75) / columns, 4.2 + 3 * floor, 6 + 3 * floor,
+                     pane if lit else unlit, 1 if lit else light)
 
-    def draw_board(self, name, spot, angle):
+    def draw_board(self, name, spot, angle, distance):
         """The sign of a landmark, seen at this bearing by someone in front of it: its picture in perspective."""
         board = sign(name, self.look.palette)
-        wide, bottom, top = (9, 0.6, 9.6) if board.size[0] == board.size[1] else (8, 2.4, 6.4)
-        across = (math.cos(math.radians(angle)) * wide / 2, -math.sin(math.radians(angle)) * wide / 2)
-        left, right = (self.ahead((spot[0] + s * across[0], spot[1] + s * across[1])) for s in (-1, 1))
-        if _in_sight(left, right) != (0, 1):
+        half, bottom, top = (4.5, 0.6, 9.6) if board.width == board.height else (4, 2.4, 6.4)
+        x, y = half * math.cos(math.radians(angle)), -half * math.sin(math.radians(angle))
+        left, right = (self.ahead((spot[0] + s * x, spot[1] + s * y)) for s in (-1, 1))
+        if _hidden(left, right) or min(left[1], right[1]) < NEAR:
             return
-        corners = [self.pixel(left, top), self.pixel(right, top), self.pixel(right, bottom), self.pixel(left, bottom)]
-        low_x, low_y = (max(int(min(axis)), 0) for axis in zip(*corners))
-        high_x, high_y = (min(int(max(axis)) + 1, self.size) for axis in zip(*corners))
-        if low_x >= high_x or low_y >= high_y:
-            return
-        flat = board.transform((high_x - low_x, high_y - low_y), Image.Transform.PERSPECTIVE,
-                               _perspective([(x - low_x, y - low_y) for x, y in corners], *board.size), Image.Resampling.BILINEAR)
-        haze = Image.new("RGB", flat.size, self.low)
-        share = WEATHERS[self.look.weather] * min(math.hypot(*self.ahead(spot)) / FAR, 1)
-        self.image.paste(Image.blend(flat.convert("RGB"), haze, share), (low_x, low_y), flat.getchannel("A"))
+        corners = [self.pixel(*end, height) for end, height in ((left, top), (right, top), (right, bottom), (left, bottom))]
+        x, y = (max(int(min(axis)), 0) for axis in zip(*corners))
+        width, height = (min(int(max(axis)) + 1, self.size) - low for axis, low in zip(zip(*corners), (x, y)))
+        if width > 0 and height > 0:
+            numbers = _perspective([(u - x, v - y) for u, v in corners], *board.size)
+            flat = board.transform((width, height), Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BILINEAR)
+            share = WEATHERS[self.look.weather] * min(distance / FAR, 1)
+            hazy = Image.blend(flat.convert("RGB"), Image.new("RGB", flat.size, self.light.low), share)
+            self.image.paste(hazy, (x, y), flat.getchannel("A"))
 
     def draw_weather(self, rng):
         """Rain or snow in the air."""
@@ -1871,13 +1737,31 @@ class View:
                 self.draw.ellipse((x, y, x + long / 4, y + long / 4), (250, 250, 255))
 
 
-def _in_sight(left, right):
-    """(first, last): the part of a line between two camera points, in shares of it, that is ahead of the camera; (0, 0) where none
-    is, where it is outside the view, and where it is seen from behind."""
+@lru_cache(maxsize=8)
+def _backdrop(look, size):
+    """What all views have behind them: the pavement, and a sky that turns into the colour at the horizon."""
+    def mixed(share, start, end):
+        return tuple(int(a + (b - a) * share) for a, b in zip(start, end))
+    light, horizon = LIGHTS[look.light], int(size * HORIZON)
+    sky = mixed(WEATHERS[look.weather], light.sky, light.low)
+    white = look.weather == "snow"
+    image = Image.new("RGB", (size, size), tuple((value + 480) // 3 for value in light.pavement) if white else light.pavement)
+    for y in range(horizon):
+        ImageDraw.Draw(image).line((0, y, size, y), mixed(y / horizon, sky, light.low))
+    return image
+
+
+def _clipped(start, end):
+    """What of a polygon's side, from (x, z, height) to the same, is ahead of the camera: its start, and where it crosses NEAR."""
+    inside, share = start[1] >= NEAR, (NEAR - start[1]) / ((end[1] - start[1]) or 1)
+    crossing = (start[0] + (end[0] - start[0]) * share, NEAR, start[2] + (end[2] - start[2]) * share)
+    return [start] * inside + [crossing] * (inside != (end[1] >= NEAR))
+
+
+def _hidden(left, right):
+    """Whether a front between two camera points is behind the camera, outside the view, or seen from its back."""
     (x, z), (u, w) = left, right
-    if max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0:
-        return 0, 0
-    return 0 if z >= NEAR else (NEAR - z) / (w - z), 1 if w >= NEAR else (NEAR - z) / (w - z)
+    return max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0
 
 
 def _perspective(corners, width, height):
@@ -1893,13 +1777,12 @@ def _perspective(corners, width, height):
 @lru_cache(maxsize=512)
 def sign(name, palette):
     """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem for the tiny model."""
-    back, ink = PALETTES[palette][1:]
-    if name in _words()["short"]:
-        return _emblem(_words()["short"].index(name))
+    if name in VIRL["short"]:
+        return _emblem(VIRL["short"].index(name))
+    back, ink = BOARDS[palette]
     image = Image.new("RGBA", (320, 160), back)
-    draw = ImageDraw.Draw(image)
+    draw, lines = ImageDraw.Draw(image), name.split()
     draw.rectangle((4, 4, 315, 155), outline=ink, width=4)
-    lines = name.split()
     size = min(int(46 * 300 / max(draw.textlength(line, ImageFont.load_default(46)) for line in lines)), 66)
     for line, middle in zip(lines, (48, 112) if len(lines) == 2 else (80,)):
         draw.text((160, middle), line, ink, ImageFont.load_default(size), "mm")
@@ -1921,81 +1804,53 @@ def _emblem(number):
     return image
 
 
-def draw_view(name, style, place, heading, look, size):
-    """What is seen from a place of a city in one direction: an RGB picture of size x size pixels."""
-    town, fine = city(name, style), size * (2 if size >= 100 else 4)
-    view = View(town.point(place), heading, look, fine)
-    reach = min(FAR, fine / 2)  # a small picture shows less of what is far
-    view.draw_sky()
-    for points, colour in _streets(name, style):
-        if colour is None or math.dist(points[0], view.point) < reach / 2:
-            view.draw_ground(points, colour or view.road)
-
-    def far(*points):
-        return sum(math.dist(point, view.point) for point in points) / len(points)
-    stood = [(far(wall.left, wall.right), view.draw_wall, (wall,)) for wall in walls(name, style)]
+def _in_reach(name, style, point, road, reach):
+    """What there is to see from a point in any direction, as (a draw method of View, its arguments): roads in this colour and
+    their lines, then all that stands within so many metres, the farthest first."""
+    town, (paved, lines), stood = city(name, style), roads(name, style), []
+    for wall in walls(name, style):
+        if (far := (math.dist(wall[0], point) + math.dist(wall[1], point)) / 2) < reach:
+            stood.append((far, View.draw_wall, *wall))
     for at, (label, angle) in town.landmarks.items():
         spot = town.sign_point(at)
-        stood.append((far(spot) - 2, view.draw_board, (label, spot, angle)))  # before the wall that it hangs on
-    for _, draw, what in sorted((item for item in stood if item[0] < reach), key=lambda item: -item[0]):
-        draw(*what)
-    view.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
-    return view.image.reduce(fine // size)
-
-
-@lru_cache(maxsize=32)
-def _streets(name, style):
-    """What lies on a city's ground, as (corners, colour): roads (None: the colour of the light), then their white lines."""
-    town, roads, lines = city(name, style), [], []
-    for a, b in ((a, b) for a in town.arms for b in town.arms[a]):
-        long = math.dist(town.nodes[a], town.nodes[b])
-
-        def strip(start, end, left, right):
-            return [town.beside(a, b, *corner) for corner in ((start, left), (end, left), (end, right), (start, right))]
-        if a < b:
-            roads.append((strip(-4, long + 4, -5, 5), None))
-            lines += [(strip(at, at + 2, -0.12, 0.12), (236, 232, 220)) for at in range(16, int(long) - 16, 5)]
-        begin = max(town.front(a, b, 1)[0], town.front(a, b, -1)[0], 5)
-        lines += [(strip(begin - 2, begin + 0.6, at, at + 0.7), (236, 232, 220)) for at in (-4.2, -2.8, -1.4, 0, 1.4, 2.8)]
-    return roads + lines
+        if (far := math.dist(spot, point)) - 2 < reach:
+            stood.append((far - 2, View.draw_board, label, spot, angle, far))  # before the wall that it hangs on
+    ground = [(View.draw_ground, strip, road) for strip in paved]
+    ground += [(View.draw_ground, strip, WHITE) for strip in lines if math.dist(strip[0], point) < reach / 2]
+    return ground + [thing for _, *thing in sorted(stood, key=lambda thing: -thing[0])]
 
 
 @lru_cache(maxsize=64)
 def draw_grid(name, style, place, heading, look, tile):
-    """The four views of a place in one picture: front and right above, back and left below. Each fills a tile of the model, or, for a
-    look with tiles=1, a quarter of the one: the picture has 2 tile or tile pixels each way."""
+    """The four views of a place in one picture, see four_views."""
+    point = city(name, style).point(place)
     size = tile if look.tiles == 4 else tile // 2
+    fine = 4 if size < 100 else 2  # drawn so many times too large and reduced, which smooths edges
+    reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
+    things = _in_reach(name, style, point, LIGHTS[look.light].road, reach)
+
+    def view(heading):
+        drawn = View(point, heading, look, size * fine)
+        for draw, *what in things:
+            draw(drawn, *what)
+        drawn.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
+        return drawn.image.reduce(fine)
+    return four_views(heading, view)
+
+
+def four_views(heading, view):
+    """view(heading in degrees), a square picture, of four directions in one: front and right above, back and left below."""
+    views = [view((heading + 90 * i) % 360) for i in range(4)]
+    size = views[0].width
     image = Image.new("RGB", (2 * size, 2 * size))
-    for i in range(4):
-        image.paste(draw_view(name, style, place, (heading + 90 * i) % 360, look, size), (size * (i % 2), size * (i // 2)))
+    for i, each in enumerate(views):
+        image.paste(each, (size * (i % 2), size * (i // 2)))
     return image
 
 
-def draw_walk(problem, width=340):
-    """A route for people: its map, north up, with numbered positions, the instructions under it, and beside it what each position
-    shows, asks and wants."""
-    rail, columns, side = problem.route.rail, min(len(problem.route.rail), 4), 3 * width
-    small, large = ImageFont.load_default(16), ImageFont.load_default(18)
-    rows, step = -(-len(rail) // columns), width + 58
-    height = max(rows * step + 10, side + 50 + 26 * len(problem.texts))
-    sheet = Image.new("RGB", (side + columns * (width + 10) + 20, height), (250, 250, 250))
-    draw = ImageDraw.Draw(sheet)
-    sheet.paste(draw_map(problem, side), (10, 10))
-    for i, text in enumerate(problem.texts):
-        draw.text((20, side + 24 + 26 * i), f"{i + 1}.  {text}", (30, 30, 40), large)
-    for i, here in enumerate(rail):
-        x, y = side + 20 + i % columns * (width + 10), 10 + i // columns * step
-        draw.text((x, y), f"{i + 1}. {observation(here, problem.style)}"[: width // 8], (30, 30, 40), small)
-        doing = f"instruction {here.instruction + 1}: {problem.at(i)[0].right()}"
-        draw.text((x, y + 22), doing, (170, 20, 20), small)
-        look = replace(problem.look or Scene(), tiles=1)
-        sheet.paste(draw_grid(problem.route.city, problem.style, here.place, here.heading, look, width), (x, y + 46))
-    return sheet
-
-
 def draw_map(problem, size):
-    """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels: north up, the route in red,
-    its positions numbered from 1, the landmarks by name."""
+    """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels: north up, the route in
+    red, its positions numbered from 1, the landmarks by name."""
     town, rail = city(problem.route.city, problem.style), problem.route.rail
     points = [town.point(here.place) for here in rail]
     (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
@@ -2014,7 +1869,7 @@ def draw_map(problem, size):
     for place, (name, angle) in town.landmarks.items():
         x, y = pixel(town.sign_point(place))
         draw.ellipse((x - 5, y - 5, x + 5, y + 5), (24, 62, 92))
-        off_x, off_y = 10 * math.sin(math.radians(angle)), -10 * math.cos(math.radians(angle))  # the name stands away from the street
+        off_x, off_y = 10 * math.sin(math.radians(angle)), -10 * math.cos(math.radians(angle))  # away from the street
         anchor = ("r" if off_x < -5 else "l" if off_x > 5 else "m") + ("m" if abs(off_x) > 5 else "b" if off_y < 0 else "t")
         draw.text((x + off_x, y + off_y), name, (24, 62, 92), ImageFont.load_default(15), anchor)
     for i, point in enumerate(points):
@@ -2027,8 +1882,8 @@ def draw_map(problem, size):
 
 
 # ---- 17. V-IRL: released data ----------------------------------------------------------------------------------------
-# The paper's routes (dataset tianzhechu/SFTvsRL_Data), from a folder with route_infos.json, gps_pano_mapping.pkl and street_views/.
-# All of it is material from elsewhere: it is bounded, read field by field, and never executed.
+# The paper's routes (dataset tianzhechu/SFTvsRL_Data), from a folder with route_infos.json, gps_pano_mapping.pkl and
+# street_views/. All of it is material from elsewhere: it is bounded, read field by field, and never executed.
 
 MAX_DATA = 1 << 28  # bytes of a file
 PUSHES = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
@@ -2092,42 +1947,61 @@ def _read_bytes(path):
     return path.read_bytes()
 
 
+BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)  # what odd data can raise
+
+
 @lru_cache(maxsize=4)
-def released_routes(folder):
-    """All Routes of a folder, in their order; each place is the name of a panorama. ValueError where a file is not as described."""
-    folder = Path(folder)
+def released_routes(folder, pictures=False):
+    """All Routes of a folder, in their order; each place is the name of a panorama (None without one, for walks in text only).
+
+    Routes that cannot be used are left out and named on stderr. ValueError for other files, or without any usable route."""
+    folder, found, skipped = Path(folder), [], []
     panoramas = read_plain_pickle(_read_bytes(folder / "gps_pano_mapping.pkl"))
     try:
-        infos = json.loads(_read_bytes(folder / "route_infos.json"))[0]
+        infos = list(json.loads(_read_bytes(folder / "route_infos.json"))[0])
         known = [(tuple(map(float, point)), str(name)) for point, name in panoramas.items()]
-        found = tuple(Route(folder.name, _released_rail(info, i, known), str(folder)) for i, info in enumerate(infos))
-        if not found:
-            raise ValueError("the list of routes is empty")
-        return found
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+    except BROKEN as error:
         raise ValueError(f"{folder} does not hold routes as released: {type(error).__name__} {clean(str(error))}.") from None
+    for number, info in enumerate(infos):
+        try:
+            rail = _released_rail(info, number, known)
+            if pictures and not all(here.place for here in rail):
+                raise ValueError("has no panorama within 20 m of a position")
+            found.append(Route(folder.name, rail, str(folder)))
+        except BROKEN as error:
+            lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            skipped.append(f"{number} {clean(lacks)}")
+    named = "; ".join(skipped[:10]) + f"; and {len(skipped) - 10} more" * (len(skipped) > 10)
+    if not found:
+        raise ValueError(f"{folder} does not hold routes as released, none can be used: {named or 'its list is empty'}.")
+    if skipped:
+        print(f"{len(skipped)} of {len(infos)} routes in {clean(str(folder), 200)} are left out: {named}.", file=sys.stderr)
+    return tuple(found)
 
 
 def _released_rail(info, number, known):
     """start -> points on the way, kept by chance -> turning point -> ... -> destination, as Positions."""
     rng = random.Random(f"virl/released/{number}")
-    points = [tuple(map(float, point)) for point in (info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"])]
+    places = info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"]
+    points = [tuple(map(float, place)) for place in places]
     blocks = [read_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
     if len(blocks) != len(points) - 1 or not blocks:
-        raise ValueError(f"Route {number} has {len(points) - 1} points but {len(blocks)} milestones.")
-    headings = [float(re.match(r"\d+(\.\d+)?", block["to_next_intersection_heading"].strip())[0]) for block in blocks]
+        raise ValueError(f"has {len(points) - 1} points but {len(blocks)} milestones")
+    stated = [re.match(r"\d+(\.\d+)?", block["to_next_intersection_heading"].strip()) for block in blocks]  # "298 (west)"
+    if not all(stated):
+        raise ValueError("has a milestone without a heading in degrees")
+    headings = [float(number[0]) for number in stated]
     facing = round(float(info["init_heading"])) % 360 or _facing(rng, headings[0])
     rail = [Position(_nearest(points[0], known), facing, (), False, "turn", headings[0], 0)]
-    for i, block in enumerate(blocks):
-        start, end, last = points[i], points[i + 1], i == len(blocks) - 1
+    for i, (block, start, end) in enumerate(zip(blocks, points, points[1:])):
         for share in (k / 6 for k in range(1, 6)) if metres(start, end) > 5 else ():
             kept, point = rng.random() < 0.5, tuple(a + (b - a) * share for a, b in zip(start, end))
             if kept and min(metres(point, start), metres(point, end)) > 8 and (name := _nearest(point, known)):
                 rail.append(Position(name, headings[i], (), False, "forward", None, 2 * i + 1))
         told = re.findall(r"(?:The destination )?([^;]+?) is on your ([a-z ]+)", block["landmarks"])
-        landmarks = tuple((clean(name.strip()), side) for name, side in told)
-        rail.append(Position(_nearest(end, known), headings[i], landmarks, not last, "stop" if last else "turn",
-                             None if last else headings[i + 1], 2 * i + (1 if last else 2)))
+        action, towards = ("turn", headings[i + 1]) if i + 1 < len(blocks) else ("stop", None)
+        rail.append(Position(_nearest(end, known), headings[i], tuple((clean(name.strip()), side) for name, side in told),
+                             action == "turn", action, towards, 2 * i + 1 + (action == "turn")))
     return tuple(rail)
 
 
@@ -2142,7 +2016,7 @@ def _nearest(point, known):
 def released_grid(folder, name, heading, look, tile):
     """As draw_grid, from the panorama `name` of the folder. ValueError where it is missing, too large or wrongly named."""
     if not re.fullmatch(r"[\w-]{1,64}", name or "", re.ASCII):
-        raise ValueError(f"{_quoted(name)} is no name of a panorama." if name else "There is no panorama within 20 m: walk in text.")
+        raise ValueError(f"{_quoted(name or '')} is no name of a panorama.")
     folder, size = Path(folder) / "street_views", tile if look.tiles == 4 else tile // 2
     metadata = json.loads(_read_bytes(folder / f"{name}.metadata.json"))
     rotation = metadata.get("rotation") if isinstance(metadata, dict) else None
@@ -2152,27 +2026,25 @@ def released_grid(folder, name, heading, look, tile):
         if image.size[0] * image.size[1] > 1 << 27:
             raise ValueError(f"The panorama {name} has more than {1 << 27} pixels.")
         panorama = np.asarray(image.convert("RGB"))
-    sheet = Image.new("RGB", (2 * size, 2 * size))
-    for i in range(4):
-        view = perspective(panorama, (heading + 90 * i - 180) % 360 + rotation, 640)
-        sheet.paste(Image.fromarray(view).resize((size, size), Image.Resampling.BILINEAR), (size * (i % 2), size * (i // 2)))
-    return sheet
+
+    def view(towards):
+        flat = perspective(panorama, (towards - 180) % 360 + rotation, 640)
+        return Image.fromarray(flat).resize((size, size), Image.Resampling.BILINEAR)
+    return four_views(heading, view)
 
 
 def perspective(panorama, yaw, size):
-    """A flat view of size x size, 90 degrees wide, pitch 0, from an equirectangular panorama (H, W, 3) uint8; yaw in degrees to the
-    right of its middle."""
+    """A flat view of size x size, 90 degrees wide, pitch 0, of an equirectangular panorama (H, W, 3) uint8; yaw in degrees
+    to the right of its middle."""
     high, wide = panorama.shape[:2]
     across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # the plane one unit ahead, from -1 to 1
-    x, y = np.meshgrid(across, across)
-    u = ((np.arctan(x) / (2 * np.pi) + yaw / 360 + 0.5) % 1 * wide - 0.5).astype(np.float32)
-    v = (0.5 + np.arctan2(y, np.hypot(x, 1)) / np.pi) * high - 0.5
+    u = (np.arctan(across) / (2 * np.pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
+    v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / np.pi) * high - 0.5  # (size, size)
     left, top = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
-    share_u, share_v = (u - left)[..., None], (v - top)[..., None]
-    left, right, low = left % wide, (left + 1) % wide, np.minimum(top + 1, high - 1)
-    upper = panorama[top, left] * (1 - share_u) + panorama[top, right] * share_u
-    lower = panorama[low, left] * (1 - share_u) + panorama[low, right] * share_u
-    return (upper * (1 - share_v) + lower * share_v + 0.5).astype(np.uint8)
+    share_u, share_v = (u - left).astype(np.float32)[:, None], (v - top)[..., None]
+    left, right, low, pixels = left % wide, (left + 1) % wide, np.minimum(top + 1, high - 1) * wide, panorama.reshape(-1, 3)
+    upper, lower = ((1 - share_u) * pixels[row + left] + share_u * pixels[row + right] for row in (top * wide, low))
+    return (upper + (lower - upper) * share_v + 0.5).astype(np.uint8)
 
 
 # ---- 18. Problems and suites -----------------------------------------------------------------------------------------
@@ -2200,17 +2072,18 @@ def kinds(name):
     return WALKERS if walks(name) else KINDS
 
 
-def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None, data=None):
+def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None,
+         data=None):
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule: for GeneralPoints a text for fill_rule and parse_rule (None: ID_RULE), wildcards drawn anew for every index; for V-IRL one
-    for parse_turns (None: absolute). visual, for tasks in pictures: a text for fill_look and parse_look (None: "black"), or for
-    fill_scene and parse_scene (None: "day"), drawn likewise. judge: the face values, or the rule for turns, that answers are judged
-    by where they are not the prompt's (the "fake rule" control); target and cards are always the prompt's, and the expert follows
-    the prompt. index counts from 0; the run's `seed` shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL
-    per position. style: in V-IRL the "short" routes are other, shorter ones. tile: the size of the model's image tiles in pixels,
-    for pictures (None: 32, and for street views in full style 560). data, for V-IRL: a folder of released routes to take instead,
-    over and over; its routes are all of one split. ValueError, in one sentence, for anything unknown or out of range."""
+    rule: GeneralPoints: a text for fill_rule and parse_rule (None: ID_RULE), wildcards drawn anew for every index; V-IRL: one for
+    parse_turns (None: absolute). visual, for pictures: a text for fill_look (None: "black") or fill_scene (None: "day"), drawn
+    likewise. judge: the faces, or the rule for turns, that answers are judged by where they are not the prompt's (the "fake rule"
+    control; target and cards are always the prompt's, and the expert follows the prompt). index counts from 0; the run's `seed`
+    shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL per position. style: in V-IRL the "short"
+    routes are other, shorter ones. tile: the size of the model's image tiles in pixels (None: 32, and for street views in full
+    style 560). data, for V-IRL: a folder of released routes to take instead, over and over, whatever the split. ValueError, in
+    one sentence, for anything unknown or out of range."""
     if name not in TASKS:
         raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
     for value, known in ((split, SPLITS), (style, STYLES)):
@@ -2230,7 +2103,7 @@ def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style
 
 
 class Row(NamedTuple):
-    """One test of a suite: its name, the rule of the prompt, the rule of the judge where it is another, the look of the pictures."""
+    """One test of a suite: its name, the rule of the prompt, that of the judge where it is another, the look of the pictures."""
     name: str
     rule: str
     judge: str | None = None
@@ -2298,6 +2171,7 @@ SUITES = {
 
 def parse_args(argv=None):
     """Command line that shows problems."""
+    cards, streets = ("; ".join(f"{name} {_any_of(known)}" for name, known in each.options().items()) for each in (Look, Scene))
     parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
     which = parser.add_argument_group("which problems")
     which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
@@ -2311,21 +2185,16 @@ def parse_args(argv=None):
     which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
     which.add_argument("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
     pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any value, "
-                          "a|b for one of some. Cards (default black): " + _all_of(OPTIONS)
-                          + ". Streets (default day): " + _all_of(Scene.options))
+    pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any "
+                          f"value, a|b for one of some. Cards (default black): {cards}. Streets (default day): {streets}")
     pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
-    pictures.add_argument("--show", metavar="FILE", help="gp-vl: draw the problems on one sheet, without --visual in many looks; V-IRL: "
-                          "draw the first walk, its map and its views")
+    pictures.add_argument("--show", metavar="FILE", help="gp-vl: draw the problems on one sheet, without --visual in many looks; "
+                          "V-IRL: draw the first walk, its map and its views")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
     answers.add_argument("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
     answers.add_argument("--attempts", type=int, default=1, help="answers per problem (default 1)")
     return parser.parse_args(argv)
-
-
-def _all_of(options):
-    return "; ".join(f"{name} {_any_of(known)}" for name, known in options.items())
 
 
 def main(args):
@@ -2371,36 +2240,47 @@ def contact_sheet(args):
     cards = parse_rule(fill_rule(args.rule or ID_RULE, random.Random(0))).cards
     known = dict.fromkeys([*(row.visual for row in SUITES["gp-vl"] if row.visual != "text"), *MIXED])
     legible = [look for look in known if legible_from(parse_look(look), cards) <= args.tile]
-    looks = [args.visual] if args.visual else legible or ["black"]  # where none is, make says how large a tile must be
     rows = []
-    for look in looks:
+    for look in [args.visual] if args.visual else legible or ["black"]:  # where none is, make says how large a tile must be
         wide = parse_look(fill_look(look, random.Random(0))).layout == "row"
-        rows.append(_sheet_row(look, [_problem(args, args.index + i, look) for i in range(args.n * (1 if wide else 2))]))
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-    for i, row in enumerate(rows):
-        sheet.paste(row, (0, sum(above.height for above in rows[:i])))
-    return sheet.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-
-
-def _sheet_row(look, problems):
-    """A row of a sheet: the look's text, and pictures with their hands in words below, enlarged by a whole factor or reduced."""
-    font, zoom = ImageFont.load_default(15), min(400 / problems[0].image.width, 192 / problems[0].image.height)
-    width, height = (round(side * (int(zoom) if zoom > 1 else zoom)) for side in problems[0].image.size)
-    step, method = max(width, 192) + 12, Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.LANCZOS
-    row = Image.new("RGB", (step * len(problems) + 12, height + 60), "white")
-    draw = ImageDraw.Draw(row)
-    draw.text((12, 10), look, "black", font)
-    for i, problem in enumerate(problems):
-        row.paste(problem.image.resize((width, height), method), (12 + i * step, 32))
-        draw.text((12 + i * step, height + 36), " ".join(WORDS[rank - 1].lower() for rank, _ in problem.hand), (90, 90, 90), font)
-    return row
+        problems = [_problem(args, args.index + i, look) for i in range(args.n * (1 if wide else 2))]
+        dealt = [" ".join(WORDS[rank - 1].lower() for rank, _ in problem.hand) for problem in problems]
+        hands = [captioned(ImageOps.contain(problem.image, (400, 190)), hand) for problem, hand in zip(problems, dealt)]
+        rows.append(captioned(joined(hands), look))
+    return joined(rows, down=True).quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 
 
 def walk_sheet(args):
-    """The first walk in --visual."""
+    """The first walk in --visual: its map and instructions, and what each position shows, asks and wants, four in a row."""
     if args.data:
         raise ValueError("--show draws walks through generated cities only: leave out --data.")
-    return draw_walk(_problem(args, args.index, args.visual))
+    problem, shown = _problem(args, args.index, args.visual), []
+    for i, here in enumerate(problem.route.rail):
+        text = f"{i + 1}. {observation(here, problem.style)}\ninstruction {here.instruction + 1}: {problem.at(i)[0].right()}"
+        look = replace(problem.look or Scene(), tiles=1)
+        shown.append(captioned(draw_grid(problem.route.city, problem.style, here.place, here.heading, look, 340), text))
+    rows = [joined(shown[i:i + 4]) for i in range(0, len(shown), 4)]
+    told = "\n".join(f"{i + 1}. {text}" for i, text in enumerate(problem.texts))
+    return joined([captioned(draw_map(problem, 1000), told), joined(rows, down=True)])
+
+
+def captioned(image, text):
+    """A picture on white, with a margin, below a text of some lines."""
+    font = ImageFont.load_default(16)
+    _, _, width, height = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
+    framed = Image.new("RGB", (max(image.width, ceil(width)) + 12, image.height + ceil(height) + 16), "white")
+    ImageDraw.Draw(framed).multiline_text((6, 4), text, "black", font)
+    framed.paste(image, (6, ceil(height) + 10))
+    return framed
+
+
+def joined(images, down=False):
+    """Pictures beside each other, or below each other, on white."""
+    widths, heights = zip(*(image.size for image in images))
+    sheet = Image.new("RGB", (max(widths), sum(heights)) if down else (sum(widths), max(heights)), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (0, sum(heights[:i])) if down else (sum(widths[:i]), 0))
+    return sheet
 
 
 def _asked(problem):

@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                                    tiny, CPU, under three minutes
     python tests/benchmark.py --size 11b --out tests/results/11b.md    random weights in bf16, made on the GPU
+    python tests/benchmark.py --views                            street views only: pictures per second of one core
 
 Where transformers or peft are not installed their columns stay empty. What makes the comparison fair:
 - The same number of tokens: stop tokens are off, all rows have the same lengths, sampling is at temperature 1 without cuts.
@@ -32,6 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -407,12 +409,36 @@ def machine():
     return [f"- hardware: {device}", f"- versions: Python {platform.python_version()}, {versions}"]
 
 
+def street_views():
+    """Yield lines: four street views in one picture, drawn and from a panorama, by the processor time of one core."""
+    for style, tile in (("full", 560), ("short", 32)):
+        walks = [tasks.make("virl-vl", "absolute", "day", "test", i, style=style, tile=tile) for i in range(20 if tile == 32 else 4)]
+        shown = [walk.at(i)[0] for walk in walks for i in range(len(walk.actions))]
+        shown[0].image, tasks.draw_grid.cache_clear()
+        began = time.process_time()
+        sizes = {each.image.size for each in shown}
+        yield f"drawn, tiles of {tile} pixels {sizes}: {len(shown) / (time.process_time() - began):.1f} a second"
+    with tempfile.TemporaryDirectory() as folder:
+        (views := Path(folder) / "street_views").mkdir()
+        noise = Image.effect_noise((3328, 1664), 12).convert("RGB")
+        Image.blend(noise, shown[0].image.resize(noise.size), 0.8).save(views / "a.jpg", quality=90)
+        (views / "a.metadata.json").write_text('{"rotation": 33.3}')
+        began = time.process_time()
+        for heading in range(3):
+            tasks.released_grid(folder, "a", heading, tasks.Scene(), 560)
+        size = (views / "a.jpg").stat().st_size / 1e6
+        yield f"from a JPEG of 3328 x 1664 pixels ({size:.1f} MB), four views of 640: {(time.process_time() - began) / 3:.2f} s each"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice; 1 where the machine is shared)")
+    parser.add_argument("--views", action="store_true", help="measure street views only, without a model")
     parser.add_argument("--out", help="write the table there as markdown")
     args = parser.parse_args(argv)
+    if args.views:
+        return print(*street_views(), sep="\n")
     torch.set_num_threads(args.threads or torch.get_num_threads())
     warnings.simplefilter("ignore")
     began = time.time()

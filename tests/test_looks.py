@@ -17,8 +17,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tasks  # noqa: E402
-from tasks import ID_RULE, OOD_RULE, OPTIONS, Look, Rule, fill_look, legible_from, make, parse_look, picture  # noqa: E402
+from tasks import ID_RULE, OOD_RULE, Look, Rule, fill_look, legible_from, make, parse_look, picture  # noqa: E402
 
+OPTIONS = Look.options()
 VALUES = [(name, value) for name, known in OPTIONS.items() for value in (known if len(known) < 5 else (known[0], known[-1]))]
 ONE_CHANGE = [f"black/{name}={value}" if name != "suits" else value for name, value in VALUES if value != "text"]
 SUITE_LOOKS = [row.visual for row in tasks.SUITES["gp-vl"] if row.visual != "text"]

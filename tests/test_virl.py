@@ -251,7 +251,7 @@ def test_feedback_is_true(style):
                 step = at.step(say(action, style=style))
                 if at.verdict.why != "right":
                     assert claims[at.verdict.why](here, at.verdict.fact) and "intersection" not in step.feedback, (action, step)
-                    assert step.feedback == tasks.WHY[style][at.verdict.why].format(fact=at.verdict.fact)
+                    assert step.feedback == tasks.WORDING[style]["why"][at.verdict.why].format(fact=at.verdict.fact)
                 elif i + 1 < len(walk.route.rail):
                     assert step.feedback.endswith(tasks.observation(walk.route.rail[i + 1], style))
 
@@ -575,6 +575,28 @@ def test_released_views_show_what_the_grid_says(released):
     for yaw in range(0, 360, 90):
         assert tasks.perspective(panorama, yaw, 640).shape == (640, 640, 3)
     assert time.process_time() - began < 1.5  # about 0.4 s
+
+
+def test_routes_that_cannot_be_used_are_left_out_and_named(released, capsys):
+    (route,), cursor = json.loads((released / "route_infos.json").read_text())
+    far = street(60, 500)  # no panorama within 20 m
+    away = route | {"route_results": {"geocode_list": [route["route_results"]["geocode_list"][0], far]}}
+    bad = [route | {"milestone_info": "{}"}, {key: route[key] for key in route if key != "init_heading"}, 7, away,
+           route | {"milestone_info": route["milestone_info"].replace("90 (east)", "east")}]
+    (released / "route_infos.json").write_text(json.dumps([[*bad, route], cursor]))
+    tasks.released_routes.cache_clear()
+    for name, count in (("virl-l", 2), ("virl-vl", 1)):
+        walks = [make(name, data=released, index=i) for i in range(count)]
+        assert make(name, data=released, index=count).route == walks[0].route and len({walk.route for walk in walks}) == count
+        said = capsys.readouterr().err  # once, whatever is made
+        assert said.startswith(f"{6 - count} of 6 routes in {released} are left out: 0 has 2 points but 1 milestones; 1 lacks 'init_heading'; 2 ")
+        assert said.endswith("4 has a milestone without a heading in degrees.\n") and ("3 has no panorama within 20 m" in said) == (count == 1)
+    assert walks[-1].route.rail == tuple(tasks._released_rail(route, 5, [(point, name) for point, name in tasks.read_plain_pickle(
+        (released / "gps_pano_mapping.pkl").read_bytes()).items()]))
+    (released / "route_infos.json").write_text(json.dumps([bad[:1] * 30, cursor]))
+    tasks.released_routes.cache_clear()
+    with pytest.raises(ValueError, match="none can be used: 0 has 2 points but 1 milestones; .*and 20 more\\.$"):
+        make("virl-l", data=released)
 
 
 class Bomb:
