@@ -302,8 +302,8 @@ def evaluate_run(run, model, tokenizer, progress, args):
                "seconds": round(progress.seconds, 2)}
     write_json(run.path / "evals" / f"{progress.step:06d}.json", result)
     scores = summary(result)
-    print(f"  eval at step {progress.step}, {args.eval_n} held-out hands: " + ", ".join(
-        f"{row} {100 * scores[f'{row}/greedy/episode']:.1f} greedy {100 * scores[f'{row}/sampled/episode']:.1f} sampled"
+    print(f"  eval at step {progress.step}, {args.eval_n} held-out problems, first attempt: " + ", ".join(
+        f"{row} {100 * scores[f'{row}/greedy/first']:.1f} greedy {100 * scores[f'{row}/sampled/first']:.1f} sampled"
         for row in result["rows"]), flush=True)
     warn_truncated(run, progress, "held-out", result["truncated"], args)
     progress.evals_done, progress.eval_seconds = progress.evals_done + 1, progress.eval_seconds + result["eval_seconds"]
@@ -728,7 +728,7 @@ def shared_arguments(parser, **defaults):
     g.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, one more forward pass")
     g = parser.add_argument_group("evaluation along the way")
     g.add_argument("--evals", type=int, default=2, help="evaluations spread over the run, start and end included; 1: the end")
-    g.add_argument("--eval-n", type=int, default=200, help="held-out hands")
+    g.add_argument("--eval-n", type=int, default=200, help="held-out problems")
     g.add_argument("--eval-split", choices=("val", "test"), default="val", help="val chooses settings, test is for claims")
     g.add_argument("--eval-suite", default=None, help="suite to evaluate (default: the task's)")
     g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it (default: all of them at the end)")
