@@ -51,7 +51,7 @@ class Run:
                        its files and, in the two newest, state.pt: optimizer, step, random states; plain values only
     latest             the name of the newest complete checkpoint, written last
     start.json         sizes and checksums (of the last MB) of the weights that it began from
-    source/            a copy of the five files, since people edit them
+    source/            a copy of the five files and their word lists, since people edit them
     Whatever is written under another name first (.NAME.tmp) and renamed is either whole or absent.
     """
 
@@ -68,9 +68,10 @@ class Run:
         if not args.resume:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replaced(self.path) as fresh:
-                (fresh / "source").mkdir()
-                for name in ("train_sft", "train_rl", "evaluate", "model", "tasks"):
-                    shutil.copy(Path(__file__).parent / f"{name}.py", fresh / "source")
+                (fresh / "source" / "assets").mkdir(parents=True)
+                here = Path(__file__).parent
+                for path in [here / f"{n}.py" for n in ("train_sft", "train_rl", "evaluate", "model", "tasks")] + [*here.glob("assets/*.json")]:
+                    shutil.copy(path, fresh / "source" / path.relative_to(here))
                 write_json(fresh / "args.json", vars(args))
             self.lock()
         for stale in self.path.glob(".*.tmp"):

@@ -780,7 +780,7 @@ def lines(run):
 def test_sft_run_directory(tiny_run):
     names = {p.name for p in tiny_run.iterdir()}
     assert {"args.json", "metrics.jsonl", "evals", "latest", "source", "step-000002"} <= names
-    assert {p.name for p in (tiny_run / "source").iterdir()} == {f"{n}.py" for n in ("model", "tasks", "evaluate", "train_sft", "train_rl")}
+    assert {p.name for p in (tiny_run / "source").iterdir()} == {f"{n}.py" for n in ("model", "tasks", "evaluate", "train_sft", "train_rl")} | {"assets"}
     assert [r["step"] for r in lines(tiny_run)] == [1, 2] and lines(tiny_run)[1]["flops"] > 0
     state = torch.load(tiny_run / "step-000002" / "state.pt", weights_only=True)
     assert state["step"] == 2
