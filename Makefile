@@ -49,7 +49,7 @@ STUDY_VIRL ?= runs/demo-virl
 demo-virl:
 	$(MAKE) demo $(VIRL) STUDY=$(STUDY_VIRL)
 study-virl:
-	$(MAKE) study $(VIRL) GRID=runs/grid-virl STUDIES=runs/study-virl GRID_SFT="1e-5 3e-5 1e-4 3e-4 1e-3" GRID_RL="1e-5 3e-5 1e-4 3e-4"
+	$(MAKE) study $(VIRL) EVALS=2 GRID=runs/grid-virl STUDIES=runs/study-virl GRID_SFT="1e-5 3e-5 1e-4 3e-4 1e-3" GRID_RL="1e-5 3e-5 1e-4 3e-4"
 VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 GRID_EVALS=1 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
 FLOPS_VIRL_VL ?= 4e12
 EVALS_VIRL_VL ?= 3
@@ -58,7 +58,7 @@ STUDY_VIRL_VL ?= runs/demo-virl-vl
 demo-virl-vl:
 	$(MAKE) demo $(VIRL_VL) STUDY=$(STUDY_VIRL_VL)
 study-virl-vl:
-	$(MAKE) study $(VIRL_VL) GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="1e-4 3e-4" GRID_RL="3e-5 1e-4"
+	$(MAKE) study $(VIRL_VL) EVALS=2 GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="1e-4 3e-4" GRID_RL="3e-5 1e-4"
 
 arms: .venv/ready
 	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out $(STUDY)/base; fi
