@@ -15,6 +15,7 @@ STUDIES ?= runs/study
 K ?= --k 8
 SFT_BATCH ?= 256
 WARMUP_STEPS ?= 6
+WARMUP_BATCH ?= 256
 PROBLEMS ?= 32
 ATTEMPTS ?= 1
 FLOPS ?= 4e12
@@ -50,7 +51,7 @@ demo-virl:
 	$(MAKE) demo $(VIRL) STUDY=$(STUDY_VIRL)
 study-virl:
 	$(MAKE) study $(VIRL) EVALS=2 GRID=runs/grid-virl STUDIES=runs/study-virl GRID_SFT="1e-5 3e-5 1e-4 3e-4 1e-3" GRID_RL="1e-5 3e-5 1e-4 3e-4"
-VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 GRID_EVALS=1 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
+VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 WARMUP_BATCH=32 GRID_EVALS=1 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
 FLOPS_VIRL_VL ?= 4e12
 EVALS_VIRL_VL ?= 3
 N_VIRL_VL ?= 150
@@ -67,7 +68,7 @@ arms: .venv/ready
 	$(call run,rl$(S),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
 
 # Short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
-WARMUP = --steps $(WARMUP_STEPS) --lr 1e-4 --lr-warmup 10 --schedule constant
+WARMUP = --steps $(WARMUP_STEPS) --batch $(WARMUP_BATCH) --lr 1e-4 --lr-warmup 10 --schedule constant
 
 # $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it.
 run = @if [ -e $(3)/$(1)/args.json ]; then $(PY) $(firstword $(2)) --resume $(3)/$(1); \

@@ -1480,16 +1480,6 @@ class Navigation:
         self.judged_by = judge
         return response, step
 
-    def at(self, position):
-        """(problem, texts): a fresh copy that stands at a position, and the conversation after the prompt that leads there with
-        right answers by the rule of the prompt: response, feedback, ..., feedback (for scores with a given history)."""
-        walker, texts = self._fresh(), []
-        while walker.position < position:
-            response = walker.expert()
-            texts += [response, walker.step(response).feedback]
-        walker.judged_by = self.judged_by
-        return walker, texts
-
     def demonstrate(self, kind, rng):
         """What a demonstrator of the base stage writes on a whole walk: response, feedback, response, ... (list of str).
 
@@ -2203,7 +2193,8 @@ def main(args):
         raise ValueError("The number of problems must be 1 or more.")
     if args.show:
         try:
-            (walk_sheet if walks(args.task) else contact_sheet)(args).save(args.show)
+            sheet = (walk_sheet if walks(args.task) else contact_sheet)(args)
+            sheet.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(args.show)
         except OSError as error:
             raise ValueError(f"--show {clean(args.show)} could not be written ({error.strerror}): name a PNG file in a directory "
                              "that is there.") from None
@@ -2247,7 +2238,7 @@ def contact_sheet(args):
         dealt = [" ".join(WORDS[rank - 1].lower() for rank, _ in problem.hand) for problem in problems]
         hands = [captioned(ImageOps.contain(problem.image, (400, 190)), hand) for problem, hand in zip(problems, dealt)]
         rows.append(captioned(joined(hands), look))
-    return joined(rows, down=True).quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    return joined(rows, down=True)
 
 
 def walk_sheet(args):
@@ -2256,7 +2247,8 @@ def walk_sheet(args):
         raise ValueError("--show draws walks through generated cities only: leave out --data.")
     problem, shown = _problem(args, args.index, args.visual), []
     for i, here in enumerate(problem.route.rail):
-        text = f"{i + 1}. {observation(here, problem.style)}\ninstruction {here.instruction + 1}: {problem.at(i)[0].right()}"
+        text = f"{i + 1}. {observation(here, problem.style)}\ninstruction {here.instruction + 1}: {problem.right()}"
+        problem.advance()
         look = replace(problem.look or Scene(), tiles=1)
         shown.append(captioned(draw_grid(problem.route.city, problem.style, here.place, here.heading, look, 340), text))
     rows = [joined(shown[i:i + 4]) for i in range(0, len(shown), 4)]

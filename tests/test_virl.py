@@ -27,6 +27,16 @@ def walks(style, count=200, rule="absolute", split="train", **more):
     return [make("virl-l", rule, split=split, index=i, style=style, **more) for i in range(count)]
 
 
+def standing(walk, position):
+    """(walk, texts): a copy of a walk that stands at a position, and the conversation that leads there with right answers."""
+    walker, texts = walk._fresh(), []
+    while walker.position < position:
+        response, step = walker.advance()
+        texts += [response, step.feedback]
+    walker.judged_by = walk.judged_by
+    return walker, texts
+
+
 def by_hand(rule, attempts=1, judge=None, style="short"):
     """Facing south-east, right into the street to the west, one step, at the intersection to the south-east, and the pub there on the right."""
     rail = (Position((1, 2, 1), 135, (), False, "turn", 270, 0), Position((1, 2, 2), 270, (), False, "forward", None, 1),
@@ -231,8 +241,8 @@ def test_rewards_attempts_and_feedback():
     assert walk.step(say("forward()")) == (1, False, "crossing", "right_action", 1)
     assert walk.step(say("turn_direction(left)")) == (-1, False, "no: other word", "wrong_action", 0)
     assert walk.step(say("stop()")) == (-2, True, "no: not the end", "wrong_action", 0) and walk.done
-    _, texts = walk.at(3)
-    last, _ = walk.at(3)
+    _, texts = standing(walk, 3)
+    last, _ = standing(walk, 3)
     assert texts[-1] == "pub right" and last.step("what?") == (-1, False, "not legal", "illegal", 0)
     assert last.step(say("stop()", "pub right")) == (1, True, "the end", "correct", 1)
 
@@ -247,7 +257,7 @@ def test_feedback_is_true(style):
     for walk in walks(style, 6, "relative", "test"):
         for i, here in enumerate(walk.route.rail):
             for action in ("forward()", "stop()", *(f"turn_direction({word})" for word in (*tasks.TURNS["relative"], "north"))):
-                at, _ = walk.at(i)
+                at, _ = standing(walk, i)
                 step = at.step(say(action, style=style))
                 if at.verdict.why != "right":
                     assert claims[at.verdict.why](here, at.verdict.fact) and "intersection" not in step.feedback, (action, step)
@@ -286,7 +296,7 @@ def test_hostile_answers_are_illegal(response):
 def test_near_json_is_read():
     walk = by_hand("absolute")
     for response in ("Sure!\n```json\n{'action': 'turn_direction(west)',}\n```", '{"obs": "none", "ins": 1, "action": "turn_direction(\\u0077est)"}'):
-        assert walk.at(0)[0].step(response).outcome == "right_action"
+        assert standing(walk, 0)[0].step(response).outcome == "right_action"
 
 
 def test_observations_are_read():
@@ -310,7 +320,7 @@ def test_fake_rule_judges_by_the_old_rule():
             assert fake.step(fake.expert()).outcome == "wrong_action"
             memorized = make("virl-l", "absolute", None, "test", index, 2, style)
             assert fake.step(memorized.expert()).outcome == "right_action"
-            assert [fake.at(i)[0].step(fake.at(i)[0].expert()).outcome for i in (0, 1)] == [
+            assert [standing(fake, i)[0].step(standing(fake, i)[0].expert()).outcome for i in (0, 1)] == [
                 "wrong_action", "wrong_action" if fake.actions[1] == "turn" else "correct" if fake.actions[1] == "stop" else "right_action"]
 
 
@@ -332,7 +342,7 @@ def test_demonstrators_do_what_they_say(style):
             for kind in tasks.WALKERS:
                 texts = walk.demonstrate(kind, random.Random(f"{kind}/{index}"))
                 assert texts == walk.demonstrate(kind, random.Random(f"{kind}/{index}")) and walk.position == 0 and not walk.done
-                played, outcomes = walk.at(0)[0], []
+                played, outcomes = standing(walk, 0)[0], []
                 for i, text in enumerate(texts):
                     if i % 2 == 0:
                         step = played.step(text)
@@ -355,7 +365,7 @@ def test_histories_lead_to_their_position():
         walk = make("virl-l", rule, index=5, attempts=2, judge=judge)
         whole = walk.demonstrate("expert", random)
         for i in range(len(walk.route.rail)):
-            at, texts = walk.at(i)
+            at, texts = standing(walk, i)
             assert texts == whole[: 2 * i] and (at.position, at.attempt, at.done) == (i, 0, False)
             assert at.expert() == whole[2 * i]
 
@@ -415,10 +425,10 @@ def test_a_landmark_is_drawn_where_the_text_says(style, tile, monkeypatch):
         for i, here in enumerate(walk.route.rail):
             for name, side in here.landmarks:
                 assert f"{name}" in tasks.observation(here, style) and side in tasks.observation(here, style)
-                with_it = parts(walk.at(i)[0].image)
+                with_it = parts(standing(walk, i)[0].image)
                 tasks.draw_grid.cache_clear(), walk.drawn.clear()
                 monkeypatch.setattr(town, "landmarks", {place: mark for place, mark in town.landmarks.items() if place != here.place})
-                without = parts(walk.at(i)[0].image)
+                without = parts(standing(walk, i)[0].image)
                 tasks.draw_grid.cache_clear(), walk.drawn.clear()
                 monkeypatch.undo()
                 changed = {each: abs(with_it[each] - without[each]).sum() for each in SIDES}
@@ -439,7 +449,7 @@ def test_streets_are_drawn_where_they_are():
         for i, here in enumerate(walk.route.rail):
             if here.crossing:
                 arms = [town.heading(here.place, b) for b in town.arms[here.place]]
-                for k, (side, view) in enumerate(parts(walk.at(i)[0].image).items()):
+                for k, (side, view) in enumerate(parts(standing(walk, i)[0].image).items()):
                     off = min(abs(tasks.wrap(arm - here.heading - 90 * k)) for arm in arms)
                     pixel = view[int(200 * tasks.HORIZON + 100 / 25 * tasks.EYE), 100]
                     if off < 3 or off > 40:
@@ -480,7 +490,7 @@ def test_pictures_are_pure_and_follow_the_walk():
         walk.step(walk.expert())
     tasks.draw_grid.cache_clear(), tasks.walls.cache_clear(), city.cache_clear(), routes.cache_clear()
     assert len(set(pictures)) == len(pictures) == len(walk.route.rail)
-    assert pictures == [walk.at(i)[0].image.tobytes() for i in range(len(pictures))]
+    assert pictures == [standing(walk, i)[0].image.tobytes() for i in range(len(pictures))]
     assert walk.route == make("virl-l", "relative", None, "test", 3, style="short").route
 
 
@@ -492,12 +502,12 @@ def test_with_pictures_the_text_gives_no_observation_and_misreading_costs(style)
         key = tasks.WORDING[style]["keys"][0]
         assert not walk.prompt.endswith(told[0]) and "picture" in walk.prompt or style == "short"
         for i in range(len(told)):
-            at, texts = walk.at(i)
+            at, texts = standing(walk, i)
             assert not any(text.endswith(obs) for text, obs in zip(texts[1::2], told[1:]))
             right = at.expert()
             blind = json.dumps(json.loads(right) | {key: "Hotel Nowhere is on your left"})
-            assert walk.at(i)[0].step(right).reward == 1 and walk.at(i)[0].step(blind).reward == -0.5
-            assert walk.at(i)[0].step(blind.replace("()", "").replace("turn_", "")).reward == -2.5
+            assert standing(walk, i)[0].step(right).reward == 1 and standing(walk, i)[0].step(blind).reward == -0.5
+            assert standing(walk, i)[0].step(blind.replace("()", "").replace("turn_", "")).reward == -2.5
 
 
 def test_speed_of_drawing():
@@ -505,7 +515,7 @@ def test_speed_of_drawing():
         walk, began = seen(2, style, look, tile=tile), time.process_time()
         tasks.draw_grid.cache_clear(), walk.drawn.clear()
         for i in range(len(walk.route.rail)):
-            assert walk.at(i)[0].image
+            assert standing(walk, i)[0].image
         assert (time.process_time() - began) / len(walk.route.rail) < limit  # about 0.03 and 0.015 s
 
 
@@ -567,7 +577,7 @@ def test_released_views_show_what_the_grid_says(released):
     walk = make("virl-vl", "absolute", "day/tiles=1", data=released, tile=128)
     for i, here in enumerate(walk.route.rail):
         if here.heading in (2, 90) and walk.route.rail[i - 1].action == "turn":  # facing north: red ahead, green on the right; facing east: green ahead, red on the left
-            views = parts(walk.at(i)[0].image)
+            views = parts(standing(walk, i)[0].image)
             red, green = ("front", "right") if here.heading == 2 else ("left", "front")
             assert {side: view[32, 32].argmax() for side, view in views.items() if view[32, 32].max() > 200} == {red: 0, green: 1}
     assert walk.image.size == (128, 128)
