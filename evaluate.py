@@ -161,8 +161,12 @@ def encode(model, pictures):
 
 def look(model, episodes, known):
     """What is new to see for episodes of a rollout: an ImageContext with the pictures that they were shown since the last call,
-    None without any. known: {id of a picture: (ImageContext, set)}, grows by those that are encoded here."""
+    None without any. known: {id of a picture: (ImageContext, set)}, grows by those that are encoded here. ValueError for a second
+    picture where tokens before the first one would look at it too, and so at what is not there yet."""
     fresh = [e.pictures[len(e.seen) :] for e in episodes]
+    if not model.config.mask_prefix_attention and any(e.seen and pictures for e, pictures in zip(episodes, fresh)):
+        raise ValueError("a model whose first tokens look at all pictures cannot be shown one after the other: set "
+                         "mask_prefix_attention to true in its config.json, as Meta's code has it.")
     new = {id(picture): picture for pictures in fresh for picture in pictures if id(picture) not in known}
     known.update(zip(new, encode(model, new.values())))
     for e, pictures in zip(episodes, fresh):
@@ -190,19 +194,22 @@ def seen_by(model, episodes):
     """The ImageContext for a batch of episodes, in their order; None for text. While tower or projector are trained their
     pictures are encoded here, with gradient; else what the rollout has encoded is used again.
 
-    Episodes that begin with the same picture are of one group: what one has seen continues what the others have, so the longest
-    list serves them all."""
+    What one episode of a group has seen continues what the others have, so the longest list serves them all. A token attends to
+    one picture only, but by a mask over all of its set: a training pass holds B x T x I pictures' tokens of mask."""
     longest = {}
     for e in episodes:
-        first = id(e.pictures[0]) if e.pictures else None
-        longest[first] = max(longest.get(first, e), e, key=lambda e: len(e.pictures))
+        longest[beginning(e)] = max(longest.get(beginning(e), e), e, key=lambda e: len(e.pictures))
+    seen = {key: e.seen for key, e in longest.items()}
     if model.learns_to_see or not all(e.seen or not e.pictures for e in episodes):
         with torch.set_grad_enabled(model.learns_to_see and torch.is_grad_enabled()):
             shown = iter(encode(model, [picture for e in longest.values() for picture in e.pictures]))
-        seen = {first: [next(shown) for _ in e.pictures] for first, e in longest.items()}
-    else:
-        seen = {first: e.seen for first, e in longest.items()}
-    return together([seen[id(e.pictures[0]) if e.pictures else None] for e in episodes])
+        seen = {key: [next(shown) for _ in e.pictures] for key, e in longest.items()}
+    return together([seen[beginning(e)] for e in episodes])
+
+
+def beginning(episode):
+    """What the episodes of a group have in common: the ids of the prompt and its picture."""
+    return tuple(episode.ids[: episode.response_mask.index(1)]), *map(id, episode.pictures[:1])
 
 
 def _rollout_batch(model, tokenizer, problems, group, max_new_tokens, temperature, generator, forced):
@@ -266,7 +273,7 @@ def by_prompt(episodes):
     """Lists of the episodes that have the same prompt."""
     groups = {}
     for e in episodes:
-        groups.setdefault((tuple(e.ids[: e.response_mask.index(1)]), *map(id, e.pictures[:1])), []).append(e)
+        groups.setdefault(beginning(e), []).append(e)
     return list(groups.values())
 
 
@@ -349,11 +356,18 @@ def _marks(problem, turns):
 
 
 def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows, **options):
-    """`rollout` with its own random stream, and the pictures of a few problems at a time in memory."""
-    generator, size = torch.Generator(model.device).manual_seed(0), max(1, rows // group)
-    return [members for first in range(0, len(problems), size) for members in
-            rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows,
-                    **options)]
+    """`rollout` with its own random stream, and what was encoded of a few problems at a time in memory; so their pictures too,
+    where they are large: a walk has a megabyte or more at every position."""
+    generator, size, groups = torch.Generator(model.device).manual_seed(0), max(1, rows // group), []
+    for first in range(0, len(problems), size):
+        groups += rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows,
+                          **options)
+        for e in (e for members in groups[first:] for e in members):
+            e.seen = []
+            if model.config.vision.image_size > 100:
+                e.pictures = []
+                getattr(e.problem, "drawn", {}).clear()
+    return groups
 
 
 def legible_rows(model, suite):
@@ -384,7 +398,8 @@ def show_episode(row, episode):
     """An Episode as plain data for samples/ and the report: the picture as PNG in base64; of a walk its map and its views."""
     problem, shown = episode.problem, {}
     if isinstance(problem, tasks.Navigation):
-        shown = {"pictures": [_png(picture, 340) for picture in episode.pictures]} if episode.pictures else {}
+        last = max((turn["position"] for turn in episode.turns), default=0)
+        shown = {"pictures": [_png(problem.picture(i), 340) for i in range(last + 1)]} if problem.look else {}
         shown |= {} if problem.route.folder else {"map": _png(tasks.draw_map(problem, 340), 340)}  # released data has no map
     elif problem.image is not None:
         shown = {"picture": _png(problem.image)}
@@ -1305,7 +1320,7 @@ def parse_args(argv=None):
     parser.add_argument("--choose", metavar="GRID", help="print a grid's ID validation scores and the learning rates to take")
     parser.add_argument("--suite", default="gp-l", help=f"one of {', '.join(tasks.SUITES)}")
     parser.add_argument("--n", type=int, default=500, help="held-out problems per row")
-    parser.add_argument("--attempts", type=int, default=1, help="answers an episode may have")
+    parser.add_argument("--attempts", type=int, default=1, help="answers an episode may have, on a walk at each position")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="val chooses settings, test is for claims")
     parser.add_argument("--k", type=int, default=0, help="also sample K answers per problem and print pass@1 .. pass@K")
     parser.add_argument("--max-new-tokens", type=int, help="tokens per answer (default: 64 tiny, 256 else)")

@@ -1472,6 +1472,12 @@ class Navigation:
         """A right response at the current position, by the rule of the prompt."""
         return self._response(self.right())
 
+    def picture(self, position):
+        """The picture of a position of the route, None in text."""
+        there = copy.copy(self)
+        there.position = position
+        return there.image
+
     def advance(self):
         """Move on by the expert's response, whatever answers are judged by: (the response, its Step)."""
         response, judge = self.expert(), self.judged_by
@@ -1810,7 +1816,6 @@ def _in_reach(name, style, point, road, reach):
     return ground + [thing for _, *thing in sorted(stood, key=lambda thing: -thing[0])]
 
 
-@lru_cache(maxsize=64)
 def draw_grid(name, style, place, heading, look, tile):
     """The four views of a place in one picture, see four_views."""
     point = city(name, style).point(place)
@@ -1932,9 +1937,13 @@ def metres(a, b):
 
 
 def _read_bytes(path):
-    if not path.is_file() or path.stat().st_size > MAX_DATA:
-        raise ValueError(f"{path} is missing or larger than {MAX_DATA >> 20} MB: give the unpacked folder of released routes.")
-    return path.read_bytes()
+    try:
+        if path.is_file() and path.stat().st_size <= MAX_DATA:
+            return path.read_bytes()
+    except OSError:  # a name that is too long, no permission
+        pass
+    raise ValueError(f"{clean(str(path), 200)} cannot be read or is larger than {MAX_DATA >> 20} MB: give the unpacked folder of "
+                     "released routes.")
 
 
 BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)  # what odd data can raise
@@ -1949,7 +1958,9 @@ def released_routes(folder, pictures=False):
     panoramas = read_plain_pickle(_read_bytes(folder / "gps_pano_mapping.pkl"))
     try:
         infos = list(json.loads(_read_bytes(folder / "route_infos.json"))[0])
-        known = [(tuple(map(float, point)), str(name)) for point, name in panoramas.items()]
+        if not all(isinstance(point, tuple) and isinstance(name, str) for point, name in panoramas.items()):
+            raise ValueError("a panorama's point is no pair or its name no text")  # the text of nested tuples could take for ever
+        known = [((float(lat), float(lng)), name) for (lat, lng), name in panoramas.items()]
     except BROKEN as error:
         raise ValueError(f"{folder} does not hold routes as released: {type(error).__name__} {clean(str(error))}.") from None
     for number, info in enumerate(infos):
@@ -1977,7 +1988,7 @@ def _released_rail(info, number, known):
     blocks = [read_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
     if len(blocks) != len(points) - 1 or not blocks:
         raise ValueError(f"has {len(points) - 1} points but {len(blocks)} milestones")
-    stated = [re.match(r"\d+(\.\d+)?", block["to_next_intersection_heading"].strip()) for block in blocks]  # "298 (west)"
+    stated = [re.match(r"\d{1,3}(\.\d+)?\b", block["to_next_intersection_heading"].strip()) for block in blocks]  # "298 (west)"
     if not all(stated):
         raise ValueError("has a milestone without a heading in degrees")
     headings = [float(number[0]) for number in stated]
@@ -2002,20 +2013,25 @@ def _nearest(point, known):
     return name if distance <= 20 else None
 
 
-@lru_cache(maxsize=16)
 def released_grid(folder, name, heading, look, tile):
     """As draw_grid, from the panorama `name` of the folder. ValueError where it is missing, too large or wrongly named."""
     if not re.fullmatch(r"[\w-]{1,64}", name or "", re.ASCII):
         raise ValueError(f"{_quoted(name or '')} is no name of a panorama.")
     folder, size = Path(folder) / "street_views", tile if look.tiles == 4 else tile // 2
-    metadata = json.loads(_read_bytes(folder / f"{name}.metadata.json"))
-    rotation = metadata.get("rotation") if isinstance(metadata, dict) else None
-    if not isinstance(rotation, (int, float)) or not math.isfinite(rotation):
-        raise ValueError(f"The metadata of the panorama {name} has no rotation in degrees.")
-    with Image.open(io.BytesIO(_read_bytes(folder / f"{name}.jpg")), formats=("JPEG",)) as image:
-        if image.size[0] * image.size[1] > 1 << 27:
-            raise ValueError(f"The panorama {name} has more than {1 << 27} pixels.")
-        panorama = np.asarray(image.convert("RGB"))
+    metadata, photo = (_read_bytes(folder / f"{name}{ending}") for ending in (".metadata.json", ".jpg"))
+    try:
+        rotation = float(json.loads(metadata)["rotation"])
+        if not abs(rotation) <= 1e6:
+            raise ValueError("no angle")
+    except BROKEN:
+        raise ValueError(f"The metadata of the panorama {name} has no rotation in degrees.") from None
+    try:
+        with Image.open(io.BytesIO(photo), formats=("JPEG",)) as image:
+            if image.size[0] * image.size[1] > 1 << 27:
+                raise ValueError(f"The panorama {name} has more than {1 << 27} pixels.")
+            panorama = np.asarray(image.convert("RGB"))
+    except OSError:
+        raise ValueError(f"The panorama {name} is no picture that can be read.") from None
 
     def view(towards):
         flat = perspective(panorama, (towards - 180) % 360 + rotation, 640)

@@ -142,7 +142,7 @@ def make_reference(model, args):
 def step_flops(model, groups, trained, args):
     """(FLOPs, the paper's formula) of a step: every prompt and picture once per group, every sampled token once, then the update
     on the episodes with signal, prompts and pictures once per group here too (a group split over micro-batches computes its own
-    more often). The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all tokens of the
+    more often); of several pictures a token counts the one that it sees. The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all tokens of the
     episodes, with signal or not."""
     config, rollout_cost, forward, seeing = model.config, 0, 0, 0
     for group in groups:
@@ -164,13 +164,15 @@ def rollout_metrics(groups, returns, tokenizer):
     """What the verifier and the texts say about a batch of groups, under their usual names."""
     episodes = [e for group in groups for e in group]
     turns, tokens = [e.turns for e in episodes], sum(sum(e.response_mask) for e in episodes)
-    later = [t["response"] in [u["response"] for u in ts[:i]] for ts in turns for i, t in enumerate(ts) if i]
+    # second and later answers to the same question; on a walk every position asks anew
+    asked = [[u["response"] for u in ts[:i] if u.get("position") == t.get("position")] for ts in turns for i, t in enumerate(ts)]
+    later = [t["response"] in before for t, before in zip((t for ts in turns for t in ts), asked) if before]
     return {
         "reward": returns.mean().item(),
         "success_1": sum(e.solved(1) for e in episodes) / len(episodes),
         "success": sum(e.solved() for e in episodes) / len(episodes),
         "signal": (returns != returns[:, :1]).any(1).float().mean().item(),  # share of groups with unequal returns
-        "read": sum(t["read"] for ts in turns for t in ts[:1]) / len(episodes),  # share of the cards that the first answer names rightly
+        "read": sum(t["read"] for ts in turns for t in ts[:1]) / len(episodes),  # share that the first answer names rightly of what is seen
         "repeat": sum(later) / max(1, len(later)),  # share of second and later answers that were given before
         "truncated": truncated(episodes, tokenizer),
         "entropy": -sum(sum(e.log_probs) for e in episodes) / tokens,  # its unbiased estimate from what was sampled
@@ -207,6 +209,9 @@ def main(argv=None):
                     record["grad_norm"] = update(model, optimizer, lr, args.max_grad_norm, progress)
             if not measured:
                 del record["kl"]
+
+        for e in (e for group in groups for e in group):
+            e.seen = []  # before others are encoded
 
         seconds = time.time() - began
         progress.add(*step_flops(model, groups, [e for e, _ in trained], args), seconds)

@@ -652,7 +652,8 @@ def sft_backward(model, episodes, pad, size):
 
 
 def batch_flops(model, episodes, args):
-    """(FLOPs of one update on these episodes, the paper's 6 N D)."""
+    """(FLOPs of one update on these episodes, the paper's 6 N D). A token counts the attention to the one picture that it sees, not
+    what a mask hides of the others."""
     forward = sum(text_flops(model.config, 0, len(e.ids) - 1, sum(e.response_mask), min(len(e.pictures), 1)) for e in episodes)
     weights, pictures = text_flops(model.config, 0, 1, 1) // 2, sum(len(e.pictures) for e in episodes)
     return (training_flops(forward, args.lora_rank > 0, args.recompute) + pictures * training_image_flops(model, args),
@@ -710,7 +711,8 @@ def shared_arguments(parser, **defaults):
     g.add_argument("--init", help="start from this run's weights instead of --model's")
     g.add_argument("--lora-rank", type=int, default=0, help="rank of LoRA on all linear layers of the trained parts; 0 = full")
     g.add_argument("--lora-alpha", type=float, default=32.0, help="LoRA scale is alpha / rank")
-    g.add_argument("--attempts", type=int, default=1, help="answers an episode may have, with the verifier's words between")
+    g.add_argument("--attempts", type=int, default=1, help="answers an episode may have (a walk: at each position), with the "
+                   "verifier's words between")
     g.add_argument("--max-new-tokens", type=int, default=None, help="tokens per answer (default: 64 tiny, 256 else)")
     g = parser.add_argument_group("length: one of the two; --flops is how two arms are given equal compute")
     g.add_argument("--steps", type=int, default=defaults["steps"], help="optimizer steps")

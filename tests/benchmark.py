@@ -413,15 +413,15 @@ def street_views():
     """Yield lines: four street views in one picture, drawn and from a panorama, by the processor time of one core."""
     for style, tile in (("full", 560), ("short", 32)):
         walks = [tasks.make("virl-vl", "absolute", "day", "test", i, style=style, tile=tile) for i in range(20 if tile == 32 else 4)]
-        shown = [walk.at(i)[0] for walk in walks for i in range(len(walk.actions))]
-        shown[0].image, tasks.draw_grid.cache_clear()
+        shown = [(walk, i) for walk in walks for i in range(len(walk.actions))]
+        walks[0].image, walks[0].drawn.clear()
         began = time.process_time()
-        sizes = {each.image.size for each in shown}
+        sizes = {walk.picture(i).size for walk, i in shown}
         yield f"drawn, tiles of {tile} pixels {sizes}: {len(shown) / (time.process_time() - began):.1f} a second"
     with tempfile.TemporaryDirectory() as folder:
         (views := Path(folder) / "street_views").mkdir()
         noise = Image.effect_noise((3328, 1664), 12).convert("RGB")
-        Image.blend(noise, shown[0].image.resize(noise.size), 0.8).save(views / "a.jpg", quality=90)
+        Image.blend(noise, walks[0].image.resize(noise.size), 0.8).save(views / "a.jpg", quality=90)
         (views / "a.metadata.json").write_text('{"rotation": 33.3}')
         began = time.process_time()
         for heading in range(3):

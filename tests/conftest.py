@@ -36,6 +36,16 @@ def load_tensors(path):
     return tensors
 
 
+def standing(walk, position):
+    """(walk, texts): a copy of a walk that stands at a position, and the conversation that leads there with right answers."""
+    walker, texts = walk._fresh(), []
+    while walker.position < position:
+        response, step = walker.advance()
+        texts += [response, step.feedback]
+    walker.judged_by = walk.judged_by
+    return walker, texts
+
+
 def small_config(tokenizer):
     """A config of a few thousand parameters with every mechanism in it: grouped heads, a cross layer, stretched RoPE."""
     text = M.TextConfig(tokenizer.bpe.get_vocab_size() - 1, 32, 48, 4, 4, 2, (2,), rope_theta=100.0, rope_factor=2.0,

@@ -17,7 +17,7 @@ import model as M
 import tasks
 import train_rl as RL
 import train_sft as SFT
-from conftest import load_tensors
+from conftest import load_tensors, standing
 
 
 def problem(index=0, attempts=3, rule="10"):
@@ -286,9 +286,9 @@ def test_a_picture_of_every_position_is_encoded_once_and_only_the_latest_stays_i
     encoded, kept, real, generate = [], [], M.VisionTower.forward, E.generate
 
     def watched(model, cache, *rest):
-        kept.append({pictures.shape[1] for pictures in (cache.image.tiles, cache.image.features.unflatten(1, (-1, 4)), *(
-            k.unflatten(2, (-1, 4 * model.config.vision.tokens)).movedim(2, 1) for k, _ in cache.cross.values()))} - {
-                cache.image.features.shape[1] // 4})
+        tokens = 4 * model.config.vision.tokens  # of a picture
+        kept.append({cache.image.tiles.shape[1], cache.image.features.shape[1] / tokens, *(
+            k.shape[2] / tokens for k, _ in cache.cross.values())})
         assert (cache.shown.sum(1) <= 1).all() and len(cache.image.tiles) <= len(cache.length)
         return generate(model, cache, *rest)
     monkeypatch.setattr(M.VisionTower, "forward", lambda self, tiles, *rest: encoded.append(len(tiles)) or real(self, tiles, *rest))
@@ -348,36 +348,79 @@ def test_gradients_of_walks_do_not_depend_on_the_micro_batch(walker, monkeypatch
     assert wanted["vision_model.patch_embedding.weight"].abs().sum() > 0
 
 
+def by_rule_and_chance(monkeypatch):
+    """A verifier whose verdict on any text depends on the rule that it judges by."""
+    def judge_walk(response, here, rule, style):
+        right = rule.words == "absolute" and response == "" or random.Random(f"{response}/{here.place}/{rule}").random() < 0.5
+        return tasks.Walked(("correct" if here.action == "stop" else "right_action") if right else "wrong_action",
+                            "right" if right else "turn", "", True)
+    monkeypatch.setattr(tasks, "judge_walk", judge_walk)
+
+
 @pytest.mark.parametrize("name", ["virl-l", "virl-vl"])
-@pytest.mark.parametrize("judge", [None, "relative"])
-def test_teacher_forced_answers_are_those_given_after_the_right_history(walker, name, judge):
+def test_teacher_forced_answers_are_those_given_after_the_right_history(walker, name, monkeypatch):
     """Every position once; the answer is the one that the model gives when asked there alone, judged as the row says."""
     model, tokenizer = walker
-    problems = [walk(i, name=name, judge=judge) for i in range(3)]
-    for e, p in zip((e for (e,) in E.rollout(*walker, problems, 1, 12, 0.0, forced=True)), problems):
-        assert [t["position"] for t in e.turns] == [*range(len(p.route.rail))] and not any(e.response_mask)
-        assert tokenizer.decode(e.ids).count(p.expert()) >= 1
-        asked = Episode_of_the_expert(p, tokenizer)
-        for t in e.turns:
-            (alone,), _ = answer(model, tokenizer, asked)
-            assert tokenizer.decode(alone) == t["response"]
-            assert copy.copy(asked.problem).step(t["response"]).outcome == t["outcome"]
-            response, step = asked.problem.advance()
-            asked.read([*tokenizer.encode(response), tokenizer.eot])
-            asked.hear(tokenizer, step)
-        assert [copy.copy(asked.problem).done, asked.problem.judged_by] == [True, p.judged_by]
+    histories = [[standing(walk(i, name=name), k) for k in range(len(walk(i).route.rail))] for i in range(3)]
+    outcomes = {}
+    for judge in ("absolute", "relative"):
+        problems = [walk(i, name=name, judge=judge) for i in range(3)]
+        real = tasks.judge_walk
+        for p in problems:  # the way is the expert's, whatever the verdicts
+            monkeypatch.setattr(type(p), "advance", advanced(real))
+        by_rule_and_chance(monkeypatch)
+        for (e,), p, history in zip(E.rollout(*walker, problems, 1, 12, 0.0, forced=True), problems, histories):
+            assert [t["position"] for t in e.turns] == [*range(len(p.route.rail))] and not any(e.response_mask)
+            for t, (there, texts) in zip(e.turns, history):
+                asked = tokenizer.prompt(p.prompt, image=name == "virl-vl")
+                for k, text in enumerate(texts):
+                    asked += tokenizer.turn(text, image=name == "virl-vl") if k % 2 else [*tokenizer.encode(text), tokenizer.eot]
+                assert e.ids[: len(asked)] == asked
+                (alone,), _ = answer(model, tokenizer, asked, [there.picture(k) for k in range(there.position + 1)] * (name == "virl-vl"))
+                assert tokenizer.decode(alone) == t["response"]
+                assert t["outcome"] == tasks.judge_walk(t["response"], there.route.rail[there.position], p.judged_by, p.style).outcome
+            outcomes.setdefault(judge, []).extend(t["outcome"] for t in e.turns)
+        monkeypatch.undo()
+    assert outcomes["absolute"] != outcomes["relative"] and len({*outcomes["absolute"]} - {"correct"}) == 2
 
 
-def Episode_of_the_expert(p, tokenizer):
-    return E.Episode(copy.copy(p)).open(tokenizer)
+def advanced(real):
+    """Navigation.advance with the real verifier in place of a stub."""
+    def advance(self, wanted=tasks.Navigation.advance):
+        stub, tasks.judge_walk = tasks.judge_walk, real
+        try:
+            return wanted(self)
+        finally:
+            tasks.judge_walk = stub
+    return advance
 
 
-def answer(model, tokenizer, episode):
-    """The greedy answer to all that an episode holds so far, in a cache of its own."""
+def answer(model, tokenizer, ids, pictures):
+    """The greedy answer to a conversation, in a cache of its own."""
     with torch.no_grad():
-        cache = M.Cache(model, 1, len(episode.ids) + 12, E.look(model, [dataclasses.replace(episode, seen=[])], {}))
-        logits = model.extend(cache, torch.tensor([episode.ids]), torch.tensor([len(episode.ids)]))
+        seen = E.together([E.encode(model, pictures)])
+        cache = M.Cache(model, 1, len(ids) + 12, seen)
+        logits = model.extend(cache, torch.tensor([ids]), torch.tensor([len(ids)]))
         return M.generate(model, cache, logits, 12, tokenizer.stop_ids, 0.0)
+
+
+def test_routes_that_begin_alike_keep_their_own_pictures(walker):
+    """Routes 1 and 4 of the city train-87 share their first three positions and part at the fourth."""
+    model, tokenizer = walker
+    pair = [SFT.demonstrated_episode(tokenizer, p, p.demonstrate("expert", random)[::2]) for p in (walk(1741), walk(1744))]
+    assert [a.tobytes() == b.tobytes() for a, b in zip(*(e.pictures for e in pair))][:4] == [True, True, True, False]
+    with torch.no_grad():
+        alone = torch.cat([model.log_probs(*E.to_batch([e], tokenizer.pad, "cpu")[:2], 1.0, E.seen_by(model, [e])) for e in pair])
+        both = model.log_probs(*E.to_batch(pair, tokenizer.pad, "cpu")[:2], 1.0, E.seen_by(model, pair))
+    assert (alone - both).abs().max() < 1e-4
+
+
+def test_one_picture_after_the_other_is_refused_where_first_tokens_look_at_all(walker, monkeypatch):
+    model, tokenizer = walker
+    judged_by_chance(monkeypatch)
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, mask_prefix_attention=False))
+    with pytest.raises(ValueError, match="mask_prefix_attention to true"):
+        E.rollout(model, tokenizer, [walk(i) for i in range(4)], 2, 5, 1.0, torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("kind", tasks.WALKERS)

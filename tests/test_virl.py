@@ -17,6 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tasks  # noqa: E402
+from conftest import standing  # noqa: E402
 from tasks import COMPASS, Position, Route, TurnRule, city, forced_scores, make, parse_turns, routes, turn_word, walk_scores  # noqa: E402
 
 RULES = ("absolute", "relative")
@@ -25,16 +26,6 @@ STYLES = ("full", "short")
 
 def walks(style, count=200, rule="absolute", split="train", **more):
     return [make("virl-l", rule, split=split, index=i, style=style, **more) for i in range(count)]
-
-
-def standing(walk, position):
-    """(walk, texts): a copy of a walk that stands at a position, and the conversation that leads there with right answers."""
-    walker, texts = walk._fresh(), []
-    while walker.position < position:
-        response, step = walker.advance()
-        texts += [response, step.feedback]
-    walker.judged_by = walk.judged_by
-    return walker, texts
 
 
 def by_hand(rule, attempts=1, judge=None, style="short"):
@@ -426,10 +417,10 @@ def test_a_landmark_is_drawn_where_the_text_says(style, tile, monkeypatch):
             for name, side in here.landmarks:
                 assert f"{name}" in tasks.observation(here, style) and side in tasks.observation(here, style)
                 with_it = parts(standing(walk, i)[0].image)
-                tasks.draw_grid.cache_clear(), walk.drawn.clear()
+                walk.drawn.clear()
                 monkeypatch.setattr(town, "landmarks", {place: mark for place, mark in town.landmarks.items() if place != here.place})
                 without = parts(standing(walk, i)[0].image)
-                tasks.draw_grid.cache_clear(), walk.drawn.clear()
+                walk.drawn.clear()
                 monkeypatch.undo()
                 changed = {each: abs(with_it[each] - without[each]).sum() for each in SIDES}
                 assert max(changed, key=changed.get) == side, (index, i, changed)
@@ -488,7 +479,7 @@ def test_pictures_are_pure_and_follow_the_walk():
     while not walk.done:
         pictures.append(walk.image.tobytes())
         walk.step(walk.expert())
-    tasks.draw_grid.cache_clear(), tasks.walls.cache_clear(), city.cache_clear(), routes.cache_clear()
+    tasks.walls.cache_clear(), city.cache_clear(), routes.cache_clear()
     assert len(set(pictures)) == len(pictures) == len(walk.route.rail)
     assert pictures == [standing(walk, i)[0].image.tobytes() for i in range(len(pictures))]
     assert walk.route == make("virl-l", "relative", None, "test", 3, style="short").route
@@ -513,7 +504,7 @@ def test_with_pictures_the_text_gives_no_observation_and_misreading_costs(style)
 def test_speed_of_drawing():
     for style, look, tile, limit in (("full", "day/tiles=1", 560, 0.25), ("short", "day", 32, 0.15)):
         walk, began = seen(2, style, look, tile=tile), time.process_time()
-        tasks.draw_grid.cache_clear(), walk.drawn.clear()
+        walk.drawn.clear()
         for i in range(len(walk.route.rail)):
             assert standing(walk, i)[0].image
         assert (time.process_time() - began) / len(walk.route.rail) < limit  # about 0.03 and 0.015 s
@@ -637,8 +628,13 @@ def test_plain_pickles_are_read_and_broken_ones_refused():
 
 
 def test_broken_folders_give_one_sentence(released):
-    with pytest.raises(ValueError, match="is missing"):
-        make("virl-l", data=released / "nowhere")
+    for folder in (released / "nowhere", "x" * 300):
+        with pytest.raises(ValueError, match="cannot be read"):
+            make("virl-l", data=folder)
+    (route,), cursor = json.loads((released / "route_infos.json").read_text())
+    (released / "route_infos.json").write_text(json.dumps([[route | {"milestone_info": route["milestone_info"].replace("90 (east)", "9" * 400)}], 0]))
+    with pytest.raises(ValueError, match="heading in degrees"):
+        make("virl-l", data=released)
     for text in ("[]", "{}", "[[{}], 0]", "[[1], 0]", "[[], 0]", "nothing", '[[{"start_place": {"relocated_geocode": ["a", 2]}}], 0]', "[" * 100000):
         (released / "route_infos.json").write_text(text)
         tasks.released_routes.cache_clear()
@@ -647,3 +643,27 @@ def test_broken_folders_give_one_sentence(released):
     for name in ("../../etc/passwd", "a/b", "", None, "x" * 65):
         with pytest.raises(ValueError, match="panorama"):
             tasks.released_grid(str(released), name, 0, tasks.Scene(), 64)
+
+
+def test_broken_panoramas_give_one_sentence(released):
+    folder = released / "street_views"
+    for text in ("[" * 100000, "{}", '{"rotation": "x"}', '{"rotation": NaN}', '{"rotation": 1' + "0" * 400 + "}"):
+        (folder / "pano_0.metadata.json").write_text(text)
+        with pytest.raises(ValueError, match="has no rotation"):
+            tasks.released_grid(str(released), "pano_0", 0, tasks.Scene(), 64)
+    for data in (b"", b"no picture", (folder / "pano_1.jpg").read_bytes()[:2000]):
+        (folder / "pano_1.jpg").write_bytes(data)
+        with pytest.raises(ValueError, match="no picture"):
+            tasks.released_grid(str(released), "pano_1", 0, tasks.Scene(), 64)
+
+
+def test_names_of_panoramas_that_unfold_for_ever_are_refused_at_once(released):
+    """Eighty bytes, whose text would have 2^40 brackets."""
+    bomb = ()
+    for _ in range(40):
+        bomb = (bomb, bomb)
+    for panoramas in ({(1.0, 2.0): bomb}, {7: "a"}, {(1.0, 2.0): 3}):
+        (released / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(panoramas))
+        tasks.released_routes.cache_clear()
+        with pytest.raises(ValueError, match="does not hold routes as released"):
+            make("virl-l", data=released)

@@ -9,6 +9,7 @@ from PIL import Image
 
 import evaluate as E
 import tasks
+from conftest import standing
 
 MODEL = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=32)), device="cpu")
 TOKENIZER = SimpleNamespace(short=True, stop_ids=(0,))
@@ -48,7 +49,7 @@ def answered_by(walker):
                 "read": step.read}
 
     def forced_walk(problem):
-        stops = [problem.at(i)[0] for i in range(len(problem.actions))]
+        stops = [standing(problem, i)[0] for i in range(len(problem.actions))]
         return E.Episode(copy.copy(problem), ids=[0], turns=[turn(stop, walker(stop)) for stop in stops])
 
     def rollout(model, tokenizer, problems, group, max_new_tokens, temperature, generator, rows, forced=False):
