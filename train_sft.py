@@ -791,8 +791,8 @@ def could_give(action, value):
     if value is None or isinstance(value, list) != (action.nargs == "+"):
         return value is None and action.default is None
     kinds = (int, float) if action.type is float else (action.type or (bool if action.nargs == 0 else str),)
-    return all(type(v) in kinds for v in (value if isinstance(value, list) else [value])) and (
-        not action.choices or value in action.choices)
+    values = value if isinstance(value, list) else [value]
+    return all(type(v) in kinds and (not action.choices or v in action.choices) for v in values)
 
 
 def parse_args(argv=None):

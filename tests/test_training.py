@@ -832,7 +832,7 @@ def test_sft_run_directory(tiny_run):
 
 
 @pytest.mark.parametrize("script, extra", [
-    (SFT, "--batch 8 --steps 6"),
+    (SFT, "--batch 8 --steps 6 --eval-rows id rule fake --train decoder"),
     (SFT, "--batch 8 --steps 6 --lora-rank 2 --recompute"),
     (SFT, "--batch 8 --steps 6 --optimizer muon"),
     (SFT, "--batch 8 --steps 6 --optimizer adamw16"),
