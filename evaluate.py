@@ -341,9 +341,9 @@ def scores_per_step(problems, walked, forced):
     position of the first wrong answer, or None. "read": the share of all answers that name what is there and nothing else.
     "marks", "forced_marks": a word a route, a letter a position reached: the right action's initial, capital if right at first.
     """
-    walks = [tasks.walk_scores(p.actions, [turn["outcome"] for turn in turns]) for p, turns in zip(problems, walked)]
+    walks = [tasks.walk_scores(len(p.actions), [turn["outcome"] for turn in turns]) for p, turns in zip(problems, walked)]
     marks, forced_marks = ([_marks(p, turns) for p, turns in zip(problems, of)] for of in (walked, forced))
-    right = [tasks.forced_scores(p.actions, [mark.isupper() for mark in word])["all"] for p, word in zip(problems, forced_marks)]
+    right = [sum(mark.isupper() for mark in word) / len(word) for word in forced_marks]
     return {"read": [round(sum(turn["read"] for turn in turns) / len(turns), 4) for turns in walked],
             "steps_first": [round(w["first"], 4) for w in walks], "steps": [round(w["episode"], 4) for w in walks],
             "forced": [round(share, 4) for share in right], "failed_at": [w["failed_at"] for w in walks],

@@ -25,7 +25,7 @@ Contents
     12. V-IRL: routes        Position, Route, routes
     13. V-IRL: words         TurnRule, WORDING, read_action, judge_walk
     14. V-IRL: a walk        Navigation, WALKERS
-    15. V-IRL: scores        walk_scores, forced_scores
+    15. V-IRL: scores        walk_scores
     16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_map (a route for people)
     17. V-IRL: released data read_plain_pickle, released_routes, perspective
     18. Problems and suites  make, Row, SUITES
@@ -1553,32 +1553,19 @@ def _navigation(name, rule, visual, split, index, attempts, style, judge, tile, 
 KINDS_OF_ACTION = ("turn", "forward", "stop")
 
 
-def walk_scores(actions, outcomes):
-    """Scores of one episode. actions: problem.actions; outcomes: those of its answers in order, up to where it ended.
+def walk_scores(positions, outcomes):
+    """Survival on a route of so many positions: outcomes are those of the episode's answers in order, up to where it ended.
 
-    "first": the share of the route's positions passed before the first wrong answer, "episode": before the attempts ran out (the
-    paper's per-step accuracy: nothing counts after the failure). "success_first", "success": the whole route, 0 or 1.
-    "failed_at": where the first wrong answer was, or None. "by_action": {action: (right at the first answer, positions reached)}."""
-    position, attempt, failed_at, by_action = 0, 0, None, dict.fromkeys(KINDS_OF_ACTION, (0, 0))
+    "first": the share of the positions passed before the first wrong answer, "episode": before the attempts ran out (nothing
+    counts after the failure). "failed_at": where the first wrong answer was, or None."""
+    position, failed_at = 0, None
     for outcome in outcomes:
-        right = outcome in ("right_action", "correct")
-        if attempt == 0:
-            hits, met = by_action[actions[position]]
-            by_action[actions[position]] = (hits + right, met + 1)
-        if not right and failed_at is None:
+        if outcome in ("right_action", "correct"):
+            position += 1
+        elif failed_at is None:
             failed_at = position
-        position, attempt = (position + 1, 0) if right else (position, attempt + 1)
     passed = position if failed_at is None else failed_at
-    return {"first": passed / len(actions), "episode": position / len(actions), "success_first": int(passed == len(actions)),
-            "success": int(position == len(actions)), "failed_at": failed_at, "by_action": by_action}
-
-
-def forced_scores(actions, right):
-    """Scores with the right history given at every position (see Navigation.at). right: one truth value per position of actions.
-
-    {"all": share of right answers, "turn": ..., "forward": ..., "stop": ...}, None for an action that does not occur."""
-    groups = {kind: [hit for hit, action in zip(right, actions) if kind in ("all", action)] for kind in ("all", *KINDS_OF_ACTION)}
-    return {name: sum(map(bool, hits)) / len(hits) if hits else None for name, hits in groups.items()}
+    return {"first": passed / positions, "episode": position / positions, "failed_at": failed_at}
 
 
 # ---- 16. V-IRL: views ------------------------------------------------------------------------------------------------

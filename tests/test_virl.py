@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tasks  # noqa: E402
 from conftest import standing  # noqa: E402
-from tasks import COMPASS, Position, Route, TurnRule, city, forced_scores, make, parse_turns, routes, turn_word, walk_scores  # noqa: E402
+from tasks import COMPASS, Position, Route, TurnRule, city, make, parse_turns, routes, turn_word, walk_scores  # noqa: E402
 
 RULES = ("absolute", "relative")
 STYLES = ("full", "short")
@@ -362,26 +362,11 @@ def test_histories_lead_to_their_position():
 
 
 def test_scores_by_hand():
-    actions = ("turn", "forward", "turn", "stop")
     right, wrong = "right_action", "wrong_action"
-    assert walk_scores(actions, [right, right, right, "correct"]) == {
-        "first": 1, "episode": 1, "success_first": 1, "success": 1, "failed_at": None, "by_action": {"turn": (2, 2), "forward": (1, 1), "stop": (1, 1)}}
-    assert walk_scores(actions, [right, wrong, right, "illegal", wrong]) == {
-        "first": 0.25, "episode": 0.5, "success_first": 0, "success": 0, "failed_at": 1, "by_action": {"turn": (1, 2), "forward": (0, 1), "stop": (0, 0)}}
-    assert walk_scores(actions, [wrong, right, right, right, wrong, "correct"]) == {
-        "first": 0, "episode": 1, "success_first": 0, "success": 1, "failed_at": 0, "by_action": {"turn": (1, 2), "forward": (1, 1), "stop": (0, 1)}}
-    assert walk_scores(actions, [wrong, wrong])["episode"] == 0 and walk_scores(actions, [])["failed_at"] is None
-    assert forced_scores(actions, [False, True, True, True]) == {"all": 0.75, "turn": 0.5, "forward": 1, "stop": 1}
-    assert forced_scores(("turn", "stop"), [True, False]) == {"all": 0.5, "turn": 1, "forward": None, "stop": 0}
-
-
-def test_scores_of_a_model_that_only_gets_turn_words_wrong():
-    """The paper's score of it is 0; with the right history given it is the share of the other actions."""
-    walk = make("virl-l", "relative", index=2, attempts=2)
-    steps = [walk.step(walk.expert().replace("direction(", "direction(north")) for _ in range(2)]
-    assert walk.done and walk_scores(walk.actions, [step.outcome for step in steps])["episode"] == 0
-    right = [action != "turn" for action in walk.actions]
-    assert forced_scores(walk.actions, right)["all"] == pytest.approx(1 - walk.actions.count("turn") / len(walk.actions))
+    assert walk_scores(4, [right, right, right, "correct"]) == {"first": 1, "episode": 1, "failed_at": None}
+    assert walk_scores(4, [right, wrong, right, "illegal", wrong]) == {"first": 0.25, "episode": 0.5, "failed_at": 1}
+    assert walk_scores(4, [wrong, right, right, right, wrong, "correct"]) == {"first": 0, "episode": 1, "failed_at": 0}
+    assert walk_scores(4, [wrong, wrong])["episode"] == 0 and walk_scores(4, [])["failed_at"] is None
 
 
 def test_short_walks_are_short_and_all_is_fast():

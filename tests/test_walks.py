@@ -60,7 +60,6 @@ def answered_by(walker):
 def evaluation(monkeypatch, walker, suite="virl-l", n=8, attempts=1):
     monkeypatch.setattr(E, "rollout", answered_by(walker))
     monkeypatch.setattr(tasks, "draw_grid", lambda name, style, place, heading, *_: Image.new("RGB", (64, 64), f"hsl({int(heading)},90%,50%)"))
-    monkeypatch.setattr(tasks, "draw_map", getattr(tasks, "draw_map", None) or tasks._map, raising=False)
     return E.evaluate(MODEL, TOKENIZER, suite, n, attempts)
 
 
