@@ -57,7 +57,7 @@ EVALS_VIRL_VL ?= 3
 N_VIRL_VL ?= 150
 STUDY_VIRL_VL ?= runs/demo-virl-vl
 demo-virl-vl:
-	$(MAKE) demo $(VIRL_VL) STUDY=$(STUDY_VIRL_VL)
+	$(MAKE) demo $(VIRL_VL) STUDY=$(STUDY_VIRL_VL) SFT_LR=1e-4
 study-virl-vl:
 	$(MAKE) study $(VIRL_VL) EVALS=2 GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="1e-4 3e-4" GRID_RL="3e-5 1e-4"
 
