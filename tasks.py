@@ -1807,7 +1807,7 @@ def draw_grid(name, style, place, heading, look, tile):
     """The four views of a place in one picture, see four_views."""
     point = city(name, style).point(place)
     size = tile if look.tiles == 4 else tile // 2
-    fine = 4 if size < 100 else 2  # drawn so many times too large and reduced, which smooths edges
+    fine = 4 if size < 100 else 2 if size < 400 else 1  # drawn so many times too large and reduced, which smooths edges
     reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
     things = _in_reach(name, style, point, LIGHTS[look.light].road, reach)
 
