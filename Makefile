@@ -45,7 +45,7 @@ study-vl:
 # Walks: two answers at each position, as in the paper.
 VIRL = TASK=virl-l K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=128 FLOPS=$(FLOPS_VIRL) EVALS=$(EVALS_VIRL) N=$(N)
 FLOPS_VIRL ?= 4e12
-EVALS_VIRL ?= 4
+EVALS_VIRL ?= 3
 STUDY_VIRL ?= runs/demo-virl
 demo-virl:
 	$(MAKE) demo $(VIRL) STUDY=$(STUDY_VIRL)
