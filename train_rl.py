@@ -142,18 +142,18 @@ def make_reference(model, args):
 def step_flops(model, groups, trained, args):
     """(FLOPs, the paper's formula) of a step: every prompt and picture once per group, every sampled token once, then the update
     on the episodes with signal, prompts and pictures once per group here too (a group split over micro-batches computes its own
-    more often); of several pictures a token counts the one that it sees. The paper's formula is 6 N D for what is trained and 2 N (6 D) for rollouts without a cache, D all tokens of the
-    episodes, with signal or not."""
+    more often); of several pictures a token counts the one that it sees. The paper's formula is 6 N D for what is trained and
+    2 N (6 D) for rollouts without a cache, D all tokens of the episodes, with signal or not."""
     config, rollout_cost, forward, seeing = model.config, 0, 0, 0
     for group in groups:
-        prompt, images = group[0].response_mask.index(1), max(len(e.pictures) for e in group)
-        rollout_cost += text_flops(config, 0, prompt, 1, min(images, 1)) + images * sum(image_flops(config))
-        rollout_cost += sum(text_flops(config, prompt, len(e.ids) - 1, sum(e.response_mask) - 1, min(images, 1)) for e in group)
+        prompt, image = group[0].response_mask.index(1), bool(group[0].pictures)
+        rollout_cost += text_flops(config, 0, prompt, 1, image) + max(len(e.pictures) for e in group) * sum(image_flops(config))
+        rollout_cost += sum(text_flops(config, prompt, len(e.ids) - 1, sum(e.response_mask) - 1, image) for e in group)
     for group in by_prompt(trained):
-        start, images = group[0].response_mask.index(1) - 1, max(len(e.pictures) for e in group)
-        forward += text_flops(config, 0, start, 0, min(images, 1))  # each episode's own part begins with the prompt's last token
-        forward += sum(text_flops(config, start, len(e.ids) - 1, sum(e.response_mask), min(images, 1)) for e in group)
-        seeing += images * training_image_flops(model, args, encoded=True)
+        start, image = group[0].response_mask.index(1) - 1, bool(group[0].pictures)
+        forward += text_flops(config, 0, start, 0, image)  # each episode's own part begins with the prompt's last token
+        forward += sum(text_flops(config, start, len(e.ids) - 1, sum(e.response_mask), image) for e in group)
+        seeing += max(len(e.pictures) for e in group) * training_image_flops(model, args, encoded=True)
     references = forward * args.epochs if args.kl_coef else 0
     weights, read = text_flops(config, 0, 1, 1) // 2, sum(len(e.ids) for group in groups for e in group)
     updates = args.epochs * (training_flops(forward, args.lora_rank > 0, args.recompute) + seeing)
@@ -172,7 +172,7 @@ def rollout_metrics(groups, returns, tokenizer):
         "success_1": sum(e.solved(1) for e in episodes) / len(episodes),
         "success": sum(e.solved() for e in episodes) / len(episodes),
         "signal": (returns != returns[:, :1]).any(1).float().mean().item(),  # share of groups with unequal returns
-        "read": sum(t["read"] for ts in turns for t in ts[:1]) / len(episodes),  # share that the first answer names rightly of what is seen
+        "read": sum(t["read"] for ts in turns for t in ts[:1]) / len(episodes),  # what the first answer names rightly of what is seen
         "repeat": sum(later) / max(1, len(later)),  # share of second and later answers that were given before
         "truncated": truncated(episodes, tokenizer),
         "entropy": -sum(sum(e.log_probs) for e in episodes) / tokens,  # its unbiased estimate from what was sampled

@@ -654,7 +654,7 @@ def sft_backward(model, episodes, pad, size):
 def batch_flops(model, episodes, args):
     """(FLOPs of one update on these episodes, the paper's 6 N D). A token counts the attention to the one picture that it sees, not
     what a mask hides of the others."""
-    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, sum(e.response_mask), min(len(e.pictures), 1)) for e in episodes)
+    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, sum(e.response_mask), bool(e.pictures)) for e in episodes)
     weights, pictures = text_flops(model.config, 0, 1, 1) // 2, sum(len(e.pictures) for e in episodes)
     return (training_flops(forward, args.lora_rank > 0, args.recompute) + pictures * training_image_flops(model, args),
             6 * weights * sum(len(e.ids) for e in episodes))
