@@ -400,13 +400,9 @@ class CrossAttention(Attention):
                 split_heads(self.v_proj(features), self.kv_heads))
 
     def forward(self, x, keys_values, image, mask):
-        """x (B, T, D) -> (B, T, D): rows that share a set of images are queries of the same keys. mask: of `look`."""
-        return self.o_proj(self.attend(self.q_proj(x), keys_values, image, mask))
-
-    def attend(self, q, keys_values, image, mask):
-        """Attention of projected queries (B, T, H * E), before o_proj."""
-        q = self.q_norm(split_heads(q, self.heads))
-        return image.unfold(grouped_attention(image.fold(q), *keys_values, mask))
+        """x (B, T, D) -> (B, T, D): rows that share a set of images are queries of the same keys. mask: of `visible`."""
+        q = self.q_norm(split_heads(self.q_proj(x), self.heads))
+        return self.o_proj(image.unfold(grouped_attention(image.fold(q), *keys_values, mask)))
 
 
 class MLP(nn.Module):
@@ -430,59 +426,10 @@ class SelfLayer(nn.Module):
         self.self_attn, self.mlp = SelfAttention(c), MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.joint = None  # what `join` made, while a rollout runs
-
-    def join(self):
-        """For rollouts: from now on use copies of the weights in which adapters and the norms' weights are merged and
-        those that read the same input (q, k, v; gate, up) are one matrix. They do not follow changes."""
-        a = self.self_attn
-        self.joint = _joint(self, (a.q_proj, a.k_proj, a.v_proj), a.o_proj)
 
     def forward(self, h, rope, mask=None, store=None):
-        if self.joint is None:
-            h = h + self.self_attn(self.input_layernorm(h), rope, mask, store)
-            return h + self.mlp(self.post_attention_layernorm(h))
-        (qkv, o, *mlp, floor), a = self.joint, self.self_attn
-        x = split_heads(_normed(h, floor) @ qkv, a.heads + 2 * a.kv_heads)
-        q, k = rotate(x[:, : -a.kv_heads], rope).split([a.heads, a.kv_heads], 1)
-        h = h + causal_attention(q, *store(k, x[:, -a.kv_heads :]), mask) @ o
-        return h + _joint_mlp(_normed(h, floor), *mlp)
-
-
-def _joint(layer, reads, writes):
-    """Copies (in, out) of a layer's weights for rollouts: those that read its first norm, merged with that as one matrix,
-    the one that writes to the residual stream, the same of the MLP; and what `_normed` needs."""
-    m, first, second = layer.mlp, layer.input_layernorm, layer.post_attention_layernorm
-    factor = first.weight.numel() ** 0.5
-    weights = (torch.cat([read.merged() for read in reads]) * (first.weight * factor), writes.merged(),
-               torch.cat([m.gate_proj.merged(), m.up_proj.merged()]) * (second.weight * factor), m.down_proj.merged())
-    return [w.detach().T.contiguous() for w in weights] + [first.weight.new_tensor(factor * first.eps**0.5)]
-
-
-def _normed(h, floor):
-    """RMSNorm but for factors that `_joint` put into the weights."""
-    return h / torch.linalg.vector_norm(h, dim=-1, keepdim=True).hypot(floor)
-
-
-def _joint_mlp(x, gate_up, down):
-    gate, up = (x @ gate_up).chunk(2, -1)
-    return (F.silu(gate) * up) @ down
-
-
-@contextmanager
-def joined(model):
-    """Within this context, which is for rollouts, the decoder's layers are joined (`SelfLayer.join`), where that pays:
-    on the CPU in float32. A GPU would gain little and has to hold the weights twice; bfloat16 would round the products."""
-    weight = model.language_model.lm_head.weight
-    pays = weight.device.type == "cpu" and weight.dtype == torch.float32
-    layers = model.language_model.model.layers if pays else []
-    for layer in layers:
-        layer.join()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.joint = None
+        h = h + self.self_attn(self.input_layernorm(h), rope, mask, store)
+        return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class CrossLayer(nn.Module):
@@ -495,24 +442,16 @@ class CrossLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
-        self.mask_prefix_attention, self.joint = mask_prefix_attention, None
-
-    def join(self):
-        """As in SelfLayer; q_norm stays."""
-        self.joint = _joint(self, (self.cross_attn.q_proj,), self.cross_attn.o_proj)
+        self.mask_prefix_attention = mask_prefix_attention
 
     def forward(self, h, image, mask, sees, keys_values=None):
-        """h (B, T, D); mask and sees of ImageContext.look; keys_values: kept ones, or None to compute them here."""
+        """h (B, T, D); mask and sees of ImageContext.visible; keys_values: kept ones, or None to compute them here."""
         if keys_values is None:
             keys_values = self.cross_attn.keys_values(image.features)
         attention, mlp = self.cross_attn_attn_gate.tanh(), self.cross_attn_mlp_gate.tanh() * sees
         attention = attention * sees if self.mask_prefix_attention else attention
-        if self.joint is None:
-            h = h + attention * self.cross_attn(self.input_layernorm(h), keys_values, image, mask)
-            return h + mlp * self.mlp(self.post_attention_layernorm(h))
-        q, o, *weights, floor = self.joint
-        h = h + attention * (self.cross_attn.attend(_normed(h, floor) @ q, keys_values, image, mask) @ o)
-        return h + mlp * _joint_mlp(_normed(h, floor), *weights)
+        h = h + attention * self.cross_attn(self.input_layernorm(h), keys_values, image, mask)
+        return h + mlp * self.mlp(self.post_attention_layernorm(h))
 
 
 class TextModel(nn.Module):
@@ -535,7 +474,7 @@ class TextModel(nn.Module):
         image = image if cache is None else cache.image
         if image is not None:
             shown = ids == self.config.vocab_size  # <|image|> has the first row behind the vocabulary
-            sight = image.look(shown) if cache is None else image.look(cache.mark(shown), cache.at)
+            sight = image.visible(shown) if cache is None else image.visible(cache.note_image_tokens(shown), cache.at)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, SelfLayer):
                 store = None if cache is None else cache.writer(i)
@@ -589,7 +528,7 @@ class ImageContext:
         """(R, share * T, D) of sets -> (B, T, D) of rows."""
         return x.unflatten(1, (self.share, -1)).flatten(0, 1)[self.place]
 
-    def look(self, shown, at=None):
+    def visible(self, shown, at=None):
         """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for, by default all S.
 
         A token sees the latest image up to itself, and those directly before that one in the same run of <|image|>
@@ -647,7 +586,7 @@ class Prompts:
         """`rope_table` of the tokens of this pass."""
         return rope_table(self.config, self.at)
 
-    def mark(self, _):
+    def note_image_tokens(self, _):
         """Where <|image|> stands in the rows, their prompts included."""
         return self.shown
 
@@ -908,7 +847,7 @@ class LlamaVision(nn.Module):
         return self.language_model.lm_head.weight.device
 
     @property
-    def learns_to_see(self):
+    def trains_vision(self):
         """Whether anything is trained before the decoder: then pictures are encoded with gradient, in every pass."""
         return any(p.requires_grad for part in (self.vision_model, self.multi_modal_projector) for p in part.parameters())
 
@@ -920,7 +859,7 @@ class LlamaVision(nn.Module):
         """tiles (I, M, 3, L, L), ratio_ids (I,), tile_mask (I, M) -> projected image tokens (I, M * P, D)."""
         return self.multi_modal_projector(self.vision_model(tiles, ratio_ids, tile_mask)).flatten(1, 2)
 
-    def see(self, tiles, ratio_ids, rows=None):
+    def encode_images(self, tiles, ratio_ids, rows=None):
         """Encode sets of images as `pack_images` packs them: tiles (R, I, M, 3, L, L), ratio_ids (R, I), 0 = no image.
 
         rows (B,): the set of each row of text, by default its own. Returns an ImageContext, None without any image.
@@ -942,7 +881,7 @@ class LlamaVision(nn.Module):
         """Hidden states (B, T, D) of ids (B, T) after the final norm.
 
         real (B, T) bool marks tokens that are not padding. Padding on the right needs none: no token looks ahead.
-        image: what `see` made of the rows' images. ValueError when a row has more <|image|> tokens than images.
+        image: what `encode_images` made of the rows' images. ValueError when a row has more <|image|> tokens than images.
         """
         if real is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -963,7 +902,7 @@ class LlamaVision(nn.Module):
         end, which no query sees before a later token has overwritten it.
         """
         first = cache.used == 0
-        slots = cache.open(ids.shape[1])  # (B, T)
+        slots = cache.next_slots(ids.shape[1])  # (B, T)
         # (B, 1, T, used); the first tokens of all rows are causal among themselves, which needs no mask
         mask = None if first else (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
         if mask is not None and ids.shape[1] == 1 and ids.device.type == "cpu":
@@ -1061,7 +1000,7 @@ class Cache:
             self.slots += extra
         return self
 
-    def open(self, count):
+    def next_slots(self, count):
         """Slots (B, count) for the next `count` tokens of each row. Raises ValueError when they were not reserved."""
         self.used += count  # an upper bound of the longest row, without asking the device
         if self.used > self.slots:
@@ -1087,7 +1026,7 @@ class Cache:
             self.table = rope_table(self.config, torch.arange(self.slots, device=self.at.device)[None])
         return [t[0, 0, self.at][:, None] for t in self.table]
 
-    def mark(self, shown):
+    def note_image_tokens(self, shown):
         """Note where <|image|> stands in the opened slots (B, T) -> where it stands in all slots in use."""
         self.shown.scatter_(1, self.at, shown)
         return self.shown[:, : self.used]
@@ -1101,7 +1040,7 @@ class Cache:
             self.cross[i] = tuple(torch.cat(pair, 2) for pair in zip(kept, new)) if kept else new
         return self.cross[i]
 
-    def show(self, more):
+    def add_images(self, more):
         """Further images for the turn that is fed next: `more` is an ImageContext of the cache's rows (with empty sets
         for rows that get none) or None. Nothing is encoded again; rows share what both their old and new sets share."""
         if more is not None and self.image is not None:
@@ -1111,7 +1050,7 @@ class Cache:
                                 torch.cat([self.image.tiles[old], more.tiles[new]], 1), rows, more.prefix_looks)
         self.image = more or self.image
 
-    def forget(self):
+    def keep_latest_image(self):
         """Drop all images but the latest of each row, with their keys and values: no token to come looks at the others.
         Not for rows whose latest <|image|> follows directly on another one, which tokens see together."""
         exists = self.image.tiles.any(-1)  # (R, I)
@@ -1151,11 +1090,21 @@ def sample(logits, temperature, generator=None):
     return token, log_p.gather(1, token[:, None])[:, 0]
 
 
+@dataclass
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0  # 0 = greedy
+    generator: torch.Generator | None = None
+    batch: int = 256  # episodes computed side by side: memory, not the result
+
+
 @torch.inference_mode()
-def generate(model, cache, logits, max_new_tokens, stop_ids, temperature=1.0, generator=None):
+def generate(model, cache, logits, sampling, stop_ids):
     """Sample a response for every row of `cache`, whose next-token logits (B, V) are given.
 
-    A row ends with a token of stop_ids, which belongs to its response, or after max_new_tokens. Returns
+    A row ends with a token of stop_ids, which belongs to its response, or after sampling.max_new_tokens. Returns
     (responses, log_probs): for each row a list of token ids and a list of floats. The cache then holds all tokens of a
     response but its last: continue with `extend`.
     """
@@ -1163,12 +1112,12 @@ def generate(model, cache, logits, max_new_tokens, stop_ids, temperature=1.0, ge
     stops = torch.tensor(sorted(stop_ids), device=logits.device)
     running = torch.ones(rows, dtype=torch.bool, device=logits.device)
     tokens, log_probs, alive = [], [], []
-    for step in range(max_new_tokens):
-        token, log_p = sample(logits, temperature, generator)
+    for step in range(sampling.max_new_tokens):
+        token, log_p = sample(logits, sampling.temperature, sampling.generator)
         tokens.append(token), log_probs.append(log_p), alive.append(running)
         running = running & (token[:, None] != stops).all(1)
         # Asking the device whether all rows are done costs a wait; every fourth token is often enough.
-        if step + 1 == max_new_tokens or (step % 4 == 3 and not running.any()):
+        if step + 1 == sampling.max_new_tokens or (step % 4 == 3 and not running.any()):
             break
         # Finished rows are computed along but do not grow: their slot is written again by whatever comes next.
         logits = model.extend(cache, token[:, None], running.long())
@@ -1684,7 +1633,7 @@ def _trace(model, a, rows, prompts, length, scored, meter):
         with torch.set_grad_enabled(gate.requires_grad and torch.is_grad_enabled()):
             ids = torch.zeros(len(tiles), dtype=torch.long)
             features = model.image_features(tiles, ids, torch.zeros(tiles.shape[:2]))
-        del tiles  # as `see` lets them go
+        del tiles  # as `encode_images` lets them go
         features = features.unflatten(0, (-1, a.images)).flatten(1, 2)
         with unset_fake_temporarily():  # which row has which set must be known
             real = (torch.arange(v.max_num_tiles) < a.tiles).expand(len(features), a.images, -1)

@@ -73,18 +73,17 @@ class Ours:
 
     def images(self, tiles):
         """An ImageContext for one image of four tiles per row."""
-        return self.model.see(tiles[:, None], torch.full((len(tiles), 1), RATIO_2X2))
+        return self.model.encode_images(tiles[:, None], torch.full((len(tiles), 1), RATIO_2X2))
 
     @torch.no_grad()
     def generate(self, ids, tiles, group, new):
-        with M.joined(self.model):
-            image = None if tiles is None else self.images(tiles)
-            cache = M.Cache(self.model, len(ids), ids.shape[1] + new, image)
-            logits = self.model.extend(cache, ids, torch.full_like(ids[:, 0], ids.shape[1]))
-            rows = torch.arange(len(ids), device=ids.device).repeat_interleave(group)
-            if group > 1:
-                cache.select(rows)
-            out, _ = M.generate(self.model, cache, logits[rows], new, {-1})
+        image = None if tiles is None else self.images(tiles)
+        cache = M.Cache(self.model, len(ids), ids.shape[1] + new, image)
+        logits = self.model.extend(cache, ids, torch.full_like(ids[:, 0], ids.shape[1]))
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(group)
+        if group > 1:
+            cache.select(rows)
+        out, _ = M.generate(self.model, cache, logits[rows], M.Sampling(new), {-1})
         assert len(out) == len(ids) * group and all(len(r) == new for r in out)
 
     @torch.no_grad()
@@ -107,7 +106,7 @@ class Ours:
     def grpo(self, problems, group, new, pattern):
         args = SimpleNamespace(problems=len(problems), group=group, micro_batch=self.s["micro"], temperature=1.0, estimator="grpo",
                                attempts=1, max_new_tokens=new, clip_eps=0.0, kl_coef=0.0)
-        groups = rollout(self.model, self.tokenizer, problems, group, new)
+        groups = rollout(self.model, self.tokenizer, problems, group, M.Sampling(new))
         rewards = [[e.total() for e in g] for g in groups] if pattern is None else pattern
         advantage = advantages(torch.tensor(rewards), "grpo")
         trained = [(e, a) for g, row in zip(groups, advantage.tolist()) for e, a in zip(g, row) if a]

@@ -45,7 +45,7 @@ def error(ours, theirs):
 def run(model, name):
     """ids, lengths, context and hidden states of the case's batch."""
     ids, lengths, chosen, tiles, ratio_ids = fx.batch(name)
-    context = model.see(tiles, ratio_ids)
+    context = model.encode_images(tiles, ratio_ids)
     return ids, lengths, chosen, tiles, ratio_ids, context
 
 
@@ -100,7 +100,7 @@ def test_left_padding_and_other_batches_change_nothing():
         for b, row in enumerate(rows):
             expected = want[b, : len(row)]
             assert error(from_left[b, -len(row) :], expected) < 1e-4
-            alone = model.logits(model(torch.tensor([row]), image=model.see(tiles[[b]], ratio_ids[[b]])))
+            alone = model.logits(model(torch.tensor([row]), image=model.encode_images(tiles[[b]], ratio_ids[[b]])))
             assert error(alone[0], expected) < 1e-4
         for row, b in enumerate((2, 0, 2)):
             assert error(regrouped[row, : lengths[b]], want[b, : lengths[b]]) < 1e-4
@@ -136,7 +136,7 @@ def group_greedy(model, name, group, module=M):
     with torch.no_grad():
         logits = model.extend(kv, ids, lengths)
         rows = torch.arange(len(ids)).repeat_interleave(group)
-        return kv, module.generate(model, kv.select(rows), logits[rows], 8, [-1], 0)[0]
+        return kv, module.generate(model, kv.select(rows), logits[rows], module.Sampling(8, temperature=0), [-1])[0]
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -187,9 +187,9 @@ def test_bf16_rounds_no_more_than_transformers():
     with torch.no_grad():
         for seed in range(8):
             model = build("grouped", seed=seed + 10)
-            exact = model.logits(model(ids, image=model.see(tiles, ratio_ids)))
+            exact = model.logits(model(ids, image=model.encode_images(tiles, ratio_ids)))
             model.to(torch.bfloat16)
-            rounded = model.logits(model(ids, image=model.see(tiles, ratio_ids)))
+            rounded = model.logits(model(ids, image=model.encode_images(tiles, ratio_ids)))
             ours.append((exact - rounded)[real].square().mean().sqrt())
     ours, theirs = torch.stack(ours), fixture("rest")["bf16"]
     print("bf16 RMS error, ours / transformers:", (ours / theirs).tolist(), (ours.mean() / theirs.mean()).item())
@@ -201,7 +201,7 @@ def test_no_query_is_without_keys(name):
     """An empty row of the mask is -inf everywhere, and NaN on some devices."""
     ids, _, _, _, _, context = run(build(name), name)
     for rows in ([0, 1, 2], [1, 1, 2], [2]):
-        mask, _ = context.select(torch.tensor(rows)).look(ids[rows] == fx.IMAGE)
+        mask, _ = context.select(torch.tensor(rows)).visible(ids[rows] == fx.IMAGE)
         assert mask is None or mask.any(-1).all()
 
 
@@ -211,18 +211,18 @@ def test_images_shown_in_a_later_turn():
     first, others = (tiles[:1, :1], ratio_ids[:1, :1]), (torch.stack([tiles[0, 2:3], tiles[2, :1]]), torch.tensor([[5], [8]]))
     rows = [[1, fx.IMAGE, 3, 4, 5, 6, fx.IMAGE, 7, 8], [1, fx.IMAGE, 3, 4, 9, fx.IMAGE, 9, 9, 9]]
     with torch.no_grad():
-        kv = M.Cache(model, 1, 3, model.see(*first))
+        kv = M.Cache(model, 1, 3, model.encode_images(*first))
         model.extend(kv, torch.tensor(rows)[:1, :3], torch.tensor([3]))
-        kv.select(torch.tensor([0, 0])).show(model.see(*others))
+        kv.select(torch.tensor([0, 0])).add_images(model.encode_images(*others))
         got = model.extend(kv.reserve(6), torch.tensor(rows)[:, 3:], torch.tensor([6, 6]))
         for b in (0, 1):
-            both = model.see(torch.cat([first[0], others[0][[b]]], 1), torch.cat([first[1], others[1][[b]]], 1))
+            both = model.encode_images(torch.cat([first[0], others[0][[b]]], 1), torch.cat([first[1], others[1][[b]]], 1))
             assert error(got[b], model.logits(model(torch.tensor(rows[b : b + 1]), image=both))[0, -1]) < 1e-4
         kv = M.Cache(model, 2, 9)  # a text-only start
         model.extend(kv, torch.tensor([[1, 3], [1, 5]]), torch.tensor([2, 2]))
-        kv.show(model.see(*others))
+        kv.add_images(model.encode_images(*others))
         got = model.extend(kv, torch.tensor([[2, fx.IMAGE, 6]] * 2), torch.tensor([3, 3]))
-        whole = model(torch.tensor([[1, 3, 2, fx.IMAGE, 6], [1, 5, 2, fx.IMAGE, 6]]), image=model.see(*others))
+        whole = model(torch.tensor([[1, 3, 2, fx.IMAGE, 6], [1, 5, 2, fx.IMAGE, 6]]), image=model.encode_images(*others))
         assert error(got, model.logits(whole)[:, -1]) < 1e-4
 
 
@@ -231,12 +231,12 @@ def test_more_image_tokens_than_images():
     ids, _, _, tiles, ratio_ids = fx.batch("plain")
     ids[1, 5] = fx.IMAGE
     with pytest.raises(ValueError, match="more <|image|> tokens".replace("|", r"\|")):
-        model(ids, image=model.see(tiles, ratio_ids))
+        model(ids, image=model.encode_images(tiles, ratio_ids))
 
 
 def test_a_batch_without_images_is_text_only():
     model = build("plain")
-    assert model.see(*M.pack_images([[], []], 16)) is None
+    assert model.encode_images(*M.pack_images([[], []], 16)) is None
 
 
 def test_gradients_reach_tower_and_projector_through_shared_sets():
@@ -246,7 +246,7 @@ def test_gradients_reach_tower_and_projector_through_shared_sets():
     grads = []
     for rows in ([2, 0, 2], [2], [0], [2]):
         model.zero_grad()
-        context = model.see(tiles, ratio_ids, torch.tensor(rows))
+        context = model.encode_images(tiles, ratio_ids, torch.tensor(rows))
         model.log_probs(ids[rows], chosen[rows], image=context).sum().backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for n, g in grads[0].items():
@@ -451,7 +451,7 @@ def pictures(module):
                      for (w, h, t), d in list(zip(fx.SIZES, want))[12:]))
 
 
-ROTATED = "rotate(self.q_norm(q), rope_table(TextConfig(hidden_size=self.head_dim, num_attention_heads=1, rope_factor=1.0), torch.arange(x.shape[1])[None]))"
+ROTATED = "rotate(self.q_norm(split_heads(self.q_proj(x), self.heads)), rope_table(TextConfig(hidden_size=self.head_dim, num_attention_heads=1, rope_factor=1.0), torch.arange(x.shape[1])[None]))"
 MUTATIONS = {
     "taps off by one": (forward("grouped"), [('i - (config.vision_taps == "input")', "i")]),
     "taps in blocks": (forward("grouped"), [("torch.stack([kept[i] for i in self.taps], -1).flatten(2)", "torch.cat([kept[i] for i in self.taps], -1)")]),
@@ -461,8 +461,8 @@ MUTATIONS = {
         ("self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))", "self.gated_positional_embedding(x, ratio_ids)"),
         ("F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8))", "self.layernorm_pre(F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8)))")]),
     "k_norm dropped": (forward("grouped"), [("self.k_norm(split_heads(self.k_proj(features), self.kv_heads))", "split_heads(self.k_proj(features), self.kv_heads)")]),
-    "q_norm dropped": (forward("grouped"), [("q = self.q_norm(split_heads(q, self.heads))", "q = split_heads(q, self.heads)")]),
-    "RoPE in cross layers": (forward("grouped"), [("q = self.q_norm(split_heads(q, self.heads))", "q = " + ROTATED.replace("q_norm(q)", "q_norm(split_heads(q, self.heads))").replace("x.shape", "q.shape"))]),
+    "q_norm dropped": (forward("grouped"), [("q = self.q_norm(split_heads(self.q_proj(x), self.heads))", "q = split_heads(self.q_proj(x), self.heads)")]),
+    "RoPE in cross layers": (forward("grouped"), [("q = self.q_norm(split_heads(self.q_proj(x), self.heads))", "q = " + ROTATED)]),
     "attention gate without tanh": (forward("grouped"), [("self.cross_attn_attn_gate.tanh()", "self.cross_attn_attn_gate")]),
     "MLP gate without tanh": (forward("grouped"), [("self.cross_attn_mlp_gate.tanh()", "self.cross_attn_mlp_gate")]),
     "tower's gate without tanh": (forward("grouped"), [("self.gate_ffn.tanh()", "self.gate_ffn")]),

@@ -72,7 +72,7 @@ def test_cache_shared_by_a_group_and_rows_dropped(model, tokenizer):
 
 def test_cache_that_is_too_small_says_so(model):
     with pytest.raises(ValueError, match="do not fit"):
-        M.Cache(model, 1, 3).open(4)
+        M.Cache(model, 1, 3).next_slots(4)
 
 
 # ---- generation
@@ -93,7 +93,7 @@ def test_batched_generation_equals_each_prompt_alone(model, tokenizer):
     assert len({len(e) for e in expected}) > 1
     ids, lengths = M.pad_rows(prompts, tokenizer.pad, "cpu")
     cache = M.Cache(model, 4, ids.shape[1] + 9)
-    responses, log_probs = M.generate(model, cache, model.extend(cache, ids, lengths), 9, stops, temperature=0)
+    responses, log_probs = M.generate(model, cache, model.extend(cache, ids, lengths), M.Sampling(9, temperature=0), stops)
     assert responses == expected
     for prompt, response, lp in zip(prompts, responses, log_probs):
         full = model.logits(model(torch.tensor([prompt + response])))[0].log_softmax(-1)
@@ -202,7 +202,7 @@ def test_recompute_changes_memory_not_gradients(model, tokenizer):
 def image_context(model):
     """One image of three tiles."""
     tiles = torch.randn(1, 1, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    context = model.see(tiles, torch.tensor([[7]]))
+    context = model.encode_images(tiles, torch.tensor([[7]]))
     assert context.features.shape == (1, 4 * 10, 32) and context.tiles.tolist() == [[[True, True, True, False]]]
     return context
 
