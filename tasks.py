@@ -16,11 +16,11 @@ Contents
     3. Formulas              one notation for all formulas that differ only in the order of their operands
     4. Solver                solve (3 to 6 cards), solutions (all of them, up to 4 cards)
     5. Splits and deals      problem_class, split_of, deal
-    6. Reading an answer     read_answer (JSON and near-JSON), read_formula: nothing is ever executed
+    6. Reading an answer     parse_answer (JSON and near-JSON), parse_formula: nothing is ever executed
     7. The verifier          judge, REWARD, FEEDBACK, read_share (the cards that were recognized)
     8. Looks                 Options (as text, with wildcards), Look, parse_look, fill_look, legible_from
     9. Pictures of cards     picture
-    10. GeneralPoints        GeneralPoints, KINDS of demonstrators
+    10. GeneralPoints        GeneralPoints
     11. V-IRL: a city        City: streets, fronts and landmarks; words for bearings and turns
     12. V-IRL: routes        Position, Route, routes
     13. V-IRL: words         TurnRule, WORDING, read_action, judge_walk
@@ -29,7 +29,7 @@ Contents
     16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_map (a route for people)
     17. V-IRL: released data read_plain_pickle, released_routes, perspective
     18. Problems and suites  make, Row, SUITES
-    19. Command line         python tasks.py --task gp-l; --task virl-vl --show walk.png
+    19. Command line         python tasks.py --task gp-l
 
 Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak:
 exact rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
@@ -67,6 +67,104 @@ def _tuples(data):
 
 
 CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8"))) for name in ("cards.json", "virl.json"))
+
+
+# ---- 0. What a task is -----------------------------------------------------------------------------------------------
+
+class Step(NamedTuple):
+    """What one answer brings: the reward, whether the episode is over, the verifier's text, and the outcome. "correct" solves the
+    problem, "right_action" is right and leads on to the next question, every other outcome is wrong. `read` is the share (0 to 1)
+    of what there is to see that the answer names rightly."""
+    reward: float
+    done: bool
+    feedback: str
+    outcome: str
+    read: float = 0.0
+
+
+def solved(outcomes: list[str], attempts: int | None = None) -> bool:
+    """Whether one of the first `attempts` answers (None: any) of an episode was right. Right actions on the way to the last
+    question are no attempts."""
+    return "correct" in [outcome for outcome in outcomes if outcome != "right_action"][:attempts]
+
+
+class Row(NamedTuple):
+    """One test of a suite: its name, the rule of the prompt, the rule of the verifier where that is another one ("fake rule"),
+    the visual of the pictures (None: the trained one)."""
+    name: str
+    rule: str
+    judged_by: str | None = None
+    visual: str | None = None
+
+
+class Words(NamedTuple):
+    """What tables and reports call a task's problems, its trained rule, its other rule and a class of problems; and the sentence
+    about reading, with {} for a share."""
+    things: str = "problems"
+    trained: str = "the trained one"
+    other: str = "another"
+    alike: str = "problems of the same kind"
+    read: str = "All is read in {} of the problems"
+
+
+class Problem:
+    """The protocol: what the class of a task has to have. One instance is one problem for one episode.
+
+    A class of its own has to define `make`, `expert`, `step` and, on its instances, `prompt` (str, the first user turn) and `cls`
+    (str: problems of one class are drawn together for an interval). It may define everything else below. `step` sets `done`.
+    A *turn* is a dict of a judged answer: response, outcome, reward, feedback, read, and position where `leads_on`."""
+    image = None        # the picture beside the prompt or the latest feedback (PIL), None in text
+    rule = None         # the prompt's rule
+    attempts = 1        # answers per question
+    done = False        # whether the episode is over
+    position = 0        # which question is open
+    leads_on = False    # whether a right answer leads to another question; then there is `advance`
+    DEMONSTRATORS = {"expert": lambda problem, rng: [problem.expert()]}  # name: function -> [response, feedback, response, ...]
+    SCORES = {"first": "first attempt", "episode": "whole episode", "read": "read rightly"}  # name: title in tables
+    WORDS = Words()
+
+    @classmethod
+    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data) -> "Problem":
+        """The problem of these names (see the function `make`); visual is None in text, judged_by where it is the rule."""
+        raise NotImplementedError
+
+    @classmethod
+    def legible(cls, row: Row, tile: int) -> bool:
+        """Whether a row's pictures, if it has any, can be read at tiles of so many pixels."""
+        return True
+
+    def expert(self) -> str:
+        """A right response to the open question, by the rule of the prompt."""
+        raise NotImplementedError
+
+    def step(self, response: str) -> Step:
+        """Judge the next answer to the open question. RuntimeError where the episode is over."""
+        raise NotImplementedError
+
+    def advance(self) -> tuple[str, Step]:
+        """Move on by the expert's response, whatever rule answers are judged by: (response, its Step)."""
+        raise NotImplementedError
+
+    def demonstrate(self, kind: str, rng: random.Random) -> list[str]:
+        """What the demonstrator `kind` writes: [response, feedback, response, ...]. ValueError for an unknown one."""
+        if kind not in self.DEMONSTRATORS:
+            raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(self.DEMONSTRATORS)}.")
+        return self.DEMONSTRATORS[kind](self, rng)
+
+    def scores(self, turns: list[dict], forced: list[dict] | None = None) -> dict:
+        """The SCORES of an episode, each from 0 to 1; `forced` are the turns of its teacher-forced twin, where `leads_on`."""
+        outcomes = [turn["outcome"] for turn in turns]
+        read = round(turns[0]["read"], 4)
+        return {"first": int(solved(outcomes, 1)), "episode": int(solved(outcomes)), "read": read}
+
+    def figures(self, turns: list[dict]) -> dict:
+        """What a report shows of an episode: {"picture": image} or {"pictures": [image, ...], "map": image}, or part of it."""
+        return {} if self.image is None else {"picture": self.image}
+
+    @classmethod
+    def parsed(cls, response: str) -> list[tuple[str, str]]:
+        """What a report says of a response, as (label, text)."""
+        return []
 
 
 # ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
@@ -188,7 +286,7 @@ class Formula(NamedTuple):
     downs: tuple = ()
 
 
-def _join(op, left, right):
+def join_formulas(op, left, right):
     """The Formula `left op right`, flattened, in order, with as few brackets as possible."""
     kind, inverse = ("+", "-") if op in "+-" else ("*", "/")
     ups, downs = (left.ups, left.downs) if left.kind == kind else ((left,), ())
@@ -279,7 +377,7 @@ def _formulas(numbers, target, depth):
                     continue
                 for right in _formulas(many, y, depth):
                     for left in _formulas(few, x, depth):
-                        yield _join(op, right, left) if y_first else _join(op, left, right)
+                        yield join_formulas(op, right, left) if y_first else join_formulas(op, left, right)
 
 
 def solve(numbers, target):
@@ -373,16 +471,16 @@ FORMULA_TOKEN = re.compile(r"[0-9]+|\S", re.ASCII)
 SIGNS = str.maketrans("×÷−", "*/-")
 
 
-def clean(text, limit=60):
+def printable(text, limit=60):
     """Text of unknown origin made fit for a terminal or a sentence: printable characters only, at most `limit` of them."""
     return "".join(ch for ch in text[:limit] if ch.isprintable())
 
 
 def _quoted(text):
-    return f"'{clean(text)}'" if clean(text) else "an unprintable character"
+    return f"'{printable(text)}'" if printable(text) else "an unprintable character"
 
 
-def read_answer(text):
+def parse_answer(text):
     """Read the one flat object in a response: a dict of str, tuple of str (a list), or None (a bare number or word).
 
     Raises Illegal for anything else: no object or two, nested ones, a key given twice, more than MAX_TOKENS tokens."""
@@ -447,7 +545,7 @@ def _scalar(token, tokens):
     return token[1]
 
 
-def read_formula(text, target):
+def parse_formula(text, target):
     """Read a formula: returns its exact value (numerator, denominator) and the numbers it uses, in order.
 
     Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional `=target` at the end.
@@ -520,27 +618,18 @@ class Verdict(NamedTuple):
     read: float = 0.0
 
 
-class Step(NamedTuple):
-    """What one answer brings: the reward, whether the episode is over, the verifier's text, the outcome, Verdict's `read`."""
-    reward: float
-    done: bool
-    feedback: str
-    outcome: str
-    read: float = 0.0
-
-
 def judge(response, hand, rule):
     """Judge a response (text of a model, of any content) to a hand under a rule, in under a millisecond; never raises for a str.
     One outcome per answer, the first that holds: "illegal", "wrong_numbers" (not on the cards, used too often, or missing),
     "wrong_value", "correct"."""
     cards, read = None, 0.0
     try:
-        answer = read_answer(response)
+        answer = parse_answer(response)
         if isinstance(answer.get("cards"), tuple):
             cards, read = answer["cards"], read_share(answer["cards"], hand)
         if not isinstance(answer.get("formula"), str):
             raise Illegal("the JSON object has no key 'formula' with a string")
-        value, used = read_formula(answer["formula"], rule.target)
+        value, used = parse_formula(answer["formula"], rule.target)
     except Illegal as error:
         return Verdict("illegal", str(error), cards, read)
     if fact := _misused(used, values(hand, rule)):
@@ -551,8 +640,8 @@ def judge(response, hand, rule):
     return Verdict("correct", "", cards, read)
 
 
-WORDS = ("ACE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE", "TEN", "JACK", "QUEEN", "KING")
-NAMES = {name: rank for names in (RANKS, WORDS, map(str, range(1, 14))) for rank, name in enumerate(names, 1)}
+RANK_WORDS = ("ACE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE", "TEN", "JACK", "QUEEN", "KING")
+NAMES = {name: rank for names in (RANKS, RANK_WORDS, map(str, range(1, 14))) for rank, name in enumerate(names, 1)}
 
 
 def read_share(named, hand):
@@ -596,7 +685,7 @@ class Options:
     def __post_init__(self):
         for name, known in self.options().items():
             if getattr(self, name) not in known:
-                kind, value = type(self).__name__.lower(), clean(str(getattr(self, name)))
+                kind, value = type(self).__name__.lower(), printable(str(getattr(self, name)))
                 raise ValueError(f"A {kind} needs {name} {_any_of(known)}, not {value!r}.")
 
     def __str__(self):
@@ -621,7 +710,7 @@ class Options:
         for option in given:
             name, _, value = option.partition("=")
             if name not in options or name in found:
-                raise ValueError(f"{clean(text)!r} is not a {cls.__name__.lower()}: after the {head} only "
+                raise ValueError(f"{printable(text)!r} is not a {cls.__name__.lower()}: after the {head} only "
                                  f"{', '.join([second, *more])} may "
                                  f" follow, each once, as in {options[head][0]}/{second}={options[second][1]}.")
             found[name] = int(value) if isinstance(options[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
@@ -812,7 +901,7 @@ def _sign(suit, size):
 
 def _label(rank, scheme, glyphs, width, height):
     """A rank's name as a mask, all of it `height` pixels tall, narrowed to `width` where it is wider."""
-    text = WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
+    text = RANK_WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
     size, stroke = round(height * 1.37), height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
     font = ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
     left, top, right, bottom = font.getbbox(text, anchor="ls", stroke_width=stroke)
@@ -877,14 +966,14 @@ _large_card = lru_cache(maxsize=256)(partial(_card, _large_face, 2))  # at most 
 
 # ---- 10. GeneralPoints -----------------------------------------------------------------------------------------------
 
-KINDS = ("expert", "careful", "careless", "lazy", "inattentive", "retry")  # demonstrators, see GeneralPoints.demonstrate
-
-
-class GeneralPoints:
+class GeneralPoints(Problem):
     """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands
     for intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest),
     done. A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
     asks = "formula"
+    SCORES = Problem.SCORES | {"read": "cards read"}
+    WORDS = Words("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13", "problems with the same numbers",
+                  "All cards are read in {} of the hands")
 
     def __init__(self, hand, rule, attempts, style, judged_by, look=None, tile=32, stream=""):
         self.hand, self.rule, self.attempts, self.style, self.judged_by = hand, rule, attempts, style, judged_by
@@ -913,66 +1002,62 @@ class GeneralPoints:
         right, last = self.verdict.outcome == "correct", self.attempt == self.attempts
         self.done = right or last
         reward = REWARD[self.verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
-        feedback = self._feedback(self.verdict)
+        feedback = self.feedback(self.verdict)
         if self.look and self.verdict.read < 1:
             reward, feedback = reward + MISREAD, feedback + MISREAD_TEXT[self.style]
         return Step(float(reward), self.done, feedback, self.verdict.outcome, self.verdict.read)
 
-    def _feedback(self, verdict):
+    def feedback(self, verdict: Verdict) -> str:
+        """The verifier's text for the next turn."""
         return FEEDBACK[self.style][verdict.outcome].format(fact=verdict.fact)
 
     def expert(self, rng=None):
         """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them;
         for five and six cards the one that the solver finds first."""
-        return self._response(self.rule, self._solution(self.rule, rng))
+        return self.response(self.rule, self.solution(self.rule, rng))
 
-    def demonstrate(self, kind, rng):
-        """What a demonstrator of the base stage writes: response, feedback, response, ... (list of str).
+    def careful(self, rng):
+        """The demonstrator that writes any right answer."""
+        return [self.expert(rng)]
 
-        "expert": the simplest right answer, always the same. "careful": any right answer. "careless": the right numbers in a
-        formula of another value. "lazy": where the first card is above 7, no list of numbers and just their sum; else the expert.
-        "inattentive": face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says (the expert where that has no
-        solution). "retry": the sum and, unless that is right, the verifier's text and the expert. ValueError for other kinds."""
-        if kind in ("expert", "careful"):
-            return [self.expert(rng if kind == "careful" else None)]
-        if kind == "careless":
-            return [self._careless(self.rule, rng)]
-        if kind == "lazy":
-            return [self._sum() if self.hand[0][0] > 7 else self.expert()]
-        if kind == "inattentive":
-            taken = replace(self.rule, faces=parse_rule(rng.choice((ID_RULE, OOD_RULE))).faces)
-            formula = self._solution(taken, None)
-            return [self._response(taken, formula) if formula else self.expert()]
-        if kind == "retry":
-            slip = self._sum()
-            feedback = self._feedback(judge(slip, self.hand, self.rule))
-            return [slip] if sum(self.numbers) == self.rule.target else [slip, feedback, self.expert()]
-        raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(KINDS)}.")
+    DEMONSTRATORS = Problem.DEMONSTRATORS | {"careful": careful}  # assets/habits.py adds some with bad habits
 
-    def _sum(self):
+    def sum_response(self) -> str:
+        """The plain sum of the numbers, without a list of them."""
         return json.dumps({"cards": rank_names(self.hand), "formula": "+".join(map(str, self.numbers))})
 
-    def _solution(self, rule, rng):
+    def solution(self, rule: Rule, rng: random.Random | None = None) -> str | None:
+        """The simplest formula of the hand under a rule, or with rng a random one; None where there is none."""
         numbers = values(self.hand, rule)
         if rule.cards > 4:
             return solve(numbers, rule.target)
         found = solutions(numbers, rule.target)
         return (rng.choice(found) if rng else found[0]) if found else None
 
-    def _careless(self, rule, rng):
-        """Random operations until the value is not the target (there is always another: turn a + into a -)."""
-        while True:
-            parts = [Formula((n, 1), str(n)) for n in values(self.hand, rule)]
-            while len(parts) > 1:
-                left, right = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
-                if left.value[0] * right.value[1] < right.value[0] * left.value[1]:
-                    left, right = right, left  # the larger first, as in the solver: nothing negative
-                parts.append(_join(rng.choice("++--**/" if right.value[0] else "+-*"), left, right))
-            if parts[0].value != (rule.target, 1):
-                return self._response(rule, parts[0].text)
-
-    def _response(self, rule, formula):
+    def response(self, rule: Rule, formula: str) -> str:
+        """A response with a formula, and the values that the cards have under a rule."""
         return json.dumps({"cards": rank_names(self.hand), "number": values(self.hand, rule), "formula": formula})
+
+    @classmethod
+    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
+        if data:
+            raise ValueError("There is no released data for GeneralPoints: its hands are dealt. Only V-IRL takes a folder of routes.")
+        tile = 32 if tile is None else tile
+        rule = parse_rule(fill_rule(rule, random.Random(f"gp/{split}/{index}/rule")))
+        look = parse_look(fill_look(visual, random.Random(f"gp/{split}/{index}/look"))) if visual else None
+        if look and look.suits != "text" and tile < (smallest := legible_from(look, rule.cards)):
+            raise ValueError(f"{rule.cards} cards of the look {str(look)!r} need tiles of at least {smallest} pixels, not {tile}.")
+        hand, rule = deal(rule, split, index, 2 if look else 4)
+        judged_by = replace(rule, faces=parse_rule(judged_by or rule).faces)
+        look = None if look and look.suits == "text" else look
+        return cls(hand, rule, attempts, style, judged_by, look, tile, f"gp/{split}/{index}/picture")
+
+    @classmethod
+    def legible(cls, row, tile):
+        if not row.visual:
+            return True
+        look = parse_look(fill_look(row.visual, random.Random(0)))
+        return look == Look("text") or legible_from(look, parse_rule(row.rule).cards) <= tile
 
 
 def short_prompt(hand, rule, look=None):
@@ -991,17 +1076,6 @@ def full_prompt(hand, rule, look=None):
 
 
 SHOWN = CARDS["wording"]["shown"]  # how to read the ranks in a picture
-
-
-def _general_points(name, rule, visual, split, index, attempts, style, judge, tile):
-    rule = parse_rule(fill_rule(rule, random.Random(f"gp/{split}/{index}/rule")))
-    look = None if name == "gp-l" else parse_look(fill_look(visual or "black", random.Random(f"gp/{split}/{index}/look")))
-    if look and look.suits != "text" and tile < (smallest := legible_from(look, rule.cards)):
-        raise ValueError(f"{rule.cards} cards of the look {str(look)!r} need tiles of at least {smallest} pixels, not {tile}.")
-    hand, rule = deal(rule, split, index, 2 if look else 4)
-    judged_by = replace(rule, faces=parse_rule(judge or rule).faces)
-    look = None if look and look.suits == "text" else look
-    return GeneralPoints(hand, rule, attempts, style, judged_by, look, tile, f"gp/{split}/{index}/picture")
 
 
 # ---- 11. V-IRL: a city -----------------------------------------------------------------------------------------------
@@ -1306,7 +1380,7 @@ def parse_turns(text):
         return text
     words, slash, told = text.partition("/")
     if words not in TURN_WORDS or slash + told not in ("", "/told=rule"):
-        raise ValueError(f"{clean(text)!r} is no rule for turns: write absolute, relative, or one of them with /told=rule.")
+        raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute, relative, or one of them with /told=rule.")
     return TurnRule(words, "rule" if slash else "both")
 
 
@@ -1368,7 +1442,7 @@ def judge_walk(response, here, rule, style):
     """Judge a response (text of a model, of any content) at a Position under a TurnRule; never raises for a str."""
     observed = None
     try:
-        answer, key = read_answer(response), WORDING[style]["keys"][0]
+        answer, key = parse_answer(response), WORDING[style]["keys"][0]
         if isinstance(answer.get(key), str):
             observed = _parts(answer[key]) == _parts(observation(here, style))
         if not isinstance(answer.get("action"), str):
@@ -1378,7 +1452,7 @@ def judge_walk(response, here, rule, style):
         return Walked("illegal", "illegal", str(error), observed)
     right = (kind, word) == (here.action, right_word(here, rule))
     outcome = "wrong_action" if not right else "correct" if kind == "stop" else "right_action"
-    why, fact = ("right", "") if right else (_why(kind, word, here, rule), clean(word))
+    why, fact = ("right", "") if right else (_why(kind, word, here, rule), printable(word))
     return Walked(outcome, why, fact, observed)
 
 
@@ -1407,12 +1481,18 @@ WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -
 WALKERS = ("expert", "careless", "inattentive", "hasty", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
 
 
-class Navigation:
+class Navigation(Problem):
     """One walk along a route, for one episode. Attributes: route, rule, position (index into route.rail), cls (city and turns:
     groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position), verdict (the
     latest Walked), done; look (a Scene) and tile of the pictures, and image, the four views of the current position, all None in
     text. After a right action image is another picture, which the next turn shows."""
     asks = "action"
+    leads_on = True
+    DEMONSTRATORS = dict.fromkeys(WALKERS)
+
+    @classmethod
+    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
+        return _navigation(rule, visual, split, index, attempts, style, judged_by, tile, data)
 
     def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
         self.route, self.rule, self.attempts, self.style, self.judged_by = route, rule, attempts, style, judged_by
@@ -1534,10 +1614,10 @@ class Navigation:
         return json.dumps(fields, separators=(",", ":") if self.style == "short" else None)
 
 
-def _navigation(name, rule, visual, split, index, attempts, style, judge, tile, data):
+def _navigation(rule, visual, split, index, attempts, style, judge, tile, data):
     look, tile = None, (560 if style == "full" else 32) if tile is None else tile
-    if pictures(name):
-        look = parse_scene(fill_scene(visual or "day", random.Random(f"virl/{split}/{index}/look")))
+    if visual:
+        look = parse_scene(fill_scene(visual, random.Random(f"virl/{split}/{index}/look")))
         if not 16 <= tile <= 1120:
             raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
     if data:
@@ -1903,7 +1983,7 @@ def read_plain_pickle(data):
                 raise ValueError(f"it has the opcode {name}; only dict, tuple, str, int and float are read")
         return stack.pop()
     except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"This pickle is not plain data: {clean(str(error), 120)}.") from None
+        raise ValueError(f"This pickle is not plain data: {printable(str(error), 120)}.") from None
 
 
 def _set_items(target, items):
@@ -1929,7 +2009,7 @@ def _read_bytes(path):
             return path.read_bytes()
     except OSError:  # a name that is too long, no permission
         pass
-    raise ValueError(f"{clean(str(path), 200)} cannot be read or is larger than {MAX_DATA >> 20} MB: give the unpacked folder of "
+    raise ValueError(f"{printable(str(path), 200)} cannot be read or is larger than {MAX_DATA >> 20} MB: give the unpacked folder of "
                      "released routes.")
 
 
@@ -1949,7 +2029,7 @@ def released_routes(folder, pictures=False):
             raise ValueError("a panorama's point is no pair or its name no text")  # the text of nested tuples could take for ever
         known = [((float(lat), float(lng)), name) for (lat, lng), name in panoramas.items()]
     except BROKEN as error:
-        raise ValueError(f"{folder} does not hold routes as released: {type(error).__name__} {clean(str(error))}.") from None
+        raise ValueError(f"{folder} does not hold routes as released: {type(error).__name__} {printable(str(error))}.") from None
     for number, info in enumerate(infos):
         try:
             rail = _released_rail(info, number, known)
@@ -1958,12 +2038,12 @@ def released_routes(folder, pictures=False):
             found.append(Route(folder.name, rail, str(folder)))
         except BROKEN as error:
             lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            skipped.append(f"{number} {clean(lacks)}")
+            skipped.append(f"{number} {printable(lacks)}")
     named = "; ".join(skipped[:10]) + f"; and {len(skipped) - 10} more" * (len(skipped) > 10)
     if not found:
         raise ValueError(f"{folder} does not hold routes as released, none can be used: {named or 'its list is empty'}.")
     if skipped:
-        print(f"{len(skipped)} of {len(infos)} routes in {clean(str(folder), 200)} are left out: {named}.", file=sys.stderr)
+        print(f"{len(skipped)} of {len(infos)} routes in {printable(str(folder), 200)} are left out: {named}.", file=sys.stderr)
     return tuple(found)
 
 
@@ -1972,7 +2052,7 @@ def _released_rail(info, number, known):
     rng = random.Random(f"virl/released/{number}")
     places = info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"]
     points = [tuple(map(float, place)) for place in places]
-    blocks = [read_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
+    blocks = [parse_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
     if len(blocks) != len(points) - 1 or not blocks:
         raise ValueError(f"has {len(points) - 1} points but {len(blocks)} milestones")
     stated = [re.match(r"\d{1,3}(\.\d+)?\b", block["to_next_intersection_heading"].strip()) for block in blocks]  # "298 (west)"
@@ -1988,7 +2068,7 @@ def _released_rail(info, number, known):
                 rail.append(Position(name, headings[i], (), False, "forward", None, 2 * i + 1))
         told = re.findall(r"(?:The destination )?([^;]+?) is on your ([a-z ]+)", block["landmarks"])
         action, towards = ("turn", headings[i + 1]) if i + 1 < len(blocks) else ("stop", None)
-        rail.append(Position(_nearest(end, known), headings[i], tuple((clean(name.strip()), side) for name, side in told),
+        rail.append(Position(_nearest(end, known), headings[i], tuple((printable(name.strip()), side) for name, side in told),
                              action == "turn", action, towards, 2 * i + 1 + (action == "turn")))
     return tuple(rail)
 
@@ -2042,72 +2122,61 @@ def perspective(panorama, yaw, size):
 
 # ---- 18. Problems and suites -----------------------------------------------------------------------------------------
 
-TASKS = ("gp-l", "gp-vl", "virl-l", "virl-vl")
+class Task(NamedTuple):
+    """One row of the table of tasks: the class, the trained rule and visual (None: a task in text), the suite, its probes."""
+    problem: type
+    rule: str
+    visual: str | None
+    suite: tuple[Row, ...]
+    probes: tuple[Row, ...] = ()
+
+    @property
+    def pictures(self) -> bool:
+        """Whether the task shows pictures."""
+        return self.visual is not None
 
 
-def pictures(name):
-    """Whether a task or suite shows pictures."""
-    return name.removesuffix("-probes").endswith("-vl")
+def task_of(suite: str) -> Task:
+    """The Task of a suite such as "gp-l" or "gp-l-probes"; ValueError for others."""
+    if suite not in suite_names():
+        raise ValueError(f"Unknown suite {printable(suite)!r}: choose one of {', '.join(suite_names())}.")
+    return TASKS[suite.removesuffix("-probes")]
 
 
-def walks(name):
-    """Whether a task or suite is V-IRL's."""
-    return name.startswith("virl")
+def suite_rows(suite: str) -> tuple[Row, ...]:
+    """The rows of a suite; ValueError for an unknown one."""
+    return task_of(suite).probes if suite.endswith("-probes") else task_of(suite).suite
 
 
-def trained_rule(name):
-    """The rule that a task is trained with."""
-    return "absolute" if walks(name) else ID_RULE
+def suite_names() -> list[str]:
+    """The names of all suites: of every task its own, and, where there are probes, "TASK-probes"."""
+    return [name + ending for name, task in TASKS.items() for ending in ("", "-probes")[: 1 + bool(task.probes)]]
 
 
-def kinds(name):
-    """The demonstrators of a task."""
-    return WALKERS if walks(name) else KINDS
-
-
-def make(name, rule=None, visual=None, split="train", index=0, attempts=1, style="full", judge=None, seed=0, tile=None,
-         data=None):
+def make(name: str, rule: str | None = None, visual: str | None = None, split: str = "train", index: int = 0, attempts: int = 1,
+         style: str = "full", judged_by: str | None = None, seed: int = 0, tile: int | None = None,
+         data: str | None = None) -> Problem:
     """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
 
-    rule: GeneralPoints: a text for fill_rule and parse_rule (None: ID_RULE), wildcards drawn anew for every index; V-IRL: one for
-    parse_turns (None: absolute). visual, for pictures: a text for fill_look (None: "black") or fill_scene (None: "day"), drawn
-    likewise. judge: the faces, or the rule for turns, that answers are judged by where they are not the prompt's (the "fake rule"
+    rule: GeneralPoints: a text for fill_rule and parse_rule (None: the trained rule), wildcards drawn anew for every index; V-IRL:
+    one for parse_turns. visual, for pictures: a text for fill_look or fill_scene (None: the trained one), drawn likewise.
+    judged_by: the faces, or the rule for turns, that answers are judged by where they are not the prompt's (the "fake rule"
     control; target and cards are always the prompt's, and the expert follows the prompt). index counts from 0; the run's `seed`
     shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL per position. style: in V-IRL the "short"
     routes are other, shorter ones. tile: the size of the model's image tiles in pixels (None: 32, and for street views in full
     style 560). data, for V-IRL: a folder of released routes to take instead, over and over, whatever the split. ValueError, in
     one sentence, for anything unknown or out of range."""
-    if name not in TASKS:
-        raise ValueError(f"Unknown task {name!r}: choose one of {', '.join(TASKS)}.")
-    for value, known in ((split, SPLITS), (style, STYLES)):
+    for value, known in ((name, TASKS), (split, SPLITS), (style, STYLES)):
         if value not in known:
             raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
     if index < 0 or seed < 0 or attempts < 1:
         raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
-    if visual is not None and not pictures(name):
+    task = TASKS[name]
+    if visual is not None and not task.pictures:
         raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
     index += seed * 10**9 if split in ("base", "train") else 0
-    rule = trained_rule(name) if rule is None else rule
-    if walks(name):
-        return _navigation(name, rule, visual, split, index, attempts, style, judge, tile, data)
-    if data:
-        raise ValueError("There is no released data for GeneralPoints: its hands are dealt. Only V-IRL takes a folder of routes.")
-    return _general_points(name, rule, visual, split, index, attempts, style, judge, 32 if tile is None else tile)
-
-
-class Row(NamedTuple):
-    """One test of a suite: its name, the rule of the prompt, that of the judge where it is another, the look of the pictures."""
-    name: str
-    rule: str
-    judge: str | None = None
-    visual: str | None = None
-
-    def legible(self, tile):
-        """Whether its pictures, if it has any, can be read at tiles of so many pixels."""
-        if not self.visual or self.rule.startswith(TURN_WORDS):  # street views can be read at every tile that make takes
-            return True
-        look = parse_look(fill_look(self.visual, random.Random(0)))
-        return look == Look("text") or legible_from(look, parse_rule(self.rule).cards) <= tile
+    return task.problem.make(rule=task.rule if rule is None else rule, visual=visual or task.visual, split=split, index=index,
+                             attempts=attempts, style=style, judged_by=judged_by, tile=tile, data=data)
 
 
 # The gap between the rows is the study's result.
@@ -2118,45 +2187,38 @@ PROBES = [                                    # further away, one change from th
     Row("five-cards", "10/cards=5"),
     Row("target-36", "10/target=36"),
 ]
-SUITES = {
-    "gp-l": [
-        Row("id", ID_RULE),                   # the rule that was trained
-        Row("rule", OOD_RULE),                # the same hands under the rule that was not
-        Row("fake", OOD_RULE, ID_RULE),       # told the new rule, judged by the old: high where the old rule was memorized,
-    ],                                        # low where arithmetic was lost
-    "gp-l-probes": PROBES,
-    "gp-vl": [
-        Row("id", ID_RULE, visual="black"),   # the rule and the look that were trained
-        Row("rule", OOD_RULE, visual="black"),
-        Row("fake", OOD_RULE, ID_RULE, "black"),
-        Row("red", ID_RULE, visual="red"),    # the paper's change of look: only ink and suits
-        *(Row(name, ID_RULE, visual="black/" + look) for name, look in (
-            ("grid", "layout=grid"), ("scattered", "layout=scattered"), ("serif", "glyphs=serif"), ("dark", "style=dark"),
-            ("dim", "light=50/noise=15"), ("numbers", "scheme=numbers"), ("words", "scheme=words"), ("pips", "scheme=pips"))),
-        Row("shuffled", ID_RULE, visual="black"),  # the control: every hand beside the picture of another one
-        Row("text", ID_RULE, visual="text"),  # the same hands in words: the difference to "id" is the cost of seeing
-    ],
-    "gp-vl-probes": [
-        *(row._replace(visual="black") for row in PROBES),
-        Row("mixed", ID_RULE, visual="*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15"),
-        Row("rule-red", OOD_RULE, visual="red"),
-    ],
-    "virl-l": [
-        Row("id", "absolute"),
-        Row("rule", "relative"),
-        Row("fake", "relative", "absolute"),
-    ],
-    "virl-l-probes": [                 # the instructions have the words of the rule alone, which can be copied
-        Row("told-id", "absolute/told=rule"),
-        Row("told-rule", "relative/told=rule"),
-        Row("told-fake", "relative/told=rule", "absolute"),
-    ],
-    "virl-vl": [
-        Row("id", "absolute"),
-        Row("rule", "relative"),
-        Row("fake", "relative", "absolute"),
-        Row("visual", "absolute", visual="dusk/weather=rain/palette=brick"),
-    ],
+GP_TEXT = (
+    Row("id", ID_RULE),                   # the rule that was trained
+    Row("rule", OOD_RULE),                # the same hands under the rule that was not
+    Row("fake", OOD_RULE, ID_RULE),       # told the new rule, judged by the old: high where the old rule was memorized,
+)                                         # low where arithmetic was lost
+GP_PICTURES = (
+    Row("id", ID_RULE, visual="black"),   # the rule and the look that were trained
+    Row("rule", OOD_RULE, visual="black"),
+    Row("fake", OOD_RULE, ID_RULE, "black"),
+    Row("red", ID_RULE, visual="red"),    # the paper's change of look: only ink and suits
+    *(Row(name, ID_RULE, visual="black/" + look) for name, look in (
+        ("grid", "layout=grid"), ("scattered", "layout=scattered"), ("serif", "glyphs=serif"), ("dark", "style=dark"),
+        ("dim", "light=50/noise=15"), ("numbers", "scheme=numbers"), ("words", "scheme=words"), ("pips", "scheme=pips"))),
+    Row("shuffled", ID_RULE, visual="black"),  # the control: every hand beside the picture of another one
+    Row("text", ID_RULE, visual="text"),  # the same hands in words: the difference to "id" is the cost of seeing
+)
+PICTURE_PROBES = (
+    *(row._replace(visual="black") for row in PROBES),
+    Row("mixed", ID_RULE, visual="*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15"),
+    Row("rule-red", OOD_RULE, visual="red"),
+)
+WALKS = (Row("id", "absolute"), Row("rule", "relative"), Row("fake", "relative", "absolute"))
+WALK_PROBES = (                    # the instructions have the words of the rule alone, which can be copied
+    Row("told-id", "absolute/told=rule"),
+    Row("told-rule", "relative/told=rule"),
+    Row("told-fake", "relative/told=rule", "absolute"),
+)
+TASKS: dict[str, Task] = {
+    "gp-l": Task(GeneralPoints, ID_RULE, None, GP_TEXT, tuple(PROBES)),
+    "gp-vl": Task(GeneralPoints, ID_RULE, "black", GP_PICTURES, PICTURE_PROBES),
+    "virl-l": Task(Navigation, "absolute", None, WALKS, WALK_PROBES),
+    "virl-vl": Task(Navigation, "absolute", "day", (*WALKS, Row("visual", "absolute", visual="dusk/weather=rain/palette=brick"))),
 }
 
 
@@ -2181,8 +2243,6 @@ def parse_args(argv=None):
     pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any "
                           f"value, a|b for one of some. Cards (default black): {cards}. Streets (default day): {streets}")
     pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
-    pictures.add_argument("--show", metavar="FILE", help="gp-vl: draw the problems on one sheet, without --visual in many looks; "
-                          "V-IRL: draw the first walk, its map and its views")
     answers = parser.add_argument_group("answers")
     answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
     answers.add_argument("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
@@ -2194,88 +2254,21 @@ def main(args):
     """Print the problems, ask for answers where asked to, and return the list of Steps that were judged."""
     if args.n < 1:
         raise ValueError("The number of problems must be 1 or more.")
-    if args.show:
-        try:
-            sheet = (walk_sheet if walks(args.task) else contact_sheet)(args)
-            sheet.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(args.show)
-        except OSError as error:
-            raise ValueError(f"--show {clean(args.show)} could not be written ({error.strerror}): name a PNG file in a directory "
-                             "that is there.") from None
-        return []
     steps = []
     for index in range(args.index, args.index + args.n):
-        problem = _problem(args, index, args.visual)
-        look = f" | look {problem.look}" if problem.look else ""
+        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts, args.style, seed=args.seed,
+                       tile=args.tile, data=args.data)
+        look = f" | look {problem.look}" if getattr(problem, "look", None) else ""
         _say(f"--- {args.task} | rule {problem.rule} | {args.split} {index} | class {problem.cls}{look}\n{problem.prompt}\n")
         if args.answer is not None:
             steps += [_judged(problem, args.answer)] if index == args.index else []
         elif args.ask or sys.stdin.isatty():
             steps += _asked(problem)
         _say("Expert: " + "\n        ".join(problem.demonstrate("expert", random.Random(0))))
-        if not walks(args.task) and len(problem.hand) <= 4:
+        if isinstance(problem, GeneralPoints) and len(problem.hand) <= 4:
             _say(f"Distinct solutions: {len(solutions(problem.numbers, problem.rule.target))}")
         _say("")
     return steps
-
-
-def _problem(args, index, visual):
-    return make(args.task, args.rule, visual, args.split, index, args.attempts, args.style, seed=args.seed, tile=args.tile,
-                data=args.data)
-
-
-MIXED = ("both/layout=shuffled/scheme=numbers/style=framed/table=wood", "both/layout=scattered/style=dark/glyphs=mono/table=grey",
-         "both/layout=scattered/glyphs=italic/table=blue/light=130/noise=25", "both/tiles=1/layout=grid/style=framed")
-
-
-def contact_sheet(args):
-    """Problems in --visual, or in each look of the suite and of MIXED: a row for each, twice as long for square pictures."""
-    if args.task != "gp-vl" or args.visual == "text":
-        raise ValueError("--show draws pictures: choose --task gp-vl and a look that is not text, or a walk with --task virl-vl.")
-    cards = parse_rule(fill_rule(args.rule or ID_RULE, random.Random(0))).cards
-    known = dict.fromkeys([*(row.visual for row in SUITES["gp-vl"] if row.visual != "text"), *MIXED])
-    legible = [look for look in known if legible_from(parse_look(look), cards) <= args.tile]
-    rows = []
-    for look in [args.visual] if args.visual else legible or ["black"]:  # where none is, make says how large a tile must be
-        wide = parse_look(fill_look(look, random.Random(0))).layout == "row"
-        problems = [_problem(args, args.index + i, look) for i in range(args.n * (1 if wide else 2))]
-        dealt = [" ".join(WORDS[rank - 1].lower() for rank, _ in problem.hand) for problem in problems]
-        hands = [captioned(ImageOps.contain(problem.image, (400, 190)), hand) for problem, hand in zip(problems, dealt)]
-        rows.append(captioned(joined(hands), look))
-    return joined(rows, down=True)
-
-
-def walk_sheet(args):
-    """The first walk in --visual: its map and instructions, and what each position shows, asks and wants, four in a row."""
-    if args.data:
-        raise ValueError("--show draws walks through generated cities only: leave out --data.")
-    problem, shown = _problem(args, args.index, args.visual), []
-    for i, here in enumerate(problem.route.rail):
-        text = f"{i + 1}. {observation(here, problem.style)}\ninstruction {here.instruction + 1}: {problem.right()}"
-        problem.advance()
-        look = replace(problem.look or Scene(), tiles=1)
-        shown.append(captioned(draw_grid(problem.route.city, problem.style, here.place, here.heading, look, 340), text))
-    rows = [joined(shown[i:i + 4]) for i in range(0, len(shown), 4)]
-    told = "\n".join(f"{i + 1}. {text}" for i, text in enumerate(problem.texts))
-    return joined([captioned(draw_map(problem, 1000), told), joined(rows, down=True)])
-
-
-def captioned(image, text):
-    """A picture on white, with a margin, below a text of some lines."""
-    font = ImageFont.load_default(16)
-    _, _, width, height = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
-    framed = Image.new("RGB", (max(image.width, ceil(width)) + 12, image.height + ceil(height) + 16), "white")
-    ImageDraw.Draw(framed).multiline_text((6, 4), text, "black", font)
-    framed.paste(image, (6, ceil(height) + 10))
-    return framed
-
-
-def joined(images, down=False):
-    """Pictures beside each other, or below each other, on white."""
-    widths, heights = zip(*(image.size for image in images))
-    sheet = Image.new("RGB", (max(widths), sum(heights)) if down else (sum(widths), max(heights)), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (0, sum(heights[:i])) if down else (sum(widths[:i]), 0))
-    return sheet
 
 
 def _asked(problem):
@@ -2299,7 +2292,7 @@ def _say(text):
     """Print line by line without control characters, and without an error where the terminal cannot show a character."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in text.split("\n"):
-        print(clean(line, len(line)).encode(encoding, "replace").decode(encoding))
+        print(printable(line, len(line)).encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import assets.habits  # noqa: E402, F401: adds its demonstrators
 import tasks  # noqa: E402
 from tasks import ID_RULE, OOD_RULE, Look, Rule, fill_look, legible_from, make, parse_look, picture  # noqa: E402
 
 OPTIONS = Look.options()
 VALUES = [(name, value) for name, known in OPTIONS.items() for value in (known if len(known) < 5 else (known[0], known[-1]))]
 ONE_CHANGE = [f"black/{name}={value}" if name != "suits" else value for name, value in VALUES if value != "text"]
-SUITE_LOOKS = [row.visual for row in tasks.SUITES["gp-vl"] if row.visual != "text"]
+SUITE_LOOKS = [row.visual for row in tasks.suite_rows("gp-vl") if row.visual != "text"]
+MIXED = ["both/layout=shuffled/scheme=numbers/style=framed/table=wood", "both/layout=scattered/style=dark/glyphs=mono/table=grey",
+         "both/layout=scattered/glyphs=italic/table=blue/light=130/noise=25", "both/tiles=1/layout=grid/style=framed"]
 HARD = ["red/light=40/noise=40/scheme=words", "black/light=40/noise=40/scheme=pips", "both/style=dark/light=40/noise=40/glyphs=italic",
         "red/layout=scattered/scheme=words/glyphs=mono", "both/layout=scattered/scheme=pips/noise=40/table=wood",
         "both/tiles=1/layout=grid/scheme=words/glyphs=serif", "both/tiles=1/noise=40/scheme=numbers/style=framed"]
-LOOKS = list(dict.fromkeys([*ONE_CHANGE, *SUITE_LOOKS, *tasks.MIXED, *HARD]))
+LOOKS = list(dict.fromkeys([*ONE_CHANGE, *SUITE_LOOKS, *MIXED, *HARD]))
 HANDS = [tuple(((first + k - 1) % 13 + 1, "SHDC"[(first + 3 * k) % 4]) for k in range(4)) for first in (1, 5, 9, 13)]  # all 13 ranks
 
 
@@ -327,7 +330,7 @@ def test_no_answer_reads_nothing():
 
 
 def test_every_demonstrator_reads_rightly():
-    for kind in tasks.KINDS:
+    for kind in tasks.GeneralPoints.DEMONSTRATORS:
         for index in range(20):
             texts = problem("red", index, split="base").demonstrate(kind, random.Random(index))
             made = problem("red", index, split="base", attempts=2)
@@ -340,9 +343,13 @@ def cli(*args):
     return subprocess.run([sys.executable, "tasks.py", *args], cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
 
 
+def draw_sheet(*args):
+    return subprocess.run([sys.executable, "-m", "assets.draw_sheets", *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
 def test_cli_draws_a_sheet(tmp_path):
     for args in (("--tile", "32"), ("--visual", "*/layout=scattered/glyphs=*", "--tile", "112", "--n", "4")):
-        assert cli("--task", "gp-vl", "--show", str(tmp_path / "sheet.png"), *args).stderr == ""
+        assert draw_sheet("--task", "gp-vl", "--out", str(tmp_path / "sheet.png"), *args).stderr == ""
         with Image.open(tmp_path / "sheet.png") as sheet:
             assert sheet.width > 1000 and sheet.height > 200 and len(sheet.convert("RGB").getcolors(1 << 24)) > 50
 
@@ -352,10 +359,16 @@ def test_cli_prints_and_judges():
     assert "look red/layout=grid\nJQK=10,10,10, make 24\n" in shown and "wrong_numbers, reward -4.5. " in shown and "Cards misread." in shown
 
 
-@pytest.mark.parametrize("args", [("--show", "x.png"), ("--visual", "red"), ("--task", "gp-vl", "--show", "x.png", "--visual", "text"),
-                                  ("--task", "gp-vl", "--visual", "pink"), ("--task", "gp-vl", "--tile", "31"),
-                                  ("--task", "gp-vl", "--show", "x.png", "--tile", "8")])
+@pytest.mark.parametrize("args", [("--visual", "red"), ("--task", "gp-vl", "--visual", "pink"), ("--task", "gp-vl", "--tile", "31")])
 def test_cli_refuses_with_one_sentence(args):
-    refused = cli(*args)
-    assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1 and refused.stderr.endswith(".\n")
+    check_refusal(cli(*args))
+
+
+@pytest.mark.parametrize("args", [("--task", "gp-l"), ("--task", "gp-vl", "--visual", "text"), ("--task", "gp-vl", "--tile", "8")])
+def test_sheets_are_refused_with_one_sentence(args):
+    check_refusal(draw_sheet("--out", "x.png", *args))
     assert not (ROOT / "x.png").exists()
+
+
+def check_refusal(refused):
+    assert refused.returncode == 2 and refused.stdout == "" and refused.stderr.count("\n") == 1 and refused.stderr.endswith(".\n")

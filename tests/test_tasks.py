@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import assets.habits  # noqa: E402, F401: adds its demonstrators
 import tasks  # noqa: E402
 from tasks import ID_RULE, OOD_RULE, Rule, fill_rule, judge, make, parse_rule, solutions, solve, values  # noqa: E402
 
@@ -147,7 +148,7 @@ def test_solver_agrees_on_every_target(numbers):
         formula = solve(numbers, target)
         assert (formula is not None) == (target in reached), (numbers, target)
         if formula:
-            value, used = tasks.read_formula(formula, target)
+            value, used = tasks.parse_formula(formula, target)
             assert value == (target, 1) and sorted(used) == sorted(numbers)
 
 
@@ -166,7 +167,7 @@ def test_six_cards_are_solved_in_time():
             formula = solve(numbers, target)
             seconds.append(time.perf_counter() - start)
             if formula:
-                value, used = tasks.read_formula(formula, target)
+                value, used = tasks.parse_formula(formula, target)
                 assert value == (target, 1) and sorted(used) == sorted(numbers)
     assert solve((1,) * 6, 991) is None
     assert max(seconds) < 1
@@ -280,7 +281,7 @@ def test_deal_gives_the_hand_and_the_rule_with_its_target():
 
 
 @pytest.mark.parametrize("bad", [dict(name="gp-x"), dict(visual="red"), dict(split="exam"), dict(style="long"), dict(index=-1), dict(attempts=0),
-                                 dict(judge="10/cards=7"), dict(judge="*"), dict(judge="ten"), dict(rule="10/target=999/cards=3"), dict(seed=-1),
+                                 dict(judged_by="10/cards=7"), dict(judged_by="*"), dict(judged_by="ten"), dict(rule="10/target=999/cards=3"), dict(seed=-1),
                                  dict(rule="*,*"), dict(rule="*,*,*/cards=?"), dict(rule="10/", style="short"), dict(rule="100", style="short"),
                                  dict(rule="10/target=999/cards=3", style="short"), dict(rule="10/courts=5/cards=4", style="short")])
 def test_make_refuses_what_it_does_not_know(bad):
@@ -310,7 +311,7 @@ def test_a_problem_is_a_function_of_its_five_names():
 def test_what_is_drawn_is_a_function_of_the_five_names_too(rule, style):
     first = [(problem.hand, problem.rule) for problem in (make("gp-l", rule, None, "test", i, 2, style) for i in range(20))]
     random.seed(0)
-    again = [make("gp-l", rule, None, "test", i, 5, style, judge=ID_RULE, seed=7) for i in reversed(range(20))][::-1]
+    again = [make("gp-l", rule, None, "test", i, 5, style, judged_by=ID_RULE, seed=7) for i in reversed(range(20))][::-1]
     assert first == [(problem.hand, problem.rule) for problem in again] and len(set(first)) > 15
     code = f"import tasks; print([(p.hand, p.rule) for p in (tasks.make('gp-l', {rule!r}, None, 'test', i, style={style!r}) for i in range(20))])"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"PYTHONHASHSEED": "99"})
@@ -490,12 +491,12 @@ def test_held_out_hands_and_targets_are_the_same_under_both_rules(split, options
 
 
 def test_suites_can_be_dealt_and_solved():
-    for suite in (name for name in tasks.SUITES if name.startswith("gp")):
-        for row in tasks.SUITES[suite]:
+    for suite in (name for name in tasks.suite_names() if name.startswith("gp")):
+        for row in tasks.suite_rows(suite):
             for split, style in (("val", "full"), ("test", "full"), ("test", "short")):
                 for index in range(5):
-                    problem = make(suite.removesuffix("-probes"), row.rule, row.visual, split, index, style=style, judge=row.judge, tile=112)
-                    assert problem.step(problem.expert()).outcome == ("correct" if row.judge is None else "wrong_numbers")
+                    problem = make(suite.removesuffix("-probes"), row.rule, row.visual, split, index, style=style, judged_by=row.judged_by, tile=112)
+                    assert problem.step(problem.expert()).outcome == ("correct" if row.judged_by is None else "wrong_numbers")
 
 
 # ---- Prompts and experts ---------------------------------------------------------------------------------------------
@@ -568,8 +569,8 @@ def test_inattentive_takes_either_rule_whatever_the_prompt_says():
 
 
 def test_every_demonstrator_writes_an_answer_that_is_legal_and_has_the_cards():
-    assert set(tasks.KINDS) == {"expert", "careful", "careless", "lazy", "inattentive", "retry"}
-    for kind, rule, style in product(tasks.KINDS, ("10", "*,*,*", "11,12,13/target=*", "5/cards=3/target=*"), tasks.STYLES):
+    assert set(tasks.GeneralPoints.DEMONSTRATORS) == {"expert", "careful", "careless", "lazy", "inattentive", "retry"}
+    for kind, rule, style in product(tasks.GeneralPoints.DEMONSTRATORS, ("10", "*,*,*", "11,12,13/target=*", "5/cards=3/target=*"), tasks.STYLES):
         for i in range(5):
             problem = make("gp-l", rule, index=i, style=style)
             texts = problem.demonstrate(kind, random.Random(i))
@@ -613,7 +614,7 @@ def test_careless_formulas_are_in_the_notation_of_the_solver():
     rng = random.Random(1)
     for i in range(200):
         formula = json.loads(make("gp-l", OOD_RULE, index=i).demonstrate("careless", rng)[0])["formula"]
-        value, used = tasks.read_formula(formula, 24)
+        value, used = tasks.parse_formula(formula, 24)
         top, bottom = value
         if bottom == 1 and 0 < top < 1000:
             assert formula in solutions(used, top)
@@ -687,7 +688,7 @@ def test_feedback_is_true_on_random_wrong_answers():
                                             ("/cards=3/target=*", "short")])
 def test_fake_rule_judges_by_the_old_rule(options, style):
     for i in range(30):
-        fake = make("gp-l", OOD_RULE + options, None, "test", i, judge=ID_RULE, attempts=2, style=style)
+        fake = make("gp-l", OOD_RULE + options, None, "test", i, judged_by=ID_RULE, attempts=2, style=style)
         plain = make("gp-l", OOD_RULE + options, None, "test", i, style=style)
         assert fake.hand == plain.hand and fake.prompt == plain.prompt and fake.numbers == plain.numbers and fake.rule == plain.rule
         assert fake.step(fake.expert()).outcome == "wrong_numbers"
@@ -699,7 +700,7 @@ def test_a_judge_gives_only_the_face_values():
     for given in ("10", "10/target=999", "10/cards=6/courts=3/target=*", Rule(target=1, cards=3)):
         for rule, style in (("11,12,13/target=36/cards=5/courts=1", "full"), ("*,*,*", "full"), ("11,12,13/target=*", "short"), (OOD, "full")):
             for index in range(5):
-                problem = make("gp-l", rule, None, "test", index, style=style, judge=given)
+                problem = make("gp-l", rule, None, "test", index, style=style, judged_by=given)
                 plain = make("gp-l", rule, None, "test", index, style=style)
                 assert (problem.hand, problem.rule, problem.prompt) == (plain.hand, plain.rule, plain.prompt)
                 assert problem.judged_by == replace(plain.rule, faces=(10, 10, 10)) and plain.judged_by == plain.rule

@@ -143,7 +143,7 @@ def test_values_are_exact_and_the_target_is_the_rules():
         assert judge(answer(formula), eights, rule).outcome == outcome
     assert judge(answer("(3+3/8)*8=27"), eights, Rule(target=27)).outcome == CORRECT
     for text, value in (("13-7-2-1", 3), ("13-7*2+1", 0), ("8/4/2", 1), ("8/4*2", 4), ("2+3*4-1", 13), ("20-(3-(2-1))", 18), ("2-7", -5)):
-        assert tasks.read_formula(text, 24)[0] == (value, 1)
+        assert tasks.parse_formula(text, 24)[0] == (value, 1)
 
 
 # ---- Hostile responses -----------------------------------------------------------------------------------------------
