@@ -1,10 +1,10 @@
-"""Draws the sheets of pictures that the README shows: cards under many looks, and a walk with its map.
+"""Draws the sheets of pictures in the README: cards under many looks, and a walk with its map.
 
     python -m assets.draw_sheets --task gp-vl --index 12 --n 1 --out assets/looks.png
     python -m assets.draw_sheets --task gp-vl --index 12 --n 1 --tile 32 --out assets/looks-tiny.png
     python -m assets.draw_sheets --task virl-vl --style short --index 5 --out assets/walk.png
 
-Other looks, rules and problems are chosen as in tasks.py (`--visual`, `--rule`, `--split`, `--index`, `--seed`).
+Looks, rules and problems are chosen as in tasks.py: --visual, --rule, --split, --index, --seed.
 
 Contents
     1. Cards                 contact_sheet: a row of hands for each look
@@ -21,9 +21,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import tasks
 
-# ---- 1. Cards --------------------------------------------------------------------------------------------------------
+# ---- 1. Cards ------------------------------------------------------------------------------------
 
-# Drawn after the looks of the suite: they change several things at once, and show the options that the suite leaves out.
+# Drawn after the looks of the suite. They change several things at once, and show the options
+# that the suite leaves out.
 MIXED = (
     "both/layout=shuffled/scheme=numbers/style=framed/table=wood",
     "both/layout=scattered/style=dark/glyphs=mono/table=grey",
@@ -34,19 +35,22 @@ HAND_SIZE = (400, 190)  # pixels; a picture of a hand is scaled to fit
 
 
 def contact_sheet(args):
-    """(RGB picture, number of looks): hands in --visual, or else in each look of the task's suite and of MIXED that can be
-    read at --tile. A look has --n hands, and twice as many where the picture is square. Two looks stand beside each other."""
+    """Hands in --visual, or else in each of legible_looks, two looks beside each other.
+
+    A look has --n hands, and twice as many where its picture is square.
+    Returns (RGB picture, number of looks)."""
     looks = [args.visual] if args.visual else legible_looks(args)
     blocks = [captioned(joined(hands(args, look)), look) for look in looks]
     return table(blocks, columns=2), len(looks)
 
 
 def legible_looks(args):
-    """The looks of the suite and of MIXED, each once, that can be read at --tile; the trained look where none can."""
+    """The looks of the suite and of MIXED that can be read at --tile; else the trained one."""
     task = tasks.TASKS[args.task]
-    rule = tasks.fill_rule(args.rule or task.rule, random.Random(0))  # wildcards leave the number of cards as it is
+    rule = tasks.fill_rule(args.rule or task.rule, random.Random(0))  # a row has no wildcards
     known = dict.fromkeys([*(row.visual for row in task.suite if row.visual != "text"), *MIXED])
-    legible = [look for look in known if task.problem.legible(tasks.Row("", rule, visual=look), args.tile)]
+    rows = [tasks.Row("", rule, visual=look) for look in known]
+    legible = [row.visual for row in rows if task.problem.legible(row, args.tile)]
     return legible or [task.visual]  # then tasks.make refuses, and says how large a tile must be
 
 
@@ -55,25 +59,29 @@ def hands(args, look):
     first = problem_of(args, args.index, look)
     count = args.n if first.image.width > first.image.height else 2 * args.n
     problems = [first] + [problem_of(args, args.index + i, look) for i in range(1, count)]
-    return [captioned(ImageOps.contain(problem.image, HAND_SIZE), " ".join(tasks.rank_names(problem.hand)), "dimgrey")
-            for problem in problems]
+    pictures = [ImageOps.contain(problem.image, HAND_SIZE) for problem in problems]
+    ranks = [" ".join(tasks.rank_names(problem.hand)) for problem in problems]
+    return [captioned(image, text, "dimgrey") for image, text in zip(pictures, ranks)]
 
 
-# ---- 2. Walks --------------------------------------------------------------------------------------------------------
+# ---- 2. Walks ------------------------------------------------------------------------------------
 
-MAP_SIZE, VIEWS_SIZE, SIGN_SIZE = 720, 320, 72  # pixels
+MAP_SIZE, VIEWS_SIZE, SIGN_SIZE = 720, 320, (72, 72)  # pixels
 ORDER_OF_VIEWS = "In each picture: front and right above, back and left below."
 
 
 def walk_sheet(args):
-    """The walk number --index in --visual: its map below its instructions, then for each position the heading, the
-    observation, the instruction in force, the right action and the four views, then the key of the signs."""
-    problem = problem_of(args, args.index, one_tile(args.visual or tasks.TASKS[args.task].visual), VIEWS_SIZE)
+    """The walk number --index in --visual: its map below its instructions; for each position the
+    heading, the observation, the instruction in force, the right action and the four views; and the
+    key of the signs."""
+    look = one_tile(args.visual or tasks.TASKS[args.task].visual)
+    problem = problem_of(args, args.index, look, VIEWS_SIZE)
     title = "\n".join(f"{number}. {text}" for number, text in enumerate(problem.texts, 1))
     route = captioned(tasks.draw_map(problem, MAP_SIZE), title)
     legend = captioned(key_of_signs(problem), ORDER_OF_VIEWS)
     positions = [captioned(image, text) for image, text in views(problem)]
-    return joined([route, joined([table(positions, columns=ceil(sqrt(len(positions)))), legend], down=True)])
+    steps = table(positions, columns=ceil(sqrt(len(positions))))
+    return joined([route, joined([steps, legend], down=True)])
 
 
 def one_tile(look):
@@ -91,22 +99,25 @@ def views(problem):
 
 
 def key_of_signs(problem):
-    """Every sign of the walk's city below its name. The signs of the full style have their names on them: no key."""
-    town = tasks.city(problem.route.city, problem.style)
+    """Every sign of the walk's city below its name. Signs of the full style have their names on
+    them and need no key: an empty picture."""
     if problem.style == "full":
         return Image.new("RGB", (1, 1), "white")
+    town = tasks.city(problem.route.city, problem.style)
     names = sorted({name for name, _ in town.landmarks.values()})
-    signs = [tasks.sign(name, problem.look.palette).convert("RGB").resize((SIGN_SIZE, SIGN_SIZE)) for name in names]
-    return table([captioned(sign, name) for sign, name in zip(signs, names)], columns=8)
+    signs = [tasks.sign(name, problem.look.palette).convert("RGB") for name in names]
+    entries = [captioned(sign.resize(SIGN_SIZE), name) for sign, name in zip(signs, names)]
+    return table(entries, columns=8)
 
 
-# ---- 3. Putting together ---------------------------------------------------------------------------------------------
+# ---- 3. Putting together -------------------------------------------------------------------------
 
 def captioned(image, text, ink="black"):
     """A picture on white, with a margin, below a text of some lines."""
     font = ImageFont.load_default(18)
     _, _, width, height = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
-    framed = Image.new("RGB", (max(image.width, ceil(width)) + 12, image.height + ceil(height) + 18), "white")
+    size = max(image.width, ceil(width)) + 12, image.height + ceil(height) + 18
+    framed = Image.new("RGB", size, "white")
     ImageDraw.Draw(framed).multiline_text((6, 4), text, ink, font)
     framed.paste(image, (6, ceil(height) + 12))
     return framed
@@ -115,61 +126,74 @@ def captioned(image, text, ink="black"):
 def table(images, columns):
     """Pictures in rows of so many, on white; each column is as wide as its widest picture."""
     rows = [images[i:i + columns] for i in range(0, len(images), columns)]
-    widths = [max(image.width for image in images[i::columns]) for i in range(min(columns, len(images)))]
+    count = min(columns, len(images))
+    widths = [max(image.width for image in images[i::columns]) for i in range(count)]
     return joined([joined(row, widths=widths) for row in rows], down=True)
 
 
 def joined(images, down=False, widths=None):
-    """Pictures beside each other, or below each other, on white. widths: the room for each, where not its own width."""
+    """Pictures beside each other, or below each other, on white. widths: the room for each,
+    where it is not the picture's own width."""
     widths = widths or [image.width for image in images]
     heights = [image.height for image in images]
-    sheet = Image.new("RGB", (max(widths), sum(heights)) if down else (sum(widths), max(heights)), "white")
+    size = (max(widths), sum(heights)) if down else (sum(widths), max(heights))
+    sheet = Image.new("RGB", size, "white")
     for i, image in enumerate(images):
         sheet.paste(image, (0, sum(heights[:i])) if down else (sum(widths[:i]), 0))
     return sheet
 
 
-# ---- 4. Command line -------------------------------------------------------------------------------------------------
+# ---- 4. Command line -----------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """Command line of the sheets."""
-    parser = argparse.ArgumentParser(description="Draw a sheet of cards under many looks, or of a walk with its map.")
-    parser.add_argument("--task", default="gp-vl", help="gp-vl or virl-vl (default gp-vl)")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the picture to write, such as sheet.png")
-    parser.add_argument("--visual", metavar="LOOK", help="draw this look, as python tasks.py --help explains it (default: for "
-                        "cards many looks, for walks the trained one)")
-    parser.add_argument("--rule", help="rule of the problems (default: the trained one)")
-    parser.add_argument("--split", default="test", help="base, train, val or test (default test)")
-    parser.add_argument("--index", type=int, default=0, help="the first problem's index; a walk's index (default 0)")
-    parser.add_argument("--n", type=int, default=3, help="hands of each look, twice as many if square (default 3)")
-    parser.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")
-    parser.add_argument("--style", default="full", help="full or short: walks are others, signs have names or emblems (default full)")
-    parser.add_argument("--tile", type=int, default=560, help="cards: size of the model's image tiles in pixels (default 560)")
+    parser = argparse.ArgumentParser(
+        description="Draw a sheet of cards under many looks, or of a walk with its map.")
+    add = parser.add_argument
+    add("--task", default="gp-vl", help="gp-vl or virl-vl (default gp-vl)")
+    add("--out", required=True, metavar="FILE", help="the picture to write, such as sheet.png")
+    add("--visual", metavar="LOOK", help="as in tasks.py (default: many looks of cards, or a day)")
+    add("--rule", help="rule of the problems (default: the trained one)")
+    add("--split", default="test", help="base, train, val or test (default test)")
+    add("--index", type=int, default=0, help="the first hand, or the walk (default 0)")
+    add("--n", type=int, default=3, help="hands of each look, two for one if square (default 3)")
+    add("--seed", type=int, default=0, help="shifts the training problems (default 0)")
+    add("--style", default="full", help="full; short: other walks, emblems as signs (default full)")
+    add("--tile", type=int, default=560, help="cards: pixels of the model's tiles (default 560)")
     return parser.parse_args(argv)
 
 
 def problem_of(args, index, look, tile=None):
     """The problem of the command line with this index and look."""
-    return tasks.make(args.task, args.rule, look, args.split, index, style=args.style, seed=args.seed, tile=tile or args.tile)
+    return tasks.make(args.task, args.rule, look, args.split, index, style=args.style,
+                      seed=args.seed, tile=tile or args.tile)
+
+
+def write(sheet, path):
+    """Write a sheet in 256 colours, in a third of the bytes. ValueError where that fails."""
+    # MAXCOVERAGE keeps rare colours, such as that of a small sign.
+    small = sheet.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    try:
+        small.save(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "its ending names no kind of picture"
+        raise ValueError(f"--out {tasks.printable(path)} could not be written ({reason}): "
+                         "name a PNG file in a directory that is there.") from None
 
 
 def main(args):
-    """Draw the sheet, write it to --out and say in one line what is on it."""
+    """Draw the sheet, write it to --out and print one line about it."""
     if not tasks.task_of(args.task).pictures or args.visual == "text":
-        raise ValueError("A sheet shows pictures: choose --task gp-vl with a look that is not text, or --task virl-vl.")
+        raise ValueError("A sheet shows pictures: choose --task gp-vl and a look other than text, or "
+                         "--task virl-vl.")
     if args.n < 1:
         raise ValueError("The number of hands must be 1 or more.")
-    if tasks.TASKS[args.task].problem.leads_on:
+    if tasks.task_of(args.task).problem.leads_on:
         sheet, what = walk_sheet(args), f"walk {args.split} {args.index}"
     else:
         sheet, count = contact_sheet(args)
         what = f"{count} looks" if count > 1 else "1 look"
-    try:  # 256 colours, chosen so that no rare one is lost, make the file three times smaller
-        sheet.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(args.out)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no kind of picture has this ending"
-        raise ValueError(f"--out {tasks.printable(args.out)} could not be written ({reason}): name a PNG file in a directory that "
-                         "is there.") from None
+    write(sheet, args.out)
     print(f"{args.out}: {what}, {sheet.width} x {sheet.height} pixels")
 
 
