@@ -1,17 +1,17 @@
 """Rollouts, the ID/OOD suites, intervals, tables, plots and the report.
 
-Contents
-  1. Episodes and rollout   problem -> prompt -> response -> verifier -> ... as one growing list of token ids
-  2. Evaluation             the same held-out problems under every rule, greedy and at temperature 1
-  3. Runs and models        what a name on the command line means, and text that is safe to show
-  4. Intervals              bootstrap over classes, paired differences, pass@k
-  5. A study                the evaluations of all arms and seeds
-  6. Tables                 what the terminal and the README show
-  7. Figures                SVG, written here
-  8. Report                 one HTML page that loads nothing and runs nothing
-  9. Command line           `python evaluate.py runs/demo/rl --suite gp-l`, `python evaluate.py --report runs/demo`
+  1. Episodes and rollout   prompt, response, verifier, ... as one growing list of token ids
+  2. Encoded pictures       each is encoded once, for all episodes, turns and the training pass
+  3. Evaluation             the same held-out problems under every rule, greedy and at temperature 1
+  4. Runs and models        what a name on the command line means, and text that is safe to show
+  5. Intervals              bootstrap over classes, paired differences, pass@k
+  6. A study                the evaluations of all arms and seeds
+  7. Tables                 what the terminal, the report and the README show
+  8. Figures                SVG, written here
+  9. Report                 one HTML page that loads nothing and runs nothing
+ 10. Command line           `evaluate.py runs/demo/rl --suite gp-l`, `evaluate.py --report runs/demo`
 
-Shapes: P problems, G episodes of one problem (a group), B = P * G rows.
+Shapes: P problems, G episodes of one problem (a group), B = P * G rows, T tokens.
 """
 
 import argparse
@@ -26,388 +26,450 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import Template
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import tasks
-from model import (Cache, ImageContext, generate, joined, load_model, open_image, pack_images, pad_rows, save_model, write_atomically,
-                   write_json)
+from model import (Cache, ImageContext, Sampling, generate, load_model, open_image, pack_images,
+                   pad_rows, save_model, write_atomically, write_json)
 
-# ---------------------------------------------------------------- 1. Episodes and rollout
+# ---- 1. Episodes and rollout ---------------------------------------------------------------------
 
 
 @dataclass
 class Episode:
-    """One problem answered by the policy: token ids that only ever grow, and what they are.
+    """One problem answered by the policy: token ids that only ever grow, and what each of them is.
 
     ids            everything the model reads: prompt, responses, verifier text
     response_mask  1 where the policy sampled the token, its stop token included; 0 elsewhere
     log_probs      log-probability under the policy that sampled it; 0.0 where the mask is 0
-    turns          one dict per answer: response, outcome, reward, feedback, read and, on a walk, its position
-    pictures       those that it was shown, one for each <|image|> among the ids
-    seen           of the pictures that a rollout has encoded: (ImageContext, set)
+    turns          a dict for each answer: response and verdict, and position where problems lead on
+    pictures       the pictures shown so far, one for each <|image|> among the ids
+    encoded        the same pictures as the rollout encoded them; empty without a rollout
     """
-
-    problem: object
+    problem: tasks.Problem
     ids: list = field(default_factory=list)
     response_mask: list = field(default_factory=list)
     log_probs: list = field(default_factory=list)
     turns: list = field(default_factory=list)
     pictures: list = field(default_factory=list)
-    seen: list = field(default_factory=list)
+    encoded: list = field(default_factory=list)
 
-    def open(self, tokenizer):
-        """Begin with the problem's prompt and picture, if it has one. -> self"""
-        self.pictures = [self.problem.image] if self.problem.image is not None else []
-        self.read(tokenizer.prompt(self.problem.prompt, image=bool(self.pictures)))
-        return self
+    @classmethod
+    def start(cls, problem: tasks.Problem, tokenizer) -> "Episode":
+        """An episode with the problem's prompt, and its picture if it has one."""
+        episode = cls(problem, pictures=[] if problem.image is None else [problem.image])
+        episode.append_context(tokenizer.prompt(problem.prompt, image=bool(episode.pictures)))
+        return episode
 
-    def twin(self):
-        """A copy that goes on by itself: another episode of the group. The pictures are the same objects."""
-        return Episode(copy.copy(self.problem), *([*kept] for kept in list(vars(self).values())[1:]))
+    def copy(self) -> "Episode":
+        """Another episode of the group, which goes on by itself. Pictures stay the same objects."""
+        lists = {name: [*value] for name, value in vars(self).items() if name != "problem"}
+        return Episode(copy.copy(self.problem), **lists)
 
-    def read(self, ids):
+    def append_context(self, ids: list) -> None:
         """Append tokens that the policy did not choose."""
         self.ids += ids
         self.response_mask += [0] * len(ids)
         self.log_probs += [0.0] * len(ids)
 
-    def respond(self, ids, log_probs=None):
+    def append_response(self, ids: list, log_probs: list | None = None) -> None:
         """Append a response: tokens that the policy sampled (or a demonstrator wrote)."""
         self.ids += ids
         self.response_mask += [1] * len(ids)
-        self.log_probs += log_probs if log_probs is not None else [0.0] * len(ids)
+        self.log_probs += log_probs or [0.0] * len(ids)
 
-    def judge(self, tokenizer, text):
-        """Let the verifier judge the response just appended; its words open the next turn. -> done"""
-        step = self.note(self.problem, text)
+    def verify(self, tokenizer, text: str) -> bool:
+        """Let the verifier judge the response just appended, and open the next turn. -> done"""
+        step = self.record(self.problem, text)
         if not step.done:
-            if self.ids[-1] not in tokenizer.stop_ids:  # cut off at max_new_tokens: close the message, unsampled
-                self.read([tokenizer.eot])
-            self.hear(tokenizer, step)
+            if self.ids[-1] not in tokenizer.stop_ids:  # cut off at max_new_tokens
+                self.append_context([tokenizer.eot])  # not sampled, so not in the mask
+            self.append_feedback(tokenizer, step)
         return step.done
 
-    def note(self, problem, text):
-        """Let a problem judge a response, and write down what it says. -> Step"""
-        position, step = getattr(problem, "position", None), problem.step(text)
-        self.turns.append({"response": text, "outcome": step.outcome, "reward": step.reward, "feedback": step.feedback,
-                           "read": step.read} | ({} if position is None else {"position": position}))
+    def record(self, problem: tasks.Problem, text: str) -> tasks.Step:
+        """Let a problem judge a response, and write the verdict down in `turns`."""
+        place = {"position": problem.position} if problem.leads_on else {}
+        step = problem.step(text)
+        self.turns.append({"response": text, "outcome": step.outcome, "reward": step.reward,
+                           "feedback": step.feedback, "read": step.read} | place)
         return step
 
-    def hear(self, tokenizer, step):
-        """The verifier's words; where a right action has led on, behind the picture of the new position."""
+    def append_feedback(self, tokenizer, step: tasks.Step) -> None:
+        """Append the verifier's text; after a right action it stands behind the next picture."""
         moved = step.outcome == "right_action" and self.problem.image is not None
         self.pictures += [self.problem.image] if moved else []
-        self.read(tokenizer.turn(step.feedback, image=moved))
+        self.append_context(tokenizer.turn(step.feedback, image=moved))
 
-    def teach(self, tokenizer, text):
-        """Judge the response just appended, then put the expert's in its place, which leads on (teacher forcing). -> done"""
-        self.note(copy.copy(self.problem), text)
-        end = len(self.ids) - len(_last_response(self))
-        for kept in (self.ids, self.response_mask, self.log_probs):
-            del kept[end:]
+    def replace_by_expert(self, tokenizer, text: str) -> bool:
+        """Judge the response just appended, then put the expert's in its place. -> done"""
+        self.record(copy.copy(self.problem), text)
+        while self.response_mask[-1]:
+            del self.ids[-1], self.response_mask[-1], self.log_probs[-1]
         expert, step = self.problem.advance()
-        self.read([*tokenizer.encode(expert), tokenizer.eot])
+        self.append_context([*tokenizer.encode(expert), tokenizer.eot])
         if not step.done:
-            self.hear(tokenizer, step)
+            self.append_feedback(tokenizer, step)
         return step.done
 
-    def total(self, discount=1.0):
+    def total(self, discount: float = 1.0) -> float:
         """The episode's return: the discounted sum of its rewards."""
         return sum(discount**t * turn["reward"] for t, turn in enumerate(self.turns))
 
-    def solved(self, attempts=None):
-        """Whether one of the first `attempts` answers (default: any) was right; on a walk, the steps that were right do not count
-        as attempts, and only the last one solves it."""
-        return solved([turn["outcome"] for turn in self.turns], attempts)
+    def solved(self, attempts: int | None = None) -> bool:
+        """Whether one of the first `attempts` answers (default: any) solved the problem."""
+        return tasks.solved([turn["outcome"] for turn in self.turns], attempts)
 
-
-def solved(outcomes, attempts=None):
-    """Episode.solved, from the outcomes of the answers in their order."""
-    return "correct" in [outcome for outcome in outcomes if outcome != "right_action"][:attempts]
+    @property
+    def response_tokens(self) -> int:
+        """The number of sampled tokens."""
+        return sum(self.response_mask)
 
 
 @torch.no_grad()
-def rollout(model, tokenizer, problems, group=1, max_new_tokens=64, temperature=1.0, generator=None, rows=256, forced=False):
+def rollout(model, tokenizer, problems: list, group: int, sampling: Sampling, forced=False) -> list:
     """Play `group` episodes of every problem with the verifier in the loop.
 
-    problems: fresh task instances (each is copied, so they stay unused). rows: episodes computed side by side, at least
-    one group. The prompt is computed once for its whole group, the KV cache lives through all turns, and finished episodes leave
-    the batch between turns. A picture is encoded once, for all episodes that come to it, all their turns and the training pass.
-    forced, for walks: every position is judged with the right history, whatever was answered before (teacher forcing).
-    Returns a list of P lists of G Episodes.
+    problems: P fresh instances of tasks.Problem; each is copied, so they stay unused.
+    sampling: its `batch` is the number of episodes computed side by side, at least one group.
+    forced, where problems lead on: each answer is judged behind the expert's earlier answers
+    (teacher forcing). Returns a list of P lists of G Episodes.
 
-    Memory of an episode while it is played: keys and values of its tokens, those of one picture (the one it stands before; two
-    while a new turn is read), and the features of the pictures it came to, which the training pass uses again.
+    Each prompt is computed once, for its group; each picture is encoded once; the KV cache lives
+    through all turns; finished episodes leave the batch. The cache holds the latest picture only.
     """
-    groups, size = [], max(1, rows // group)
+    groups, size = [], max(1, sampling.batch // group)
     for first in range(0, len(problems), size):
-        with joined(model):
-            groups += _rollout_batch(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature,
-                                     generator, forced)
+        part = problems[first : first + size]
+        groups += rollout_batch(model, tokenizer, part, group, sampling, forced)
     return groups
 
 
-def encode(model, pictures):
-    """Pictures as the decoder sees them: [(ImageContext, set)] in their order; one that comes twice is encoded once."""
-    different = {id(picture): [picture] for picture in pictures}
-    context = model.see(*pack_images([*different.values()], model.config.vision.image_size)) if different else None
-    place = {key: i for i, key in enumerate(different)}
-    return [(context, place[id(picture)]) for picture in pictures]
-
-
-def look(model, episodes, known):
-    """What is new to see for episodes of a rollout: an ImageContext with the pictures that they were shown since the last call,
-    None without any. known: {id of a picture: (ImageContext, set)}, grows by those that are encoded here. ValueError for a second
-    picture where tokens before the first one would look at it too, and so at what is not there yet."""
-    fresh = [e.pictures[len(e.seen) :] for e in episodes]
-    if not model.config.mask_prefix_attention and any(e.seen and pictures for e, pictures in zip(episodes, fresh)):
-        raise ValueError("a model whose first tokens look at all pictures cannot be shown one after the other: set "
-                         "mask_prefix_attention to true in its config.json, as Meta's code has it.")
-    new = {id(picture): picture for pictures in fresh for picture in pictures if id(picture) not in known}
-    known.update(zip(new, encode(model, new.values())))
-    for e, pictures in zip(episodes, fresh):
-        e.seen += [known[id(picture)] for picture in pictures]
-    return together([[known[id(picture)] for picture in pictures] for pictures in fresh])
-
-
-def together(rows):
-    """One ImageContext for rows of text that see several pictures each: lists of (ImageContext, set) in the order of their
-    <|image|> tokens. Rows with equal lists share them; None where all are empty."""
-    keys = [tuple((id(context), i) for context, i in row) for row in rows]
-    sets = dict(zip(keys, rows))
-    if not any(sets):
-        return None
-    known = next(context for row in rows for context, _ in row)
-    blank, count = (torch.zeros_like(known.features[0]), torch.zeros_like(known.tiles[0])), max(map(len, keys))
-    padded = [[(context.features[i], context.tiles[i]) for context, i in row] + [blank] * (count - len(row))
-              for row in sets.values()]
-    features, tiles = (torch.stack([torch.cat([picture[part] for picture in row]) for row in padded]) for part in (0, 1))
-    place = {key: i for i, key in enumerate(sets)}
-    return ImageContext(features, tiles, torch.tensor([place[key] for key in keys], device=tiles.device), known.prefix_looks)
-
-
-def seen_by(model, episodes):
-    """The ImageContext for a batch of episodes, in their order; None for text. While tower or projector are trained their
-    pictures are encoded here, with gradient; else what the rollout has encoded is used again.
-
-    What one episode of a group has seen continues what the others have, so the longest list serves them all. A token attends to
-    one picture only, but by a mask over all of its set: a training pass holds B x T x I pictures' tokens of mask."""
-    longest = {}
-    for e in episodes:
-        longest[beginning(e)] = max(longest.get(beginning(e), e), e, key=lambda e: len(e.pictures))
-    seen = {key: e.seen for key, e in longest.items()}
-    if model.learns_to_see or not all(e.seen or not e.pictures for e in episodes):
-        with torch.set_grad_enabled(model.learns_to_see and torch.is_grad_enabled()):
-            shown = iter(encode(model, [picture for e in longest.values() for picture in e.pictures]))
-        seen = {key: [next(shown) for _ in e.pictures] for key, e in longest.items()}
-    return together([seen[beginning(e)] for e in episodes])
-
-
-def beginning(episode):
-    """What the episodes of a group have in common: the ids of the prompt and its picture."""
-    return tuple(episode.ids[: episode.response_mask.index(1)]), *map(id, episode.pictures[:1])
-
-
-def _rollout_batch(model, tokenizer, problems, group, max_new_tokens, temperature, generator, forced):
-    opened, known = [Episode(copy.copy(p)).open(tokenizer) for p in problems], {}
-    ids, lengths = pad_rows([e.ids for e in opened], tokenizer.pad, model.device)
-    cache = Cache(model, len(problems), ids.shape[1] + max_new_tokens, look(model, opened, known))
+def rollout_batch(model, tokenizer, problems, group, sampling, forced):
+    """`rollout` of the problems that are computed side by side."""
+    # 1. Read every prompt once. Its group goes on from there.
+    started = [Episode.start(copy.copy(problem), tokenizer) for problem in problems]
+    known = {}  # the pictures that are encoded already
+    images = encode_new_pictures(model, started, known)
+    ids, lengths = pad_rows([episode.ids for episode in started], tokenizer.pad, model.device)
+    cache = Cache(model, len(problems), ids.shape[1] + sampling.max_new_tokens, images)
     logits = model.extend(cache, ids, lengths)
     rows = torch.arange(len(problems), device=model.device).repeat_interleave(group)
     cache.select(rows)
-    groups = [[e.twin() for _ in range(group)] for e in opened]
-    active, logits = [e for members in groups for e in members], logits[rows]
+    logits = logits[rows]
+    groups = [[episode.copy() for _ in range(group)] for episode in started]
+    playing = [episode for members in groups for episode in members]
     while True:
-        before = cache.length
-        responses = generate(model, cache, logits, max_new_tokens, tokenizer.stop_ids, temperature, generator)
-        for episode, response, log_probs in zip(active, *responses):
-            episode.respond(response, log_probs)
-        if forced:  # the slots of the responses are written over
-            cache.length = before
-        judge = Episode.teach if forced else Episode.judge
-        going = [i for i, e in enumerate(active) if not judge(e, tokenizer, tokenizer.decode(_last_response(e)))]
+        # 2. Sample a response for each episode.
+        length = cache.length
+        responses, log_probs = generate(model, cache, logits, sampling, tokenizer.stop_ids)
+        for episode, response, values in zip(playing, responses, log_probs):
+            episode.append_response(response, values)
+        # 3. Let the verifier judge it. Finished episodes leave.
+        if forced:
+            cache.length = length  # the expert's answers are written over the responses
+        verify = Episode.replace_by_expert if forced else Episode.verify
+        going = [i for i, (episode, response) in enumerate(zip(playing, responses))
+                 if not verify(episode, tokenizer, tokenizer.decode(response))]
         if not going:
             return groups
-        active = [active[i] for i in going]
+        playing = [playing[i] for i in going]
         cache.select(torch.tensor(going, device=model.device))
-        new = [e.ids[seen:] for e, seen in zip(active, cache.length.tolist())]  # the last sampled token comes first
+        # 4. Read the verifier's text, and first the last sampled token, which the cache lacks.
+        new = [e.ids[start:] for e, start in zip(playing, cache.length.tolist())]
         ids, lengths = pad_rows(new, tokenizer.pad, model.device)
-        more = look(model, active, known)
-        cache.show(more)
-        logits = model.extend(cache.reserve(ids.shape[1] + max_new_tokens), ids, lengths)
-        if more is not None:
-            cache.forget()
+        images = encode_new_pictures(model, playing, known)
+        cache.add_images(images)
+        cache.reserve(ids.shape[1] + sampling.max_new_tokens)
+        logits = model.extend(cache, ids, lengths)
+        if images is not None:
+            cache.keep_latest_image()
 
 
-def _last_response(episode):
-    """Ids of the response at the end of the episode."""
-    start = len(episode.ids)
-    while start and episode.response_mask[start - 1]:
-        start -= 1
-    return episode.ids[start:]
+def prompt_of(episode: Episode) -> tuple:
+    """What the episodes of a group have in common: the ids of the prompt, and its picture."""
+    return tuple(episode.ids[: episode.response_mask.index(1)]), *map(id, episode.pictures[:1])
 
 
-def answer_length(tokenizer):
-    """Tokens that an answer may have by default: the tiny model's prompts and answers are short."""
-    return 64 if tokenizer.short else 256
-
-
-def truncated(episodes, tokenizer):
-    """Share of episodes whose last answer was cut off before its stop token."""
-    return sum(e.ids[-1] not in tokenizer.stop_ids for e in episodes) / len(episodes)
-
-
-def to_batch(episodes, pad, device):
-    """Episodes -> ids (B, T), chosen (B, T) bool, log_probs (B, T) float32, padded on the right."""
-    ids, _ = pad_rows([e.ids for e in episodes], pad, device)
-    chosen, _ = pad_rows([e.response_mask for e in episodes], 0, device)
-    log_probs, _ = pad_rows([e.log_probs for e in episodes], 0.0, device)
-    return ids, chosen.bool(), log_probs
-
-
-def by_prompt(episodes):
+def by_prompt(episodes: list) -> list:
     """Lists of the episodes that have the same prompt."""
     groups = {}
-    for e in episodes:
-        groups.setdefault(beginning(e), []).append(e)
+    for episode in episodes:
+        groups.setdefault(prompt_of(episode), []).append(episode)
     return list(groups.values())
 
 
-def micro_batches(episodes, size):
-    """Split episodes into lists of at most `size`; any size gives the same sum. Those of a prompt stay together where they
-    fit, so that it is computed once, and similar lengths stand together, which makes little padding."""
-    parts, length = [[]], lambda e: len(e.ids)
-    for members in sorted(by_prompt(episodes), key=lambda group: max(map(length, group))):
-        members = sorted(members, key=length)
-        for piece in (members[i : i + size] for i in range(0, len(members), size)):
-            if len(parts[-1]) + len(piece) > size:
-                parts.append([])
-            parts[-1] += piece
-    return parts
+def micro_batches(episodes: list, size: int) -> list:
+    """Lists of at most `size` episodes. Any size gives the same sum of gradients.
+
+    A prompt is computed once for its episodes, so they stay together where they fit. Similar
+    lengths stand together, which makes little padding."""
+    batches = [[]]
+    groups = [sorted(group, key=lambda e: len(e.ids)) for group in by_prompt(episodes)]
+    for group in sorted(groups, key=lambda group: len(group[-1].ids)):
+        for piece in (group[i : i + size] for i in range(0, len(group), size)):
+            if len(batches[-1]) + len(piece) > size:
+                batches.append([])
+            batches[-1] += piece
+    return batches
 
 
-# ---------------------------------------------------------------- 2. Evaluation
+class Batch(NamedTuple):
+    """Episodes as tensors (B, T), padded on the right."""
+    ids: torch.Tensor  # long
+    chosen: torch.Tensor  # bool, the response mask
+    old_log_probs: torch.Tensor  # float32
 
 
-def evaluate(model, tokenizer, suite, n, attempts=1, split="test", max_new_tokens=64, rows=256, samples=4, only=None):
-    """How a model does on the rows of a suite (or on those that `only` names), a number for every problem.
+def to_batch(episodes: list, pad: int, device) -> Batch:
+    """Episodes of any lengths, in their order, as one Batch."""
+    ids, _ = pad_rows([episode.ids for episode in episodes], pad, device)
+    chosen, _ = pad_rows([episode.response_mask for episode in episodes], 0, device)
+    log_probs, _ = pad_rows([episode.log_probs for episode in episodes], 0.0, device)
+    return Batch(ids, chosen.bool(), log_probs)
 
-    Rows whose rules have the same target and number of cards deal the same n held-out hands. "greedy" is temperature 0,
-    "sampled" temperature 1; "first" counts the first answer, "episode" any of the `attempts`, both 0 or 1; "read" is the share
-    of the cards that the first answer names rightly. A row with a judge of its own ("fake rule") judges the answers of the row
-    with the same prompt once more, by the other rule; the row "shuffled" gets the picture of another hand. A walk is right when
-    it arrives, and has scores_per_step; its fake row is walked anew, since the verifier decides there what is seen next.
+
+# ==== The reading path ends here. Everything below can be skipped. ====
+
+# ---- 2. Encoded pictures -------------------------------------------------------------------------
+
+
+class EncodedPicture(NamedTuple):
+    """A picture as the decoder sees it: set number `number` of an ImageContext with one each."""
+
+    context: ImageContext
+    number: int
+
+    def parts(self):
+        """Its features (M * P, D) and which of its M tiles exist."""
+        return self.context.features[self.number], self.context.tiles[self.number]
+
+
+def encode_pictures(model, pictures: list) -> list:
+    """An EncodedPicture for each of the pictures; one that comes twice is encoded once."""
+    different = {id(picture): [picture] for picture in pictures}
+    if not different:
+        return []
+    size = model.config.vision.image_size
+    context = model.encode_images(*pack_images([*different.values()], size))
+    encoded = {key: EncodedPicture(context, i) for i, key in enumerate(different)}
+    return [encoded[id(picture)] for picture in pictures]
+
+
+def encode_new_pictures(model, episodes: list, known: dict) -> ImageContext | None:
+    """The pictures that episodes of a rollout were shown since the last call, None without any.
+
+    known: {id of a picture: EncodedPicture}, grows by those that are encoded here. ValueError for
+    a second picture where tokens before the first one would attend to it too: it was not there
+    when they were computed.
     """
-    began, result, turns, classes, shown, cut, walk = time.time(), {}, {}, {}, [], [], tasks.walks(suite)
-    suite_rows = [row for row in legible_rows(model, suite) if not only or row.name in only]
-    for row in suite_rows:
-        problems = suite_problems(model, tokenizer, suite, row, n, attempts, split)
-        result[row.name], classes[row.name] = {}, [p.cls for p in problems]
-        judged_again = row.judge is not None and not walk
-        for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            if not judged_again:
-                played = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows)
-                played = [episode for group in played for episode in group]
-                kept = list({e.solved(): e for e in reversed(played)}.values()) if walk else played  # of walks one of each end
-                shown += [show_episode(row.name, e) for e in kept[: samples * (mode == "greedy")]]
-                cut.append(truncated(played, tokenizer))
-                turns[row.name, mode] = [e.turns for e in played]  # without the pictures
-            asked = [r.name for r in suite_rows if judged_again and (r.rule, r.visual, r.judge) == (row.rule, row.visual, None)]
-            answers = turns[asked[0] if judged_again else row.name, mode]
-            outcomes = [[copy.copy(p).step(turn["response"]).outcome if judged_again else turn["outcome"] for turn in answer]
-                        for p, answer in zip(problems, answers)]
-            result[row.name][mode] = {"first": [int(solved(o, 1)) for o in outcomes],
-                                      "episode": [int(solved(o)) for o in outcomes],
-                                      "read": [round(answer[0]["read"], 4) for answer in answers]}
-            if walk:
-                forced = play(model, tokenizer, problems, 1, max_new_tokens, temperature, rows, forced=True)
-                result[row.name][mode] |= scores_per_step(problems, answers, [episode.turns for (episode,) in forced])
-    return {"suite": suite, "split": split, "n": n, "attempts": attempts, "classes": next(iter(classes.values())),
-            "row_classes": classes, "truncated": max(cut), "rows": result, "samples": within(shown),
-            "eval_seconds": round(time.time() - began, 2)}
+    new = [episode.pictures[len(episode.encoded) :] for episode in episodes]
+    later = any(episode.encoded and pictures for episode, pictures in zip(episodes, new))
+    if later and not model.config.mask_prefix_attention:
+        raise ValueError("a model whose first tokens look at all pictures cannot be shown one "
+                         "after the other: set mask_prefix_attention to true in its config.json, "
+                         "as Meta's code has it.")
+    unknown = {id(picture): picture for pictures in new for picture in pictures
+               if id(picture) not in known}
+    known.update(zip(unknown, encode_pictures(model, [*unknown.values()])))
+    rows = [[known[id(picture)] for picture in pictures] for pictures in new]
+    for episode, row in zip(episodes, rows):
+        episode.encoded += row
+    return merge_contexts(rows)
 
 
-def scores_per_step(problems, walked, forced):
-    """Scores of walks by position, from the turns of each walk and of its teacher-forced twin: lists of n, for JSON.
+def merge_contexts(rows: list) -> ImageContext | None:
+    """One ImageContext for rows of text that see several pictures each: lists of EncodedPictures
+    in the order of their <|image|> tokens. Rows with equal lists share a set; None without any."""
+    keys = [tuple(map(id, row)) for row in rows]
+    sets = dict(zip(keys, rows))
+    if not any(sets):
+        return None
+    context = next(picture.context for row in rows for picture in row)
+    blank = [torch.zeros_like(part) for part in (context.features[0], context.tiles[0])]
+    count = max(map(len, rows))
+    padded = [[picture.parts() for picture in row] + [blank] * (count - len(row))
+              for row in sets.values()]
+    features, tiles = (torch.stack([torch.cat(part) for part in parts])
+                       for parts in zip(*(zip(*row) for row in padded)))
+    number = {key: i for i, key in enumerate(sets)}
+    rows = torch.tensor([number[key] for key in keys], device=tiles.device)
+    return ImageContext(features, tiles, rows, context.prefix_looks)
 
-    "steps_first", "steps": survival, the share of a route's positions passed before the first wrong answer, or before the
-    attempts ran out (the paper's per-step accuracy: the mean of that share, so each route weighs the same, long or short).
-    "forced": the share of positions answered rightly after a right walk up to each. Survival says how far one gets alone, and
-    lets one kind of mistake cost all that would follow it; teacher-forced says what is known at each position. "failed_at": the
-    position of the first wrong answer, or None. "read": the share of all answers that name what is there and nothing else.
-    "marks", "forced_marks": a word a route, a letter a position reached: the right action's initial, capital if right at first.
+
+def images_for(model, episodes: list) -> ImageContext | None:
+    """The ImageContext for a training pass over episodes, in their order; None for text.
+
+    While tower or projector are trained the pictures are encoded here, with gradient; else the
+    rollout's encoding is used again. Each episode of a group has a beginning of the same list of
+    pictures, so the longest list serves them all: a mask hides the rest. The mask has
+    B x T x (tokens of all pictures of a set) entries.
     """
-    walks = [tasks.walk_scores(len(p.actions), [turn["outcome"] for turn in turns]) for p, turns in zip(problems, walked)]
-    marks, forced_marks = ([_marks(p, turns) for p, turns in zip(problems, of)] for of in (walked, forced))
-    right = [sum(mark.isupper() for mark in word) / len(word) for word in forced_marks]
-    return {"read": [round(sum(turn["read"] for turn in turns) / len(turns), 4) for turns in walked],
-            "steps_first": [round(w["first"], 4) for w in walks], "steps": [round(w["episode"], 4) for w in walks],
-            "forced": [round(share, 4) for share in right], "failed_at": [w["failed_at"] for w in walks],
-            "marks": " ".join(marks), "forced_marks": " ".join(forced_marks)}
+    fullest = {}
+    for members in by_prompt(episodes):
+        fullest[prompt_of(members[0])] = max(members, key=lambda episode: len(episode.pictures))
+    encoded = {key: episode.encoded for key, episode in fullest.items()}
+    if model.trains_vision or not all(e.encoded or not e.pictures for e in episodes):
+        shown = [picture for episode in fullest.values() for picture in episode.pictures]
+        with torch.set_grad_enabled(model.trains_vision and torch.is_grad_enabled()):
+            found = iter(encode_pictures(model, shown))
+        encoded = {key: [next(found) for _ in e.pictures] for key, e in fullest.items()}
+    return merge_contexts([encoded[prompt_of(episode)] for episode in episodes])
 
 
-def _marks(problem, turns):
-    first = {turn["position"]: turn["outcome"] in ("right_action", "correct") for turn in reversed(turns)}
-    return "".join(problem.actions[i][0].upper() if right else problem.actions[i][0] for i, right in sorted(first.items()))
+# ---- 3. Evaluation -------------------------------------------------------------------------------
+
+ROWS = {"id": "ID", "rule": "rule OOD", "fake": "fake rule"}  # of every suite: name and title
+SHUFFLED = "shuffled"  # the control: a model that looks at the cards fails here, a guesser does not
+TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
+SAMPLES = 4  # episodes of a row that an evaluation shows
 
 
-def play(model, tokenizer, problems, group, max_new_tokens, temperature, rows, **options):
-    """`rollout` with its own random stream, and what was encoded of a few problems at a time in memory; so their pictures too,
-    where they are large: a walk has a megabyte or more at every position."""
-    generator, size, groups = torch.Generator(model.device).manual_seed(0), max(1, rows // group), []
-    for first in range(0, len(problems), size):
-        groups += rollout(model, tokenizer, problems[first : first + size], group, max_new_tokens, temperature, generator, rows,
-                          **options)
-        for e in (e for members in groups[first:] for e in members):
-            e.seen = []
-            if model.config.vision.image_size > 100:
-                e.pictures = []
-                getattr(e.problem, "drawn", {}).clear()
-    return groups
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is evaluated, and how."""
+
+    suite: str
+    n: int  # held-out problems per row
+    attempts: int = 1  # answers per question
+    split: str = "test"
+    max_new_tokens: int = 64  # per answer
+    batch: int = 256  # episodes computed side by side
+    rows: tuple | None = None  # only these rows of the suite
 
 
-def legible_rows(model, suite):
-    """The rows of a suite but those whose pictures are too small for this model's tiles."""
-    return [row for row in tasks.SUITES[suite] if row.legible(model.config.vision.image_size)]
+def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
+    """How a model does on the rows of a suite: for every problem its task's SCORES.
+
+    Rows whose rules have the same target and number of cards deal the same n held-out hands.
+    "greedy" is temperature 0, "sampled" temperature 1. A row with `judged_by` ("fake rule") judges
+    the answers of the row with the same prompt once more, by the other rule. Where problems lead
+    on, it is played anew, since the verifier decides which question is next.
+
+    Returns plain data for JSON: rows[row][mode][score] is a list of n numbers.
+    """
+    began, rows = time.time(), legible_rows(model, settings)
+    classes, scores, samples, turns, truncations = {}, {}, [], {}, []
+    for row in rows:
+        problems = suite_problems(model, tokenizer, settings, row)
+        classes[row.name], scores[row.name] = [problem.cls for problem in problems], {}
+        answered = None if problems[0].leads_on else same_prompt(rows, row)
+        for mode, temperature in TEMPERATURES.items():
+            forced = [None] * len(problems)
+            if answered:
+                turns[row.name, mode] = [judge_again(*pair) for pair in
+                                         zip(problems, turns[answered.name, mode])]
+            else:
+                episodes = play(model, tokenizer, problems, 1, settings, temperature)
+                turns[row.name, mode] = [episode.turns for episode in episodes]
+                truncations.append(truncated(episodes, tokenizer))
+                if mode == "greedy":
+                    samples += [show_episode(row.name, e) for e in chosen_samples(episodes)]
+            if problems[0].leads_on:
+                forced = play(model, tokenizer, problems, 1, settings, temperature, forced=True)
+                forced = [episode.turns for episode in forced]
+            scores[row.name][mode] = as_lists(
+                [problem.scores(*each) for problem, *each in
+                 zip(problems, turns[row.name, mode], forced)])
+    return {"suite": settings.suite, "split": settings.split, "n": settings.n,
+            "attempts": settings.attempts, "classes": next(iter(classes.values())),
+            "row_classes": classes, "truncated": max(truncations), "rows": scores,
+            "samples": limit_pictures(samples), "eval_seconds": round(time.time() - began, 2)}
 
 
-def shown_to(model, tokenizer):
-    """How problems are put to a model: short prompts for the tiny tokenizer, pictures of its own tiles' size."""
-    return {"style": "short" if tokenizer.short else "full", "tile": model.config.vision.image_size}
+def legible_rows(model, settings):
+    """The rows of the suite, or those asked for, whose pictures this model's tiles can show."""
+    problem, size = tasks.task_of(settings.suite).problem, model.config.vision.image_size
+    return [row for row in tasks.suite_rows(settings.suite)
+            if problem.legible(row, size) and (not settings.rows or row.name in settings.rows)]
 
 
-def suite_problems(model, tokenizer, suite, row, n, attempts, split):
+def suite_problems(model, tokenizer, settings, row):
     """The n problems of one row of a suite, as they are put to this model."""
-    problems = [tasks.make(suite.removesuffix("-probes"), row.rule, row.visual, split, i, attempts, judge=row.judge,
-                           **shown_to(model, tokenizer)) for i in range(n)]
+    name, style = settings.suite.removesuffix("-probes"), prompt_style(model, tokenizer)
+    problems = [tasks.make(name, row.rule, row.visual, settings.split, i, settings.attempts,
+                           judged_by=row.judged_by, **style) for i in range(settings.n)]
     if row.name == SHUFFLED:
-        pictures = [p.image for p in problems]
-        for p, picture in zip(problems, pictures[1:] + pictures[:1]):
-            p.image = picture
+        pictures = [problem.image for problem in problems]
+        for problem, picture in zip(problems, pictures[1:] + pictures[:1]):
+            problem.image = picture
     return problems
 
 
-SHUFFLED = "shuffled"  # the control: a model that reads scores by chance here, one that guesses scores as always
+def prompt_style(model, tokenizer) -> dict:
+    """How problems are put to a model, for tasks.make: the tiny tokenizer gets short prompts,
+    pictures fit the model's tiles."""
+    return {"style": "short" if tokenizer.short else "full",
+            "tile": model.config.vision.image_size}
 
 
-def show_episode(row, episode):
-    """An Episode as plain data for samples/ and the report: the picture as PNG in base64; of a walk its map and its views."""
-    problem, shown = episode.problem, {}
-    if isinstance(problem, tasks.Navigation):
-        last = max((turn["position"] for turn in episode.turns), default=0)
-        shown = {"pictures": [_png(problem.picture(i), 340) for i in range(last + 1)]} if problem.look else {}
-        shown |= {} if problem.route.folder else {"map": _png(tasks.draw_map(problem, 340), 340)}  # released data has no map
-    elif problem.image is not None:
-        shown = {"picture": _png(problem.image)}
-    return {"row": row, "prompt": problem.prompt, "turns": episode.turns, "reward": episode.total()} | shown
+def same_prompt(rows, row):
+    """The row whose answers this one judges once more, None where it has answers of its own."""
+    wanted = row._replace(name="", judged_by=None)
+    found = [other for other in rows if other._replace(name="") == wanted]
+    return found[0] if row.judged_by and found else None
+
+
+def judge_again(problem, turns):
+    """The turns of an episode with the outcomes that another problem's verifier gives."""
+    return [turn | {"outcome": copy.copy(problem).step(turn["response"]).outcome}
+            for turn in turns]
+
+
+def play(model, tokenizer, problems, group, settings, temperature, forced=False):
+    """Episodes of all problems, group by group, with a random stream of their own.
+
+    What was encoded for a batch is dropped before the next one, and so are the pictures where they
+    are large: a walk has a megabyte or more at every position.
+    """
+    generator = torch.Generator(model.device).manual_seed(0)
+    sampling = Sampling(settings.max_new_tokens, temperature, generator, settings.batch)
+    episodes, size = [], max(1, settings.batch // group)
+    for first in range(0, len(problems), size):
+        part = problems[first : first + size]
+        for members in rollout(model, tokenizer, part, group, sampling, forced=forced):
+            episodes += members
+        for episode in episodes[first * group :]:
+            episode.encoded = []
+            if model.config.vision.image_size > 100:
+                episode.pictures = []
+                getattr(episode.problem, "drawn", {}).clear()
+    return episodes
+
+
+def as_lists(scores):
+    """[{name: value}, ...] of n problems -> {name: n values}; texts become one, with spaces."""
+    lists = {name: [each[name] for each in scores] for name in scores[0]}
+    return {name: " ".join(values) if isinstance(values[0], str) else values
+            for name, values in lists.items()}
+
+
+def chosen_samples(episodes):
+    """The episodes to show: the first few, or of those that lead on one of each end."""
+    if episodes[0].problem.leads_on:
+        return list({episode.solved(): episode for episode in reversed(episodes)}.values())
+    return episodes[:SAMPLES]
+
+
+def show_episode(row: str, episode: Episode) -> dict:
+    """An Episode as plain data for samples/ and the report, its figures as PNG in base64."""
+    figures = {}
+    for name, figure in episode.problem.figures(episode.turns).items():
+        side = None if name == "picture" else 340
+        figures[name] = [_png(each, side) for each in figure] if name == "pictures" else _png(figure, side)
+    return {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns,
+            "reward": episode.total()} | figures
 
 
 def _png(image, side=None):
-    """In base64; with a `side`, of at most side x side pixels and 64 colours, not dithered: a few kilobytes."""
+    """In base64; with a `side`, of at most side x side pixels and 64 colours, not dithered: a few
+    kilobytes."""
     if side:
         image = image.convert("RGB")
         image.thumbnail((side, side))
@@ -416,8 +478,9 @@ def _png(image, side=None):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def within(samples, limit=10**6):
-    """The samples, but the views of walks only where all pictures up to there have at most `limit` characters; maps stay."""
+def limit_pictures(samples, limit=10**6):
+    """The samples, but the pictures along an episode only where all figures up to there have at
+    most `limit` characters; maps and single pictures stay."""
     size = sum(len(sample.get("map", "")) for sample in samples)
     for sample in samples:
         size += sum(map(len, sample.get("pictures", ())))
@@ -426,111 +489,138 @@ def within(samples, limit=10**6):
     return samples
 
 
-def pass_at_1_to_k(model, tokenizer, suite, n, k, split="test", max_new_tokens=64, rows=256):
-    """pass@1 .. pass@k at temperature 1 for every row of a suite: {row: [pass@1, ..., pass@k]}."""
+def truncated(episodes: list, tokenizer) -> float:
+    """Share of episodes whose last answer was cut off before its stop token."""
+    return sum(e.ids[-1] not in tokenizer.stop_ids for e in episodes) / len(episodes)
+
+
+def default_max_new_tokens(tokenizer) -> int:
+    """Tokens that an answer may have by default: the tiny model's are short."""
+    return 64 if tokenizer.short else 256
+
+
+def pass_at_1_to_k(model, tokenizer, settings: EvalSettings, k: int) -> dict:
+    """pass@1 .. pass@k at temperature 1 for every row: {row: [pass@1, ..., pass@k]}."""
     result = {}
-    for row in legible_rows(model, suite):
-        problems = suite_problems(model, tokenizer, suite, row, n, 1, split)
-        groups = play(model, tokenizer, problems, k, max_new_tokens, 1.0, rows)
-        right = [sum(e.solved() for e in g) for g in groups]
-        result[row.name] = [float(np.mean([pass_at_k(k, c, j) for c in right])) for j in range(1, k + 1)]
+    for row in legible_rows(model, settings):
+        problems = suite_problems(model, tokenizer, settings, row)
+        solved = [e.solved() for e in play(model, tokenizer, problems, k, settings, 1.0)]
+        right = np.reshape(solved, (len(problems), k)).sum(1).tolist()
+        result[row.name] = [float(np.mean([pass_at_k(k, c, j) for c in right]))
+                            for j in range(1, k + 1)]
     return result
 
 
-def summary(result):
-    """{row: {mode_score: share}} of an evaluation, for the metrics file."""
-    return {f"{row}/{mode}/{score}": round(sum(hits) / len(hits), 4) for row, modes in result["rows"].items()
-            for mode, scores in modes.items() for score, hits in scores.items() if score in (*PARTS, "read", *STEPS)}
+def summary(result: dict) -> dict:
+    """{"row/mode/score": share} of an evaluation, for the metrics file."""
+    titles = tasks.task_of(result["suite"]).problem.SCORES
+    return {f"{row}/{mode}/{score}": round(sum(values) / len(values), 4)
+            for row, modes in result["rows"].items() for mode, scores in modes.items()
+            for score, values in scores.items() if score in titles}
 
 
-# ---------------------------------------------------------------- 3. Runs and models
+# ---- 4. Runs and models --------------------------------------------------------------------------
 
 
-def find_model(name, task):
-    """The model directory that a name means: `tiny` (the shipped base of the task), a run directory (its latest
-    checkpoint), or a model directory itself. Raises ValueError with a sentence when there is none."""
+def find_model(name: str, task: str) -> Path:
+    """The model directory that a name means: `tiny` (the shipped base of the task), a run directory
+    (its latest checkpoint), or a model directory itself. ValueError when there is none."""
+    path = Path(name)
     if name == "tiny":
         path = Path(__file__).parent / "assets" / f"tiny-{task}"
         if not path.is_dir():
             raise ValueError(f"no tiny base is shipped for {task} (looked for {path}).")
         return path
-    path = Path(name)
     if (path / "latest").is_file():
         return latest_checkpoint(path)
     if not path.is_dir():
-        raise ValueError(f"{name} is not a directory; give `tiny`, a run directory or a model directory.")
-    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise ValueError(f"{name} holds neither a run with a checkpoint (file `latest`) nor a model (config.json).")
+        raise ValueError(f"{name} is not a directory; give `tiny`, a run directory or a model "
+                         "directory.")
+    if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{name} holds neither a run with a checkpoint (file `latest`) nor a model "
+                         "(config.json).")
     return path
 
 
-def latest_checkpoint(run):
-    """The checkpoint directory that the run's pointer file names."""
+def latest_checkpoint(run) -> Path:
+    """The checkpoint directory that the run's pointer file names. ValueError when it names none."""
     name = (Path(run) / "latest").read_bytes()[:100].decode("utf-8", "replace").strip()
     if not re.fullmatch(r"step-\d{6,9}", name) or not (Path(run) / name).is_dir():
-        raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its step-NNNNNN directories.")
+        raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its "
+                         "step-NNNNNN directories.")
     return Path(run) / name
 
 
-def device_and_dtype(device):
+def device_and_dtype(device: str) -> tuple:
     """("cuda", bfloat16) or ("cpu", float32); `auto` takes the GPU when there is one."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise ValueError("--device must be auto, cpu or cuda (or cuda:1 and so on).")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there is no such GPU; torch sees {torch.cuda.device_count()}.")
+    count = torch.cuda.device_count()
+    if device.startswith("cuda") and int(device[5:] or 0) >= count:
+        raise ValueError(f"--device {device}: there is no such GPU; torch sees {count}.")
     return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]")
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+                    "\ud800-\udfff\ufffe\uffff]")
 
 
-def clean(text):
-    """Text without characters that steer a terminal, flip the reading direction or are not legal in XML."""
+def clean(text) -> str:
+    """Text without characters that steer a terminal, flip the reading direction or are not legal
+    in XML. Line breaks and tabs stay."""
     return UNSAFE.sub("", str(text))
 
 
-def esc(text):
+def esc(text) -> str:
     """`clean`, then escaped for HTML and XML, attributes included."""
     return html.escape(clean(text), quote=True)
 
 
+class _Help(argparse.HelpFormatter):
+    """Shows each default once, and none where it says nothing or the text says it."""
+
+    def _get_help_string(self, action):
+        silent = (None, False, argparse.SUPPRESS)
+        if "default" in action.help or any(action.default is value for value in silent):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults in --help and whose errors are ValueErrors of one sentence."""
+    """An argument parser whose errors are ValueErrors of one sentence."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
-        raise ValueError(f"{message}; --help lists the flags.")
+        raise ValueError(re.sub(r"argument (\S+): (.* must lie)", r"\1 \2", message)
+                         + "; --help lists the flags.")
 
     def parse_args(self, argv=None, namespace=None):
         args = super().parse_args(argv, namespace)
         for name, value in vars(args).items():
             if value == "" or isinstance(value, str) and UNSAFE.search(value):
-                raise ValueError(f"--{name.replace('_', '-')} is empty or holds characters that no name or text has.")
+                raise ValueError(f"--{name.replace('_', '-')} is empty or holds characters that no "
+                                 "name or text has.")
         return args
 
 
-LIMITS = {"steps": (1, 1e8), "batch": (1, 1e5), "problems": (1, 1e5), "group": (1, 1e4), "epochs": (1, 100), "micro_batch": (1, 1e6), "rows": (1, 1e6),
-          "attempts": (1, 100), "max_new_tokens": (1, 1e5), "n": (1, 1e5), "eval_n": (1, 1e5), "k": (0, 1000), "evals": (0, 1e4),
-          "save_every": (0, 1e8), "threads": (0, 1024), "seed": (0, 2**62), "lora_rank": (0, 4096), "lora_alpha": (1e-3, 1e5),
-          "lr": (1e-12, 10), "lr_warmup": (0, 1e8), "lr_end": (0, 1), "weight_decay": (0, 10), "max_grad_norm": (1e-9, 1e9),
-          "flops": (0, 1e30), "temperature": (0.05, 5), "discount": (0, 1), "clip_eps": (0, 10), "kl_coef": (0, 1e3),
-          "kl_every": (0, 1e8)}
+def between(kind, low: float, high: float):
+    """For `add_argument(type=...)`: a number of this kind (int or float) from low to high. NaN is
+    in no range."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text[:20]} must lie from {low:g} to {high:g}")
+        return value
+    number.__name__ = kind.__name__  # argparse's own error names it
+    return number
 
 
-def check_limits(args):
-    """ValueError for a number outside its range; NaN is outside of any."""
-    for name, (low, high) in LIMITS.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {str(value)[:20]} must lie from {low:g} to {high:g}.")
-
-
-def run_main(main):
-    """Run a script's main: an expected error is one sentence on stderr and exit status 2, not a traceback."""
+def run_main(main) -> None:
+    """Run a script's main: an expected error is one sentence on stderr and exit status 2."""
     try:
         main()
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
@@ -538,12 +628,17 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
-            raise
-        if isinstance(error, (MemoryError, RuntimeError)):
-            error = "out of memory; lower --micro-batch, --rows or --max-new-tokens, or give --recompute. Checkpoints are as they were."
-        if isinstance(error, OSError):
-            error = f"{error.filename or 'a file'} could not be read or written: {error.strerror}. What was there is as it was."
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if isinstance(error, RuntimeError) and not out_of_memory:
+            out_of_memory = "allocate" in str(error)
+            if not out_of_memory:
+                raise
+        if out_of_memory:
+            error = ("out of memory; lower --micro-batch, --rollout-batch or --max-new-tokens, or "
+                     "give --recompute. Checkpoints are as they were.")
+        elif isinstance(error, OSError):
+            error = (f"{error.filename or 'a file'} could not be read or written: "
+                     f"{error.strerror}. What was there is as it was.")
         print(f"error: {' '.join(clean(error).split())}", file=sys.stderr)
         sys.exit(2)
 
