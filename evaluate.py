@@ -647,24 +647,23 @@ def run_main(main) -> None:
 # A *row* is a way to score (id, rule, fake); a *view* is (decoding, part), such as ("greedy", "first"); S seeds, n problems,
 # C classes (problems with the same numbers), P points of a curve. Success is a share in 0..1, printed in %.
 
-ROWS = {"id": "ID", "rule": "rule OOD", "fake": "fake rule"}
 MODES = {"greedy": "greedy", "sampled": "temperature 1"}
 PARTS = {"first": "first attempt", "episode": "whole episode"}
 STEPS = {"steps_first": "per step, until the first failure", "steps": "per step, until the attempts ran out",
          "forced": "per step, teacher-forced"}  # of walks, in words of `scores_per_step`
-# What is said of a family of tasks, by the first word of the suite's name: what is counted, the trained rule, the other one, what
-# makes a class, and the sentence about reading.
-WORDS = ("things", "trained", "other", "alike", "read")
-FAMILIES = {"gp": ("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13", "problems with the same numbers",
-                   "All cards are read in {} of the hands"),
-            "virl": ("routes", "absolute turns", "relative turns", "routes with the same turns in one city",
-                     "What is seen is named rightly in {} of the answers"),
-            None: ("problems", "the trained one", "another", "problems of the same kind", "All is read in {} of the problems")}
+
+def problem_class(suite):
+    """The class of a suite's problems; tasks.Problem for a suite that is not known here."""
+    known = isinstance(suite, str) and suite in tasks.suite_names()
+    return tasks.task_of(suite).problem if known else tasks.Problem
+
+
+def shows_pictures(suite):
+    return suite in tasks.suite_names() and tasks.task_of(suite).pictures
 
 
 def words_for(suite):
-    """{a name in WORDS: what it is for this suite}."""
-    return dict(zip(WORDS, FAMILIES.get(re.split(r"\W", str(suite))[0], FAMILIES[None])))
+    return problem_class(suite).WORDS._asdict()
 
 
 @functools.lru_cache(maxsize=8)
@@ -726,7 +725,7 @@ def _read(path, check):
 def _check_eval(e):
     """An evaluation, with "solved": {(row, decoding, part): n floats} made from its rows: 0 or 1, of "read" and STEPS shares."""
     e["step"], e["flops"], e["attempts"] = int(e["step"]), float(e["flops"]), int(e["attempts"])
-    n, e["solved"], walk = len(e["classes"]), {}, tasks.walks(str(e.get("suite")))
+    n, e["solved"], walk = len(e["classes"]), {}, problem_class(e.get("suite")).leads_on
     if n == 0 or not 0 <= e["flops"] < math.inf:
         raise ValueError("it has no problems, or its flops are not a count")
     for row, mode in ((row, mode) for row in (*ROWS, *e["rows"]) for mode in MODES):
@@ -902,7 +901,7 @@ def percent(interval, sign=""):
 def columns(study):
     """{row: its name} of the tables by stage: ROWS, and of walks the other looks too."""
     suite = str(any_eval(study).get("suite"))
-    return ROWS | {row: ROWS.get(row, row) for row in any_eval(study)["rows"] if tasks.walks(suite)}
+    return ROWS | {row: ROWS.get(row, row) for row in any_eval(study)["rows"] if problem_class(suite).leads_on}
 
 
 def table_rows(study, view):
@@ -984,9 +983,9 @@ def failure_tables(cases, mode, classes, most=6):
 def more_tables(study, view, measures=MEASURES):
     """{title: (head, lines)}: what a view shows after success and its differences; of pictures so many measures."""
     suite, seeing = str(any_eval(study).get("suite")), cost_of_seeing(study, view)
-    if tasks.walks(suite):
+    if problem_class(suite).leads_on:
         return step_tables(study, view)
-    tables = look_tables(study, view, measures) if tasks.pictures(suite) else {}
+    tables = look_tables(study, view, measures) if shows_pictures(suite) else {}
     return {f"Row by row: {measure} in %": table for measure, table in tables.items()} | (
         {"Success on cards in words minus on cards in pictures, the same hands": (["", "points"], seeing)} if seeing else {})
 
@@ -1210,7 +1209,7 @@ def story(study, view=("greedy", "first")):
 
 def story_of_steps(study, view):
     """How far walks get on rule OOD, and what is right there after a right walk. List of sentences, [] for hands."""
-    if not tasks.walks(str(any_eval(study).get("suite"))):
+    if not problem_class(any_eval(study).get("suite")).leads_on:
         return []
     ends = [(name_of(arm), stages(study, view)[f"{arm} end"][1], "rule") for arm in ("sft", "rl")]
     by_arm = lambda part: " and ".join(f"{100 * _solved(evals, row, (view[0], part)).mean():.1f} % ({name})"
@@ -1225,7 +1224,7 @@ def story_of_steps(study, view):
 def story_of_looks(study, view):
     """Which changes of look separate the arms and which do not, and how well each arm reads. List of sentences, [] for text."""
     last, stage = any_eval(study), stages(study, view)
-    if not {"sft end", "rl end"} <= stage.keys() or not tasks.pictures(str(last.get("suite"))):
+    if not {"sft end", "rl end"} <= stage.keys() or not shows_pictures(last.get("suite")):
         return []
     sft, rl = (stage[key][1] for key in ("sft end", "rl end"))
     rows = [row for row in last["rows"] if row not in (*ROWS, SHUFFLED, "text") and has(sft, row, view) and has(rl, row, view)]
@@ -1233,7 +1232,7 @@ def story_of_looks(study, view):
     by_sign = {s: ", ".join(row for row in rows if sign[row] == s) for s in (1, -1, 0)}
     out = [f"Under other looks RL ends {word} SFT: {by_sign[s]}." for s, word in ((1, "clearly above"), (-1, "clearly below")) if by_sign[s]]
     out += [f"These looks do not separate the arms: {by_sign[0]}."] if by_sign[0] else []
-    whole = (lambda read: read) if tasks.walks(last["suite"]) else (lambda read: read == 1)
+    whole = (lambda read: read) if problem_class(last["suite"]).leads_on else (lambda read: read == 1)
     rates = [(sorted(100 * whole(_solved(evals, row, (view[0], "read"))).mean() for row in rows), arm)
              for evals, arm in ((sft, "SFT"), (rl, "RL"))]
     told = ", ".join(f"{f'{r[0]:.0f} to ' if len(rows) > 1 else ''}{r[-1]:.0f} % ({arm})" for r, arm in rates if rows)
@@ -1321,19 +1320,13 @@ def _picture(png, css, alt):
     return f'<img class={css} alt="{alt}" src="data:image/png;base64,{esc(png)}">'
 
 
-def _turn(turn, views):
+def _turn(problem, turn, views):
     """An answer and its verdict; of a walk also its position, what the answer says, and, once, the view there, from `views`."""
     told = f"verifier: {esc(turn.get('outcome', ''))}, reward {esc(turn.get('reward', ''))}. {esc(turn.get('feedback') or '')}"
     told = f"<pre class=answer>{esc(turn['response'])}</pre><p class=small>{told}</p>"
     if "position" not in turn:
         return told
-    try:
-        said = tasks.read_answer(str(turn["response"]))
-    except ValueError:
-        said = {}
-    keys = (*zip(*(words["keys"] for words in tasks.WORDING.values())), ("action",))  # in every style
-    parts = [f"{word} <b>{esc(next((said[key] for key in names if key in said), NONE))}</b>"
-             for word, names in zip(("observed", "following", "action"), keys)]
+    parts = [f"{label} <b>{esc(text)}</b>" for label, text in problem.parsed(str(turn["response"]))]
     view = _picture(views.pop(turn["position"]), "cards", "the view from there") if turn["position"] in views else ""
     return f"<div class=step>{view}<div><b>position {turn['position'] + 1}</b>: {' / '.join(parts)}{told}</div></div>"
 
@@ -1341,12 +1334,12 @@ def _turn(turn, views):
 def _episodes(study, arm, most=3):
     """Up to `most` ID and rule OOD episodes of the arm's latest evaluation that has samples, one of other rows; all walks."""
     e = next((e for e in reversed(study[arm][min(study[arm])]) if e["samples"]), {"samples": [], "rows": ()})
-    out, few = [], lambda row: most if row in ROWS or tasks.walks(str(e["suite"])) else 1
+    out, few = [], lambda row: most if row in ROWS or problem_class(e["suite"]).leads_on else 1
     for sample in (s for row in e["rows"] for s in [s for s in e["samples"] if s["row"] == row][: few(row)]):
         out.append(f"<h3>{esc(ROWS.get(sample['row'], sample['row']))}, return {esc(sample['reward'])}</h3>")
         out += [_picture(sample["picture"], "cards", "what the model saw")] if "picture" in sample else []
         asked, views = f"<pre>{esc(sample['prompt'])}</pre>", dict(enumerate(sample.get("pictures", ())))
-        turns = "".join(_turn(turn, views) for turn in sample["turns"])
+        turns = "".join(_turn(problem_class(e["suite"]), turn, views) for turn in sample["turns"])
         if "map" in sample:
             asked, turns = f"<div>{_picture(sample['map'], 'map', 'the route on its map')}{asked}</div>", f"<div>{turns}</div>"
         out.append(f"<div class=walk>{asked}{turns}</div>" if "map" in sample else asked + turns)
@@ -1377,12 +1370,9 @@ def write_report(study_dir):
     return path
 
 
-# ---------------------------------------------------------------- 9. Command line
-
-
 def result_table(result):
     """Success of one evaluation with intervals, as markdown; of walks also per step, and below it where they fail."""
-    walk, lines = tasks.walks(result["suite"]), []
+    walk, lines = problem_class(result["suite"]).leads_on, []
     last = {"steps_first": "per step", "forced": "teacher-forced"} if walk else {}
     last["read"] = "observations right" if walk else "all cards read"
     for name, modes in result["rows"].items():
@@ -1406,45 +1396,65 @@ def compare_table(results, names):
     return _markdown(["row", *map(clean, names), "second - first"], lines)
 
 
+# ---- 10. Command line ----------------------------------------------------------------------------
+
+
 def parse_args(argv=None):
     """Command line of evaluation."""
+    suites = ", ".join(tasks.suite_names())
     parser = Parser("Evaluate a model on held-out problems, or write the report of a study.")
-    parser.add_argument("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
-    parser.add_argument("--report", metavar="STUDY", help="print the tables of a study directory and write its report.html")
-    parser.add_argument("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models on the same problems, with paired differences")
-    parser.add_argument("--choose", metavar="GRID", help="print a grid's ID validation scores and the learning rates to take")
-    parser.add_argument("--suite", default="gp-l", help=f"one of {', '.join(tasks.SUITES)}")
-    parser.add_argument("--n", type=int, default=500, help="held-out problems per row")
-    parser.add_argument("--attempts", type=int, default=1, help="answers an episode may have, on a walk at each position")
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="val chooses settings, test is for claims")
-    parser.add_argument("--k", type=int, default=0, help="also sample K answers per problem and print pass@1 .. pass@K")
-    parser.add_argument("--max-new-tokens", type=int, help="tokens per answer (default: 64 tiny, 256 else)")
-    parser.add_argument("--rows", type=int, default=256, help="episodes computed side by side")
-    parser.add_argument("--out", help="run directory to put evals/000000.json into, for a report")
-    parser.add_argument("--ask", metavar="TEXT", help="print the model's likeliest answer to this, and do nothing else")
-    parser.add_argument("--image", metavar="FILE", help="a picture that goes with --ask")
-    parser.add_argument("--export", metavar="DIR", help="write the model there as the hub has it, adapters merged, in bfloat16")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add = parser.add_argument
+    add("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
+    add("--report", metavar="STUDY", help="print a study's tables and write its report.html")
+    add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models on the same problems, "
+        "with paired differences")
+    add("--choose", metavar="GRID", help="print a grid's ID validation scores and the learning "
+        "rates to take")
+    add("--suite", default="gp-l", help=f"one of {suites}")
+    add("--n", type=between(int, 1, 1e5), default=500, help="held-out problems per row")
+    add("--attempts", type=between(int, 1, 100), default=1, help="answers per question")
+    add("--split", choices=("val", "test"), default="test", help="val chooses settings, test is for "
+        "claims")
+    add("--k", type=between(int, 0, 1000), default=0, help="also sample K answers per problem and "
+        "print pass@1 .. pass@K")
+    add("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer (default: 64 tiny, "
+        "256 else)")
+    add("--rollout-batch", type=between(int, 1, 1e6), default=256, help="episodes side by side")
+    add("--out", help="run directory to put evals/000000.json into, for a report")
+    add("--ask", metavar="TEXT", help="print the model's likeliest answer to this, nothing else")
+    add("--image", metavar="FILE", help="a picture that goes with --ask")
+    add("--export", metavar="DIR", help="write the model there as the hub has it, adapters merged, "
+        "in bfloat16")
+    add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.model, args.report, args.choose, args.compare))) != 1:
-        raise ValueError("give one of: a model to evaluate, --compare and two models, --report and a study directory, --choose and "
-                         "a grid of runs.")
-    if args.suite not in tasks.SUITES:
-        raise ValueError(f"--suite must be one of {', '.join(tasks.SUITES)}.")
-    if args.out and (Path(args.out).is_file() or (Path(args.out) / "args.json").exists() or (Path(args.out) / "evals/000000.json").exists()):
+        raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
+                         "a study directory, --choose and a grid of runs.")
+    if args.suite not in tasks.suite_names():
+        raise ValueError(f"--suite must be one of {suites}.")
+    out = Path(args.out or "")
+    if args.out and (out.is_file() or (out / "args.json").exists()
+                     or (out / "evals/000000.json").exists()):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     if args.image and not args.ask:
         raise ValueError("--image goes with --ask: give a question about the picture.")
-    check_limits(args)
     return args
 
 
+@torch.no_grad()
 def ask(model, tokenizer, text, image, max_new_tokens):
-    """Greedy answer to one question about a picture (a path or None). ValueError for a picture that cannot be read."""
-    seen = model.see(*pack_images([[open_image(image)]], model.config.vision.image_size)) if image else None
-    ids, lengths = pad_rows([tokenizer.prompt(text, image=bool(image))], tokenizer.pad, model.device)
-    cache = Cache(model, 1, ids.shape[1] + max_new_tokens, seen)
-    (answer,), _ = generate(model, cache, model.extend(cache, ids, lengths), max_new_tokens, tokenizer.stop_ids, 0.0)
+    """Greedy answer to one question about a picture (a path or None). ValueError for a picture that
+    cannot be read."""
+    images = None
+    if image:
+        tiles = pack_images([[open_image(image)]], model.config.vision.image_size)
+        images = model.encode_images(*tiles)
+    prompt = tokenizer.prompt(text, image=bool(image))
+    ids, lengths = pad_rows([prompt], tokenizer.pad, model.device)
+    cache = Cache(model, 1, ids.shape[1] + max_new_tokens, images)
+    logits = model.extend(cache, ids, lengths)
+    sampling = Sampling(max_new_tokens, temperature=0.0)
+    (answer,), _ = generate(model, cache, logits, sampling, tokenizer.stop_ids)
     return tokenizer.decode(answer)
 
 
@@ -1453,28 +1463,52 @@ def write_study(directory):
     study = load_study(directory)
     print(table_text(study))
     for name, svg in (("curves", svg_curves(study)), ("path", svg_path(study))):
-        write_atomically(Path(directory) / f"{name}.svg", lambda p: p.write_text(svg_standalone(svg), "utf-8"))
+        page = svg_standalone(svg)
+        write_atomically(Path(directory) / f"{name}.svg", lambda p: p.write_text(page, "utf-8"))
     print(f"report: {write_report(directory)}")
     return study
 
 
 def load(name, args):
-    """(model, tokenizer) of what a name on the command line means."""
-    return load_model(find_model(name, args.suite.removesuffix("-probes")), *device_and_dtype(args.device)[::-1])
-
-
-def evaluate_as_told(model, tokenizer, args):
-    """`evaluate` with the flags of the command line."""
-    return evaluate(model, tokenizer, args.suite, args.n, args.attempts, args.split,
-                    args.max_new_tokens or answer_length(tokenizer), args.rows)
+    """(model, tokenizer, EvalSettings) of a name on the command line and the flags."""
+    directory = find_model(name, args.suite.removesuffix("-probes"))
+    device, dtype = device_and_dtype(args.device)
+    model, tokenizer = load_model(directory, dtype, device)
+    max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
+    return model, tokenizer, EvalSettings(args.suite, args.n, args.attempts, args.split,
+                                          max_new_tokens, args.rollout_batch)
 
 
 def compare(args):
-    """Evaluate two models, one after the other in memory, and print their table. Returns both evaluations."""
-    results = [evaluate_as_told(*load(name, args), args) for name in args.compare]
-    print(f"{args.suite}, {args.n} {args.split} problems, success of whole episodes in % [95 % interval]")
+    """Evaluate two models, one after the other in memory, and print their table. -> evaluations"""
+    results = [evaluate(*load(name, args)) for name in args.compare]
+    print(f"{args.suite}, {args.n} {args.split} problems, success of whole episodes in % "
+          "[95 % interval]")
     print(compare_table(results, args.compare))
     return results
+
+
+def report_result(model, tokenizer, settings, args):
+    """Evaluate a model, print its tables, and write the evaluation where --out says. -> it"""
+    result = evaluate(model, tokenizer, settings)
+    print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % "
+          "[95 % interval]")
+    names = [row.name for row in tasks.suite_rows(args.suite) if row.name not in result["rows"]]
+    if names:
+        print(f"left out, since tiles of {model.config.vision.image_size} pixels are too small to "
+              f"show it: {', '.join(names)}")
+    print(result_table(result))
+    if args.k:
+        result["pass_at_k"] = pass_at_1_to_k(model, tokenizer, settings, args.k)
+        head = ["row", *(f"pass@{j}" for j in range(1, args.k + 1))]
+        lines = [[name, *(f"{100 * share:.1f}" for share in shares)]
+                 for name, shares in result["pass_at_k"].items()]
+        print("\n" + _markdown(head, lines))
+    if args.out:
+        (Path(args.out) / "evals").mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.out) / "evals" / "000000.json",
+                   result | {"step": 0, "flops": 0, "seconds": 0.0})
+    return result
 
 
 def main(argv=None):
@@ -1486,29 +1520,15 @@ def main(argv=None):
         return choose_rates(args.choose)
     if args.compare:
         return compare(args)
-    model, tokenizer = load(args.model, args)
+    model, tokenizer, settings = load(args.model, args)
     if args.export:
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")
-        return {}
-    if args.ask:
-        with torch.no_grad():
-            print(clean(ask(model, tokenizer, args.ask, args.image, args.max_new_tokens or answer_length(tokenizer))))
-        return {}
-    result = evaluate_as_told(model, tokenizer, args)
-    print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % [95 % interval]")
-    if small := [row.name for row in tasks.SUITES[args.suite] if row.name not in result["rows"]]:
-        print(f"left out, since tiles of {model.config.vision.image_size} pixels are too small to show it: {', '.join(small)}")
-    print(result_table(result))
-    if args.k:
-        result["pass_at_k"] = pass_at_1_to_k(model, tokenizer, args.suite, args.n, args.k, args.split,
-                                             args.max_new_tokens or answer_length(tokenizer), args.rows)
-        lines = [[name, *(f"{100 * p:.1f}" for p in curve)] for name, curve in result["pass_at_k"].items()]
-        print("\n" + _markdown(["row", *(f"pass@{j}" for j in range(1, args.k + 1))], lines))
-    if args.out:
-        (Path(args.out) / "evals").mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.out) / "evals" / "000000.json", result | {"step": 0, "flops": 0, "seconds": 0.0})
-    return result
+    elif args.ask:
+        print(clean(ask(model, tokenizer, args.ask, args.image, settings.max_new_tokens)))
+    else:
+        return report_result(model, tokenizer, settings, args)
+    return {}
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def answered_by(walker):
         stops = [standing(problem, i)[0] for i in range(len(problem.actions))]
         return E.Episode(copy.copy(problem), ids=[0], turns=[turn(stop, walker(stop)) for stop in stops])
 
-    def rollout(model, tokenizer, problems, group, max_new_tokens, temperature, generator, rows, forced=False):
+    def rollout(model, tokenizer, problems, group, sampling, forced=False):
         return [[(forced_walk if forced else walk)(p)] for p in problems]
     return rollout
 
@@ -60,7 +60,7 @@ def answered_by(walker):
 def evaluation(monkeypatch, walker, suite="virl-l", n=8, attempts=1):
     monkeypatch.setattr(E, "rollout", answered_by(walker))
     monkeypatch.setattr(tasks, "draw_grid", lambda name, style, place, heading, *_: Image.new("RGB", (64, 64), f"hsl({int(heading)},90%,50%)"))
-    return E.evaluate(MODEL, TOKENIZER, suite, n, attempts)
+    return E.evaluate(MODEL, TOKENIZER, E.EvalSettings(suite, n, attempts))
 
 
 def put(directory, arm, step, result, **args):
@@ -124,7 +124,7 @@ def test_what_stays_in_the_log_and_the_samples(monkeypatch):
 
 def test_views_over_the_limit_are_left_out():
     samples = [{"map": "m" * 10, "pictures": ["p" * 40] * 2}, {"map": "m" * 10, "pictures": ["p" * 99]}, {"pictures": ["p" * 10]}, {"picture": "p" * 999}]
-    assert [sorted(s) for s in E.within(samples, 120)] == [["map", "pictures"], ["map"], [], ["picture"]]
+    assert [sorted(s) for s in E.limit_pictures(samples, 120)] == [["map", "pictures"], ["map"], [], ["picture"]]
 
 
 # files
@@ -210,6 +210,6 @@ def test_hostile_text_in_walks_is_escaped(study_dir):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     for bad in ("<script", "onerror=\"", "\x1b", "\u202e", "</pre><s"):
         assert bad not in page, bad
-    said = E._turn({"position": 0, "response": json.dumps({"obs": HOSTILE, "ins": "<b>", "action": "<i>"})}, {})
+    said = E._turn(tasks.Navigation, {"position": 0, "response": json.dumps({"obs": HOSTILE, "ins": "<b>", "action": "<i>"})}, {})
     assert "<script" not in said and "<i>" not in said and "&lt;i&gt;" in said and not re.search(r"<[a-z][^>]*\son\w+=", said)
-    assert "observed <b>\u2013</b>" in E._turn({"position": 0, "response": 7}, {})
+    assert "observed <b>\u2013</b>" in E._turn(tasks.Navigation, {"position": 0, "response": 7}, {})
