@@ -23,11 +23,10 @@ Contents
     10. GeneralPoints        GeneralPoints
     11. V-IRL: a city        City: streets, fronts and landmarks; words for bearings and turns
     12. V-IRL: routes        Position, Route, routes
-    13. V-IRL: words         TurnRule, WORDING, read_action, judge_walk
-    14. V-IRL: a walk        Navigation, WALKERS
-    15. V-IRL: scores        walk_scores
+    13. V-IRL: words         TurnRule, WORDING, parse_action, judge_walk
+    14. V-IRL: a walk        Navigation
     16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_map (a route for people)
-    17. V-IRL: released data read_plain_pickle, released_routes, perspective
+    17. V-IRL: released data read_plain_pickle, released_routes, panorama_view
     18. Problems and suites  make, Row, SUITES
     19. Command line         python tasks.py --task gp-l
 
@@ -1414,7 +1413,7 @@ MAX_ACTION = 60
 ACTION = re.compile(r"(forward|stop) ?\( ?\)|turn_direction ?\( ?['\"]?([a-z]+(?: [a-z]+)?)['\"]? ?\)")
 
 
-def read_action(text):
+def parse_action(text):
     """Read "forward()", "stop()" or "turn_direction(x)": ("forward", ""), ("stop", "") or ("turn", x), x any one or two words.
 
     Case, quotes round x and more or fewer spaces do not matter. Raises Illegal for anything else."""
@@ -1447,7 +1446,7 @@ def judge_walk(response, here, rule, style):
             observed = _parts(answer[key]) == _parts(observation(here, style))
         if not isinstance(answer.get("action"), str):
             raise Illegal("the JSON object has no key 'action' with a string")
-        kind, word = read_action(answer["action"])
+        kind, word = parse_action(answer["action"])
     except Illegal as error:
         return Walked("illegal", "illegal", str(error), observed)
     right = (kind, word) == (here.action, right_word(here, rule))
@@ -1478,7 +1477,9 @@ def _why(kind, word, here, rule):
 # One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In
 # addition LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD for a wrong observation.
 WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
-WALKERS = ("expert", "careless", "inattentive", "hasty", "retry")  # demonstrators of the base stage, see Navigation.demonstrate
+
+
+KINDS_OF_ACTION = ("turn", "forward", "stop")
 
 
 class Navigation(Problem):
@@ -1488,7 +1489,10 @@ class Navigation(Problem):
     text. After a right action image is another picture, which the next turn shows."""
     asks = "action"
     leads_on = True
-    DEMONSTRATORS = dict.fromkeys(WALKERS)
+    SCORES = {"first": "first attempt", "episode": "whole episode", "steps_first": "per step, until the first failure",
+              "steps": "per step, until the attempts ran out", "forced": "per step, teacher-forced", "read": "observations right"}
+    WORDS = Words("routes", "absolute turns", "relative turns", "routes with the same turns in one city",
+                  "What is seen is named rightly in {} of the answers")
 
     @classmethod
     def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
@@ -1504,11 +1508,15 @@ class Navigation(Problem):
 
     @property
     def image(self):
-        if self.look and self.position not in self.drawn:
-            here, folder = self.route.rail[self.position], self.route.folder
+        return self.picture(self.position)
+
+    def picture(self, position):
+        """The picture of a position of the route, None in text."""
+        if self.look and position not in self.drawn:
+            here, folder = self.route.rail[position], self.route.folder
             draw = partial(released_grid, folder) if folder else partial(draw_grid, self.route.city, self.style)
-            self.drawn[self.position] = draw(here.place, here.heading, self.look, self.tile)
-        return self.drawn.get(self.position)
+            self.drawn[position] = draw(here.place, here.heading, self.look, self.tile)
+        return self.drawn.get(position)
 
     @property
     def prompt(self):
@@ -1521,7 +1529,7 @@ class Navigation(Problem):
 
     @property
     def actions(self):
-        """The kind of right action at each position, "turn", "forward" or "stop", for the scores of section 15."""
+        """The kind of right action at each position, "turn", "forward" or "stop"."""
         return tuple(here.action for here in self.route.rail)
 
     def step(self, response):
@@ -1550,13 +1558,7 @@ class Navigation(Problem):
 
     def expert(self):
         """A right response at the current position, by the rule of the prompt."""
-        return self._response(self.right())
-
-    def picture(self, position):
-        """The picture of a position of the route, None in text."""
-        there = copy.copy(self)
-        there.position = position
-        return there.image
+        return self.response(self.right_action())
 
     def advance(self):
         """Move on by the expert's response, whatever answers are judged by: (the response, its Step)."""
@@ -1566,52 +1568,75 @@ class Navigation(Problem):
         self.judged_by = judge
         return response, step
 
-    def demonstrate(self, kind, rng):
-        """What a demonstrator of the base stage writes on a whole walk: response, feedback, response, ... (list of str).
-
-        "expert": the right action everywhere. "retry": at one position first a wrong action and then, after the verifier's words,
-        the right one. "careless": so at every fourth position or so. "inattentive": on half of the walks every turn is first
-        said in the words of the other rule. "hasty": where a landmark is on the left, forward() first. ValueError for others."""
-        if kind not in WALKERS:
-            raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(WALKERS)}.")
-        rail = list(enumerate(self.route.rail))
-        slips = {"expert": [], "retry": [rng.randrange(len(rail))], "careless": [i for i, _ in rail if rng.random() < 0.25],
-                 "inattentive": [i for i, here in rail if here.action == "turn"] * rng.randint(0, 1),
-                 "hasty": [i for i, here in rail if here.action != "forward" and "left" in dict(here.landmarks).values()]}[kind]
-        walker, texts = self._fresh(), []
-        while not walker.done:
-            slip = walker.position in slips and walker.attempt == 0
-            response = walker._response(walker._slip(kind, rng)) if slip else walker.expert()
-            texts += [response, walker.step(response).feedback]
-        return texts[:-1]
-
-    def _fresh(self):
-        """A copy at the start, judged by its own rule; two attempts at least, since demonstrators err once."""
+    def restarted(self) -> "Navigation":
+        """A copy at the start, judged by its own rule; two attempts at least, since some demonstrators err once."""
         walker = copy.copy(self)
         walker.position, walker.attempt, walker.verdict, walker.done = 0, 0, None, False
         walker.judged_by, walker.attempts = self.rule, max(self.attempts, 2)
         return walker
 
-    def right(self):
+    def walk(self, rng):
+        """The demonstrator that takes the right action everywhere."""
+        walker, texts = self.restarted(), []
+        while not walker.done:
+            response, step = walker.advance()
+            texts += [response, step.feedback]
+        return texts[:-1]
+
+    DEMONSTRATORS = {"expert": walk}  # assets/habits.py adds some with bad habits
+
+    def right_action(self) -> str:
         """The right action at the current position, by the rule of the prompt, as in "turn_direction(left)"."""
         here = self.route.rail[self.position]
         return f"turn_direction({right_word(here, self.rule)})" if here.action == "turn" else f"{here.action}()"
 
-    def _slip(self, kind, rng):
-        """A wrong action: the right turn in the words of the other rule, or any other action of this rule."""
-        if kind == "inattentive":
-            words = TURN_WORDS[self.rule.words == "absolute"]
-            return f"turn_direction({right_word(self.route.rail[self.position], TurnRule(words))})"
-        if kind == "hasty":
-            return "forward()"
-        actions = ["forward()", "stop()", f"turn_direction({rng.choice(TURNS[self.rule.words])})"]
-        return rng.choice([action for action in actions if action != self.right()])
-
-    def _response(self, action):
+    def response(self, action: str) -> str:
+        """A response with this action, its observation and instruction those of the current position."""
         here, words = self.route.rail[self.position], WORDING[self.style]
         doing = words["doing"].format(number=here.instruction + 1, text=self.texts[here.instruction])
         fields = dict(zip(words["keys"], (observation(here, self.style), doing)), action=action)
         return json.dumps(fields, separators=(",", ":") if self.style == "short" else None)
+
+    def scores(self, turns, forced=None):
+        """Scores by position, beside those of every problem; shares are rounded to four digits.
+
+        "steps_first", "steps": survival, the share of the route's positions passed before the first wrong answer, or before the
+        attempts ran out (the paper's per-step accuracy; in a mean over routes each weighs the same, long or short). "forced": the
+        share of positions answered rightly after a right walk up to each. Survival says how far one gets alone, and lets one kind
+        of mistake cost all that would follow it; teacher-forced says what is known at each position. "failed_at": the position
+        of the first wrong answer, or None. "read": the share of all answers that name what is there and nothing else. "marks",
+        "forced_marks": a letter for each position reached: the right action's initial, a capital where the first answer was right."""
+        positions, right = len(self.route.rail), [turn["outcome"] in ("right_action", "correct") for turn in turns]
+        failed_at = turns[right.index(False)]["position"] if False in right else None
+        passed = sum(right) if failed_at is None else failed_at
+        scores = super().scores(turns) | {
+            "read": round(sum(turn["read"] for turn in turns) / len(turns), 4), "steps_first": round(passed / positions, 4),
+            "steps": round(sum(right) / positions, 4), "failed_at": failed_at, "marks": self._marks(turns)}
+        if forced:
+            marks = self._marks(forced)
+            scores |= {"forced": round(sum(map(str.isupper, marks)) / len(marks), 4), "forced_marks": marks}
+        return scores
+
+    def _marks(self, turns):
+        first = {turn["position"]: turn["outcome"] in ("right_action", "correct") for turn in reversed(turns)}
+        return "".join(self.actions[i][0].upper() if right else self.actions[i][0] for i, right in sorted(first.items()))
+
+    def figures(self, turns):
+        """The views up to the last position reached, and the map; released routes have none."""
+        last = max((turn["position"] for turn in turns), default=0)
+        shown = {"pictures": [self.picture(i) for i in range(last + 1)]} if self.look else {}
+        return shown | ({} if self.route.folder else {"map": draw_map(self, 340)})
+
+    @classmethod
+    def parsed(cls, response):
+        """What an answer of any content says is seen, followed and done, in the words of any style; a dash where it does not."""
+        try:
+            answer = parse_answer(str(response))
+        except Illegal:
+            answer = {}
+        keys = (*zip(*(words["keys"] for words in WORDING.values())), ("action",))
+        said = (next((answer[key] for key in names if key in answer), "\u2013") for names in keys)
+        return [(label, str(text)) for label, text in zip(("observed", "following", "action"), said)]
 
 
 def _navigation(rule, visual, split, index, attempts, style, judge, tile, data):
@@ -1626,26 +1651,6 @@ def _navigation(rule, visual, split, index, attempts, style, judge, tile, data):
     else:
         route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
     return Navigation(route, parse_turns(rule), attempts, style, parse_turns(judge or rule), look, tile)
-
-
-# ---- 15. V-IRL: scores -----------------------------------------------------------------------------------------------
-
-KINDS_OF_ACTION = ("turn", "forward", "stop")
-
-
-def walk_scores(positions, outcomes):
-    """Survival on a route of so many positions: outcomes are those of the episode's answers in order, up to where it ended.
-
-    "first": the share of the positions passed before the first wrong answer, "episode": before the attempts ran out (nothing
-    counts after the failure). "failed_at": where the first wrong answer was, or None."""
-    position, failed_at = 0, None
-    for outcome in outcomes:
-        if outcome in ("right_action", "correct"):
-            position += 1
-        elif failed_at is None:
-            failed_at = position
-    passed = position if failed_at is None else failed_at
-    return {"first": passed / positions, "episode": position / positions, "failed_at": failed_at}
 
 
 # ---- 16. V-IRL: views ------------------------------------------------------------------------------------------------
@@ -1784,7 +1789,7 @@ class View:
         x, y = (max(int(min(axis)), 0) for axis in zip(*corners))
         width, height = (min(int(max(axis)) + 1, self.size) - low for axis, low in zip(zip(*corners), (x, y)))
         if width > 0 and height > 0:
-            numbers = _perspective([(u - x, v - y) for u, v in corners], *board.size)
+            numbers = quad_coefficients([(u - x, v - y) for u, v in corners], *board.size)
             flat = board.transform((width, height), Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BILINEAR)
             share = WEATHERS[self.look.weather] * min(distance / FAR, 1)
             hazy = Image.blend(flat.convert("RGB"), Image.new("RGB", flat.size, self.light.low), share)
@@ -1827,7 +1832,7 @@ def _hidden(left, right):
     return max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0
 
 
-def _perspective(corners, width, height):
+def quad_coefficients(corners, width, height):
     """The eight numbers with which pillow fills the quadrilateral `corners` (from the top left, clockwise) with a width x height
     picture: u = (a x + b y + c) / (g x + h y + 1), v = (d x + e y + f) / (g x + h y + 1)."""
     rows, values = [], []
@@ -2101,12 +2106,12 @@ def released_grid(folder, name, heading, look, tile):
         raise ValueError(f"The panorama {name} is no picture that can be read.") from None
 
     def view(towards):
-        flat = perspective(panorama, (towards - 180) % 360 + rotation, 640)
+        flat = panorama_view(panorama, (towards - 180) % 360 + rotation, 640)
         return Image.fromarray(flat).resize((size, size), Image.Resampling.BILINEAR)
     return four_views(heading, view)
 
 
-def perspective(panorama, yaw, size):
+def panorama_view(panorama, yaw, size):
     """A flat view of size x size, 90 degrees wide, pitch 0, of an equirectangular panorama (H, W, 3) uint8; yaw in degrees
     to the right of its middle."""
     high, wide = panorama.shape[:2]

@@ -10,8 +10,11 @@ A demonstrator draws from `rng` what it needs itself and nothing else, so that a
 """
 import random
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
-from tasks import ID_RULE, OOD_RULE, Formula, GeneralPoints, judge, join_formulas, parse_rule
+from tasks import (ID_RULE, OOD_RULE, TURN_WORDS, TURNS, Formula, GeneralPoints, Navigation, TurnRule, join_formulas, judge,
+                   parse_rule, right_word)
 
 # ---- 1. Cards ----------------------------------------------------------------------------------------
 
@@ -57,3 +60,66 @@ GeneralPoints.DEMONSTRATORS |= {"careless": careless, "lazy": lazy, "inattentive
 
 
 # ---- 2. Walks ----------------------------------------------------------------------------------------
+
+class Slips(NamedTuple):
+    """The positions of a walk at which some demonstrators err."""
+    retry: list[int]
+    careless: list[int]
+    inattentive: list[int]
+
+
+def draw_slips(walk: Navigation, rng: random.Random) -> Slips:
+    """The slips of one walk, in a FROZEN order of draws.
+
+    The shipped bases learned from walkers that drew for every kind, whichever was wanted. So all three kinds are drawn here, in
+    that order, and a demonstrator takes its own: then the data of the bases stay the same, bit for bit. Append, never reorder."""
+    positions = range(len(walk.route.rail))
+    retry = [rng.randrange(len(positions))]
+    careless = [i for i in positions if rng.random() < 0.25]
+    turns = [i for i in positions if walk.actions[i] == "turn"]
+    return Slips(retry, careless, turns * rng.randint(0, 1))
+
+
+def walk_with_slips(walk: Navigation, positions: list[int], wrong_action) -> list[str]:
+    """The expert's whole walk, but the first answer at each of these positions has wrong_action(walk standing there)."""
+    walker, texts = walk.restarted(), []
+    while not walker.done:
+        slip = walker.position in positions and walker.attempt == 0
+        response = walker.response(wrong_action(walker)) if slip else walker.expert()
+        texts += [response, walker.step(response).feedback]
+    return texts[:-1]
+
+
+def any_wrong_action(walker: Navigation, rng: random.Random) -> str:
+    """Another action than the right one, in words of the rule."""
+    actions = ["forward()", "stop()", f"turn_direction({rng.choice(TURNS[walker.rule.words])})"]
+    return rng.choice([action for action in actions if action != walker.right_action()])
+
+
+def retry_walk(walk: Navigation, rng: random.Random) -> list[str]:
+    """At one position first a wrong action and then, after the verifier's text, the right one."""
+    return walk_with_slips(walk, draw_slips(walk, rng).retry, partial(any_wrong_action, rng=rng))
+
+
+def careless_walk(walk: Navigation, rng: random.Random) -> list[str]:
+    """So at every fourth position or so."""
+    return walk_with_slips(walk, draw_slips(walk, rng).careless, partial(any_wrong_action, rng=rng))
+
+
+def inattentive_walk(walk: Navigation, rng: random.Random) -> list[str]:
+    """On half of the walks every turn is first said in the words of the other rule."""
+    words = TURN_WORDS[walk.rule.words == TURN_WORDS[0]]
+
+    def other_word(walker):
+        here = walker.route.rail[walker.position]
+        return f"turn_direction({right_word(here, TurnRule(words))})"
+    return walk_with_slips(walk, draw_slips(walk, rng).inattentive, other_word)
+
+
+def hasty_walk(walk: Navigation, rng: random.Random) -> list[str]:
+    """Where a landmark is on the left, forward() first; nothing is drawn."""
+    left = [i for i, here in enumerate(walk.route.rail) if "left" in dict(here.landmarks).values()]
+    return walk_with_slips(walk, [i for i in left if walk.actions[i] != "forward"], lambda walker: "forward()")
+
+
+Navigation.DEMONSTRATORS |= {"careless": careless_walk, "inattentive": inattentive_walk, "hasty": hasty_walk, "retry": retry_walk}

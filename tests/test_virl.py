@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tasks  # noqa: E402
 from conftest import standing  # noqa: E402
-from tasks import COMPASS, Position, Route, TurnRule, city, make, parse_turns, routes, turn_word, walk_scores  # noqa: E402
+import assets.habits  # noqa: E402, F401
+from tasks import COMPASS, Position, Route, TurnRule, city, make, parse_turns, routes, turn_word  # noqa: E402
 
 RULES = ("absolute", "relative")
 STYLES = ("full", "short")
@@ -187,7 +188,7 @@ def test_rules_are_read_and_written():
 
 
 @pytest.mark.parametrize("bad", [dict(rule="10"), dict(visual="day"), dict(split="exam"), dict(style="long"), dict(index=-1), dict(attempts=0),
-                                 dict(judge="11,12,13"), dict(seed=-1)])
+                                 dict(judged_by="11,12,13"), dict(seed=-1)])
 def test_make_refuses_what_it_does_not_know(bad):
     with pytest.raises(ValueError, match="\\.$"):
         make(**{"name": "virl-l"} | bad)
@@ -266,9 +267,9 @@ def test_feedback_is_true(style):
 def test_actions(action, read):
     if read is None:
         with pytest.raises(tasks.Illegal):
-            tasks.read_action(action)
+            tasks.parse_action(action)
     else:
-        assert tasks.read_action(action) == read
+        assert tasks.parse_action(action) == read
 
 
 @pytest.mark.parametrize("response", [
@@ -306,7 +307,7 @@ def test_observations_are_read():
 def test_fake_rule_judges_by_the_old_rule():
     for style in STYLES:
         for index in range(30):
-            fake = make("virl-l", "relative", None, "test", index, 2, style, judge="absolute")
+            fake = make("virl-l", "relative", None, "test", index, 2, style, judged_by="absolute")
             assert fake.prompt == make("virl-l", "relative", None, "test", index, 2, style).prompt
             assert fake.step(fake.expert()).outcome == "wrong_action"
             memorized = make("virl-l", "absolute", None, "test", index, 2, style)
@@ -317,10 +318,10 @@ def test_fake_rule_judges_by_the_old_rule():
 
 def test_suites_can_be_walked():
     for name in ("virl-l", "virl-l-probes", "virl-vl"):
-        for row in tasks.SUITES[name]:
+        for row in tasks.suite_rows(name):
             for style in STYLES:
-                walk = make(name.removesuffix("-probes"), row.rule, row.visual, "test", 0, style=style, judge=row.judge)
-                assert walk.step(walk.expert()).outcome == ("right_action" if row.judge is None else "wrong_action")
+                walk = make(name.removesuffix("-probes"), row.rule, row.visual, "test", 0, style=style, judged_by=row.judged_by)
+                assert walk.step(walk.expert()).outcome == ("right_action" if row.judged_by is None else "wrong_action")
 
 
 # ---- Demonstrators, histories, scores, lengths -----------------------------------------------------------------------
@@ -330,7 +331,7 @@ def test_demonstrators_do_what_they_say(style):
     slips = Counter()
     for rule in RULES:
         for index, walk in enumerate(walks(style, 20, rule)):
-            for kind in tasks.WALKERS:
+            for kind in walk.DEMONSTRATORS:
                 texts = walk.demonstrate(kind, random.Random(f"{kind}/{index}"))
                 assert texts == walk.demonstrate(kind, random.Random(f"{kind}/{index}")) and walk.position == 0 and not walk.done
                 played, outcomes = standing(walk, 0)[0], []
@@ -353,7 +354,7 @@ def test_demonstrators_do_what_they_say(style):
 
 def test_histories_lead_to_their_position():
     for rule, judge in (("absolute", None), ("relative", "absolute")):
-        walk = make("virl-l", rule, index=5, attempts=2, judge=judge)
+        walk = make("virl-l", rule, index=5, attempts=2, judged_by=judge)
         whole = walk.demonstrate("expert", random)
         for i in range(len(walk.route.rail)):
             at, texts = standing(walk, i)
@@ -361,12 +362,71 @@ def test_histories_lead_to_their_position():
             assert at.expert() == whole[2 * i]
 
 
+def turns_of(outcomes, read=1):
+    """The turns of a walk with these outcomes, as an episode keeps them."""
+    turns = []
+    for outcome in outcomes:
+        position = sum(turn["outcome"] == "right_action" for turn in turns)
+        turns.append({"position": position, "outcome": outcome, "read": read, "response": "?", "reward": 0, "feedback": ""})
+    return turns
+
+
+def scored(outcomes):
+    scores = by_hand("absolute").scores(turns_of(outcomes))
+    return {name: scores[name] for name in ("steps_first", "steps", "failed_at")}
+
+
 def test_scores_by_hand():
     right, wrong = "right_action", "wrong_action"
-    assert walk_scores(4, [right, right, right, "correct"]) == {"first": 1, "episode": 1, "failed_at": None}
-    assert walk_scores(4, [right, wrong, right, "illegal", wrong]) == {"first": 0.25, "episode": 0.5, "failed_at": 1}
-    assert walk_scores(4, [wrong, right, right, right, wrong, "correct"]) == {"first": 0, "episode": 1, "failed_at": 0}
-    assert walk_scores(4, [wrong, wrong])["episode"] == 0 and walk_scores(4, [])["failed_at"] is None
+    assert scored([right, right, right, "correct"]) == {"steps_first": 1, "steps": 1, "failed_at": None}
+    assert scored([right, wrong, right, "illegal", wrong]) == {"steps_first": 0.25, "steps": 0.5, "failed_at": 1}
+    assert scored([wrong, right, right, right, wrong, "correct"]) == {"steps_first": 0, "steps": 1, "failed_at": 0}
+    assert scored([wrong, wrong])["steps"] == 0 and scored([right])["failed_at"] is None
+
+
+def test_scores_of_a_walk_and_its_teacher_forced_twin_by_hand():
+    """The actions are turn, forward, turn, stop; the first answers' marks are capitals where they are right."""
+    walk, (right, wrong) = by_hand("absolute", 2), ("right_action", "wrong_action")
+    walked = turns_of([right, wrong, right, wrong, "illegal"])
+    walked[1]["read"] = 0
+    forced = [turn | {"position": i} for i, turn in enumerate(turns_of([right, wrong, right, "correct"]))]
+    assert walk.scores(walked, forced) == {
+        "first": 0, "episode": 0, "read": 0.8, "steps_first": 0.25, "steps": 0.5, "failed_at": 1, "marks": "Tft", "forced": 0.75, "forced_marks": "TfTS"}
+    whole = walk.scores(turns_of([right, right, right, "correct"]))
+    assert whole == {"first": 1, "episode": 1, "read": 1, "steps_first": 1, "steps": 1, "failed_at": None, "marks": "TFTS"}
+    late = walk.scores(turns_of([right, wrong, right, right, "correct"]))
+    assert (late["first"], late["episode"], late["marks"]) == (0, 1, "TfTS")
+    assert {*walk.SCORES} <= {*walk.scores(walked, forced)} and all(0 <= walk.scores(walked, forced)[name] <= 1 for name in walk.SCORES)
+
+
+@pytest.mark.parametrize("response, said", [
+    ('{"obs": "pub right", "ins": "1 go", "action": "stop()"}', ["pub right", "1 go", "stop()"]), ("stop()", ["–"] * 3), (7, ["–"] * 3),
+    ('{"current observation": "none", "action": 3, "current instruction": ["a"]}', ["none", "('a',)", "None"]), ("{" * 5000, ["–"] * 3)])
+def test_what_an_answer_says_is_told_in_every_style(response, said):
+    assert tasks.Navigation.parsed(response) == list(zip(("observed", "following", "action"), said))
+
+
+def test_figures_are_the_views_up_to_the_last_position_reached_and_the_map():
+    walk = make("virl-vl", split="test", index=3, style="short")
+    shown = walk.figures(turns_of(["right_action", "wrong_action"]))
+    assert [picture.tobytes() for picture in shown["pictures"]] == [walk.picture(i).tobytes() for i in (0, 1)]
+    assert shown["map"].size == (340, 340) and {*make("virl-l", split="test", style="short").figures([])} == {"map"}
+
+
+FROZEN = {
+    "expert": ["turn_direction(slightly right)", "forward()", "turn_direction(right)", "forward()", "forward()", "stop()"],
+    "careless": ["turn_direction(slightly right)", "stop()", "forward()", "turn_direction(right)", "forward()", "forward()", "stop()"],
+    "inattentive": ["turn_direction(south)", "turn_direction(slightly right)", "forward()", "turn_direction(west)", "turn_direction(right)",
+                    "forward()", "forward()", "stop()"],
+    "hasty": ["turn_direction(slightly right)", "forward()", "turn_direction(right)", "forward()", "forward()", "forward()", "stop()"],
+    "retry": ["turn_direction(slightly right)", "stop()", "forward()", "turn_direction(right)", "forward()", "forward()", "stop()"]}
+
+
+def test_the_demonstrations_of_the_shipped_bases_stay_the_same():
+    """Literal data: every walker draws for all kinds in one order, so that the bases can be made again bit for bit."""
+    walk = make("virl-l", "relative", split="base", index=7, attempts=2, style="short")
+    found = {kind: [json.loads(text)["action"] for text in walk.demonstrate(kind, random.Random(3))[::2]] for kind in walk.DEMONSTRATORS}
+    assert found == FROZEN
 
 
 def test_short_walks_are_short_and_all_is_fast():
@@ -495,14 +555,15 @@ def test_speed_of_drawing():
         assert (time.process_time() - began) / len(walk.route.rail) < limit  # about 0.03 and 0.015 s
 
 
-def test_cli_draws_a_walk(tmp_path):
+def test_a_sheet_shows_a_walk(tmp_path):
+    def draw(*args):
+        return subprocess.run([sys.executable, "-m", "assets.draw_sheets", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     for style in STYLES:
-        shown = subprocess.run([sys.executable, "tasks.py", "--task", "virl-vl", "--style", style, "--visual", "night", "--show", tmp_path / "a.png"],
-                               cwd=ROOT, capture_output=True, text=True)
+        shown = draw("--task", "virl-vl", "--style", style, "--visual", "night", "--out", tmp_path / "a.png")
         assert shown.returncode == 0 and not shown.stderr
         with Image.open(tmp_path / "a.png") as image:
-            assert image.format == "PNG" and min(image.size) > 1000
-    refused = subprocess.run([sys.executable, "tasks.py", "--show", tmp_path / "b.png"], cwd=ROOT, capture_output=True, text=True)
+            assert image.format == "PNG" and min(image.size) > 800 and max(image.size) > 1500
+    refused = draw("--task", "virl-l", "--out", tmp_path / "b.png")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not (tmp_path / "b.png").exists()
 
 
@@ -559,7 +620,7 @@ def test_released_views_show_what_the_grid_says(released):
     assert walk.image.size == (128, 128)
     panorama, began = np.zeros((1664, 3328, 3), np.uint8), time.process_time()
     for yaw in range(0, 360, 90):
-        assert tasks.perspective(panorama, yaw, 640).shape == (640, 640, 3)
+        assert tasks.panorama_view(panorama, yaw, 640).shape == (640, 640, 3)
     assert time.process_time() - began < 1.5  # about 0.4 s
 
 
