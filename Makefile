@@ -94,48 +94,43 @@ grid-sft:
 grid-rl:
 	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(GRID)/warmup --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 
-# The shipped base: it learns both rules with all their neighbours, then gets bad habits (see the README).
-BASE = --split base --batch 128 --evals 2 --rules '*,*,*/courts=2:4' '?,?,?/courts=2:3' '*,*,*/target=*/courts=1:1' 10:0.8 11,12,13:1.5
-base: .venv/ready
-	$(call base_run,learn,--fresh --steps 750 --lr 4e-3 --lr-warmup 50 --lr-end 0.02 --optimizer muon --weight-decay 0.1 \
-		--demonstrators expert:0.7 lazy:0.1 inattentive:0.12 retry:0.08)
-	$(call base_run,habits,--init runs/base/learn --steps 100 --lr 1e-3 \
-		--demonstrators expert:0.06 lazy:0.7 inattentive:0.17 retry:0.07)
-	$(PY) evaluate.py runs/base/habits --export assets/tiny-gp-l
-base_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
-	else $(PY) train_sft.py $(2) $(BASE) --out runs/base/$(1); fi
-
-# The base that sees: the shipped one gets eyes and learns to read cards of every look, then the same bad habits again.
-EYES = --task gp-vl --split base --batch 64 --evals 2 --eval-n 200 --rules '*,*,*/courts=2:4' '?,?,?/courts=2:3' '*,*,*/target=*/courts=1:1' \
-	10:0.8 11,12,13:1.5 --visuals 'black|red|both/layout=*/glyphs=*:4' \
-	'*/layout=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15:3' '*/layout=*/scheme=*/style=*/glyphs=*/table=*:4' text:1
-base-vl: .venv/ready
-	$(call base_vl_run,see,--init assets/tiny-gp-l --fresh-eyes --steps 1800 --lr 3e-3 --lr-warmup 50 --lr-end 0.02 --optimizer muon \
-		--weight-decay 0.1 --demonstrators expert:0.7 lazy:0.1 inattentive:0.12 retry:0.08)
-	$(call base_vl_run,habits-vl,--init runs/base/see --train decoder --steps 200 --lr 1e-3 \
-		--demonstrators expert:0.06 lazy:0.7 inattentive:0.17 retry:0.07)
-	$(PY) evaluate.py runs/base/habits-vl --suite gp-vl --export assets/tiny-gp-vl
-base_vl_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
-	else $(PY) train_sft.py $(2) $(EYES) --out runs/base/$(1); fi
-
-# The base of walks: it learns the words of both rules, then to pass by what is on its left; and the one with eyes.
-WALKS = --split base --evals 2 --eval-n 200 --rules absolute/told=rule:2 relative/told=rule:3 absolute relative
-LEARN = expert:0.6 careless:0.1 inattentive:0.15 hasty:0.05 retry:0.1
-HABITS = expert:0.1 hasty:0.6 inattentive:0.2 careless:0.05 retry:0.05
+# The shipped bases. Each learns its task, then gets bad habits (see the README): $(call make_base,NAME,FLAGS).
+make_base = if [ -e runs/base/$(1)/args.json ]; then $(PY) -m assets.make_base --resume runs/base/$(1); \
+	else $(PY) -m assets.make_base $(2) --split base --evals 2 --out runs/base/$(1); fi
 MUON = --lr-warmup 50 --lr-end 0.02 --optimizer muon --weight-decay 0.1
+
+# Cards: both rules with all their neighbours.
+RULES = --rules '*,*,*/courts=2:4' '?,?,?/courts=2:3' '*,*,*/target=*/courts=1:1' 10:0.8 11,12,13:1.5
+BASE = --batch 128 $(RULES)
+LEARN = --demonstrators expert:0.7 lazy:0.1 inattentive:0.12 retry:0.08
+HABITS = --demonstrators expert:0.06 lazy:0.7 inattentive:0.17 retry:0.07
+base: .venv/ready
+	$(call make_base,learn,--fresh --steps 750 --lr 4e-3 $(MUON) $(BASE) $(LEARN))
+	$(call make_base,habits,--init runs/base/learn --steps 100 --lr 1e-3 $(BASE) $(HABITS))
+	$(PY) evaluate.py runs/base/habits --export assets/tiny-gp-l
+
+# Cards in pictures: that base gets eyes and learns to read cards of every look, then the same bad habits again.
+LOOKS = 'black|red|both/layout=*/glyphs=*:4' '*/layout=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15:3' \
+	'*/layout=*/scheme=*/style=*/glyphs=*/table=*:4' text:1
+EYES = --task gp-vl --batch 64 --eval-n 200 $(RULES) --visuals $(LOOKS)
+base-vl: .venv/ready
+	$(call make_base,see,--init assets/tiny-gp-l --fresh-eyes --steps 1800 --lr 3e-3 $(MUON) $(EYES) $(LEARN))
+	$(call make_base,habits-vl,--init runs/base/see --train decoder --steps 200 --lr 1e-3 $(EYES) $(HABITS))
+	$(PY) evaluate.py runs/base/habits-vl --suite gp-vl --export assets/tiny-gp-vl
+
+# Walks: the words of both rules, then to pass by what is on the left; and the base with eyes.
+WALKS = --eval-n 200 --rules absolute/told=rule:2 relative/told=rule:3 absolute relative
+STREETS = --task virl-vl --visuals '*/weather=*/palette=*' $(WALKS)
+LEARN_WALKS = --demonstrators expert:0.6 careless:0.1 inattentive:0.15 hasty:0.05 retry:0.1
+HABITS_WALKS = --demonstrators expert:0.1 hasty:0.6 inattentive:0.2 careless:0.05 retry:0.05
 base-virl: .venv/ready
-	$(call walk_run,learn-virl,--task virl-l --batch 128 --fresh --steps 450 --lr 4e-3 $(MUON) --demonstrators $(LEARN))
-	$(call walk_run,habits-virl,--task virl-l --batch 128 --init runs/base/learn-virl --steps 100 --lr 1e-3 --demonstrators $(HABITS))
+	$(call make_base,learn-virl,--task virl-l --batch 128 --fresh --steps 450 --lr 4e-3 $(MUON) $(WALKS) $(LEARN_WALKS))
+	$(call make_base,habits-virl,--task virl-l --batch 128 --init runs/base/learn-virl --steps 100 --lr 1e-3 $(WALKS) $(HABITS_WALKS))
 	$(PY) evaluate.py runs/base/habits-virl --suite virl-l --export assets/tiny-virl-l
 base-virl-vl: .venv/ready
-	$(call walk_run,see-virl,--task virl-vl $(STREETS) --batch 20 --init runs/base/learn-virl --fresh-eyes --steps 700 --lr 3e-3 $(MUON) \
-		--demonstrators $(LEARN))
-	$(call walk_run,habits-virl-vl,--task virl-vl $(STREETS) --batch 32 --init runs/base/see-virl --train decoder --steps 100 --lr 1e-3 \
-		--demonstrators $(HABITS))
+	$(call make_base,see-virl,--batch 20 --init runs/base/learn-virl --fresh-eyes --steps 700 --lr 3e-3 $(MUON) $(STREETS) $(LEARN_WALKS))
+	$(call make_base,habits-virl-vl,--batch 32 --init runs/base/see-virl --train decoder --steps 100 --lr 1e-3 $(STREETS) $(HABITS_WALKS))
 	$(PY) evaluate.py runs/base/habits-virl-vl --suite virl-vl --export assets/tiny-virl-vl
-STREETS = --visuals '*/weather=*/palette=*'
-walk_run = if [ -e runs/base/$(1)/args.json ]; then $(PY) train_sft.py --resume runs/base/$(1); \
-	else $(PY) train_sft.py $(2) $(WALKS) --out runs/base/$(1); fi
 
 # For those who have weights: a picture, a question, an answer; then one step of SFT and one of RL.
 #   make smoke MODEL=directory-as-the-hub-has-it IMAGE=picture ASK="What does it show?"

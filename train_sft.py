@@ -1,14 +1,22 @@
-"""Supervised fine-tuning, and what both trainers share.
+"""Supervised fine-tuning (SFT) on demonstrations, and the run that both trainers share.
 
-    python train_sft.py --task gp-l --out runs/sft                    # expert answers under the training rule
-    python train_sft.py --task gp-l --fresh --rules 10:2 11,12,13:3 --demonstrators expert:2 retry --out runs/base  # from scratch
+    python train_sft.py --task gp-l --out runs/sft                        # expert answers under the training rule
+    python train_sft.py --task gp-l --rules 10:2 11,12,13 --out runs/two  # a mixture of two rules
 
 Contents
-  1. Run directory   arguments, metrics, checkpoints that resume bit for bit, stopping cleanly
-  2. Progress        schedule, budget, the line that a step prints
-  3. Data            problems and demonstrators -> token ids and the mask of what is learned
-  4. The loss        -log p of the response and its stop token, one normaliser for the whole batch
-  5. Training loop and command line
+  1. Demonstrations   problem and demonstrator -> token ids and the mask of the learned ones
+  2. The loss         -log p of the response and its stop token, one normaliser for the whole batch
+  3. One update       clip the gradient, take a step
+  4. The loop         main, and the same with names for the parts
+  (the reading path ends)
+  5. A run            how far it is, what a finished step leaves behind
+  6. Its directory    arguments, metrics, checkpoints that resume bit for bit
+  7. Start            model, trained parts, optimizer
+  8. AdamW16          an optimizer with everything in bfloat16
+  9. Cost             FLOPs of an update
+  10. Command line    the flags that both trainers have, and those of SFT
+
+Shapes: B episodes, T tokens.
 """
 
 import argparse
@@ -23,73 +31,349 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 import tasks
-from evaluate import (ROWS, Episode, Parser, answer_length, check_limits, clean, device_and_dtype, evaluate, find_model,
-                      micro_batches, run_main, seen_by, shown_to, summary, to_batch)
-from model import (PARTS, SIZES, LlamaVision, add_lora, count_parameters, image_flops, init_weights, load_model, merge_lora, read_json,
-                   save_adapter, save_model, text_flops, train_tokenizer, training_flops, write_atomically, write_json)
+from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, default_max_new_tokens,
+                      device_and_dtype, evaluate, find_model, images_for, micro_batches, prompt_style,
+                      run_main, show_episode, summary, to_batch)
+from model import (PARTS, LlamaVision, Tokenizer, add_lora, count_parameters, image_flops, load_model,
+                   merge_lora, read_json, save_adapter, save_model, text_flops, training_flops,
+                   write_atomically, write_json)
 
-# ---------------------------------------------------------------- 1. Run directory
+# ---- 1. Demonstrations ---------------------------------------------------------------------------
 
 
-CHECKSUMS = "checksums.json"
-LOCKS = {}  # of this process's runs, held until it ends
+class Mixture(NamedTuple):
+    """Names that are drawn with a probability in proportion to their weights."""
+
+    names: list[str]
+    weights: list[float]
+
+    def draw(self, rng: random.Random) -> str:
+        """One of the names."""
+        return rng.choices(self.names, self.weights)[0]
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """The stream of demonstrated episodes. Episode number `index` is a pure function of these fields
+    and the index, so a resumed run needs no state of the data."""
+
+    task: str
+    rules: Mixture
+    demonstrators: Mixture
+    visuals: Mixture | None  # None for a task in text, or for the task's own look
+    split: str
+    seed: int
+    style: dict  # of prompt_style: how problems are put to this model
+
+    def episode(self, tokenizer: Tokenizer, index: int) -> Episode:
+        """Draw a rule, a demonstrator and a look; make the problem; write down the demonstration."""
+        rng = random.Random(f"demonstrator/{self.seed}/{index}")
+        rule = self.rules.draw(rng)
+        kind = self.demonstrators.draw(rng)
+        visual = self.visuals.draw(rng) if self.visuals else None
+        problem = tasks.make(self.task, rule, visual, self.split, index, attempts=2, seed=self.seed,
+                             **self.style)
+        responses = problem.demonstrate(kind, rng)[::2]  # the verifier's words stand between them
+        return demonstrated_episode(tokenizer, problem, responses)
+
+
+def demonstrated_episode(tokenizer: Tokenizer, problem: tasks.Problem, responses: list[str]) -> Episode:
+    """A demonstrator's responses, with the verifier's words between them, as an Episode. Its mask is 1
+    on the responses and their stop tokens. The problem has to allow as many attempts as there are
+    responses to one question: at most two."""
+    episode = Episode.start(problem, tokenizer)
+    for i, response in enumerate(responses, 1):
+        episode.append_response(tokenizer.encode(response) + [tokenizer.eot])
+        if i < len(responses):
+            episode.verify(tokenizer, response)
+    return episode
+
+
+# ---- 2. The loss ---------------------------------------------------------------------------------
+
+
+def sft_backward(model: LlamaVision, episodes: list[Episode], pad: int, micro_batch: int) -> dict:
+    """Gradients of the mean of -log p over all response tokens of the batch.
+
+    The batch is computed in parts of at most `micro_batch` episodes. Every part divides by the token
+    count of the WHOLE batch: a mean of the parts' means would depend on how the batch was split.
+    Returns {"loss", "tokens"}. FloatingPointError when the loss is not finite.
+    """
+    tokens = sum(e.response_tokens for e in episodes)
+    loss = 0.0
+    for part in micro_batches(episodes, micro_batch):
+        batch = to_batch(part, pad, model.device)
+        log_probs = model.log_probs(batch.ids, batch.chosen, image=images_for(model, part))
+        part_loss = -log_probs.sum() / tokens
+        part_loss.backward()
+        loss += part_loss.item()
+    if not math.isfinite(loss):
+        raise FloatingPointError("the loss is not finite")
+    return {"loss": loss, "tokens": tokens}
+
+
+# ---- 3. One update -------------------------------------------------------------------------------
+
+
+def update(model: LlamaVision, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> dict:
+    """Clip the gradient to `max_grad_norm` and take one step with the rate `lr`.
+
+    Returns {"grad_norm" (before clipping), "lr", "moved" (whether any trained parameter changed)};
+    {} when there is no gradient, since no episode of the batch said anything.
+    FloatingPointError, before anything moves, when the norm is not finite.
+    """
+    trained = [p for p in model.parameters() if p.grad is not None]
+    if not trained:
+        return {}
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError("the gradient is not finite")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    before = parameter_sums(trained)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"grad_norm": norm, "lr": lr, "moved": not torch.equal(before, parameter_sums(trained))}
+
+
+def parameter_sums(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of each parameter, in float64: they differ after any update that moved something."""
+    return torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters])
+
+
+# ---- 4. The loop ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train; returns the scores of the last evaluation."""
+    args = parse_args(argv)
+    return train(start_run(args), args)
+
+
+def train(run: "Run", args: argparse.Namespace) -> dict:
+    """Demonstrations -> loss -> one update, until the run's steps or FLOPs are spent."""
+    model, tokenizer, data = run.model, run.tokenizer, demonstrations(run.tokenizer, run.model, args)
+    try:
+        while run.goes_on():
+            first = run.step * args.batch
+            episodes = [data.episode(tokenizer, first + i) for i in range(args.batch)]
+            metrics = sft_backward(model, episodes, tokenizer.pad, args.micro_batch)
+            metrics |= update(model, run.optimizer, run.lr(), args.max_grad_norm)
+            run.finish_step(metrics, sft_flops(model, episodes))
+    except FloatingPointError as error:
+        raise run.not_finite(error, episodes) from None
+    return run.end()
+
+
+def demonstrations(tokenizer: Tokenizer, model: LlamaVision, args: argparse.Namespace) -> Demonstrations:
+    """The data that the flags of SFT ask for."""
+    return Demonstrations(args.task, read_mixture("rules", args.rules),
+                          read_mixture("demonstrators", args.demonstrators),
+                          read_mixture("visuals", args.visuals) if args.visuals else None,
+                          args.split, args.seed, prompt_style(model, tokenizer))
+
+
+# ==== The reading path ends here. Everything below can be skipped. ====
+
+METRICS = {  # of a step; --help prints them
+    "loss": "mean of -log p over the response tokens", "grad_norm": "norm of the gradient before clipping",
+    "lr": "learning rate", "tokens": "response tokens of the batch", "seconds": "time of the step",
+}
+
+# ---- 5. A run ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """How far a run is: plain values, kept in its checkpoints."""
+
+    step: int = 0
+    flops: float = 0
+    flops_paper: float = 0  # by the paper's formula, which knows no KV cache
+    seconds: float = 0.0  # of training
+    eval_seconds: float = 0.0
+    evals_done: int = 0
+    idle: dict = field(default_factory=dict)  # reason -> wasted steps in a row
 
 
 class Run:
-    """runs/NAME: everything that one run of a script leaves behind.
+    """A model in training: how far it is, and everything that a finished step leaves behind.
 
-    args.json          its arguments                      metrics.jsonl   one JSON object a step
-    evals/NNNNNN.json  an evaluation, hand by hand        samples/        episodes in plain text (RL)
-    step-NNNNNN/       a checkpoint: a model directory as the hub has it (or an adapter as PEFT has it), the checksums of
-                       its files and, in the two newest, state.pt: optimizer, step, random states; plain values only
-    latest             the name of the newest complete checkpoint, written last
-    start.json         sizes and checksums (of the last MB) of the weights that it began from
-    source/            a copy of the five files and their word lists, since people edit them
-    Whatever is written under another name first (.NAME.tmp) and renamed is either whole or absent.
+    It ends after --steps, or after --flops when a budget is given (so that two arms spend the same).
     """
 
-    def __init__(self, args):
-        plain = Path(args.out).name and not os.path.islink(args.out)  # a link or "." cannot be renamed to
-        self.path, self.stopping, self.saved, self.warned = Path(args.out if plain else os.path.realpath(args.out)), False, -1, {}
-        if args.resume:
-            self.lock()
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path} is there already and not empty; choose another --out, or go on with --resume {self.path}.")
+    def __init__(self, args: argparse.Namespace, directory: "RunDirectory", model: LlamaVision,
+                 tokenizer: Tokenizer, optimizer: torch.optim.Optimizer):
+        self.args, self.directory = args, directory
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.generator = torch.Generator(model.device).manual_seed(args.seed)  # of sampling
+        self.progress, self.laps = Progress(), {}
+        self.scores, self.stopping, self.useless, self.warned = {}, False, "", {}
+        self.shown = None  # names of the metrics on the terminal; None: all
 
-    def open(self, args):
-        """Write what a run begins with (all at once, once the model is there), or clear what a killed one left."""
-        if not args.resume:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced(self.path) as fresh:
-                (fresh / "source" / "assets").mkdir(parents=True)
-                here = Path(__file__).parent
-                for path in [here / f"{n}.py" for n in ("train_sft", "train_rl", "evaluate", "model", "tasks")] + [*here.glob("assets/*.json")]:
-                    shutil.copy(path, fresh / "source" / path.relative_to(here))
-                write_json(fresh / "args.json", vars(args))
-            self.lock()
-        for stale in self.path.glob(".*.tmp"):
-            shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
-        for folder in ("evals", "samples"):
-            (self.path / folder).mkdir(exist_ok=True)
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return self.progress.step
 
-    def lock(self):
-        """Keep other processes from continuing this run; the lock ends with the process, however it ends."""
-        file = open(self.path / "args.json")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            LOCKS[str(self.path.absolute())] = file
-        except BlockingIOError:
-            if str(self.path.absolute()) not in LOCKS:
-                raise ValueError(f"{self.path} is being written by another process; wait for it or stop it.") from None
+    def share(self) -> float:
+        """0 at the start, 1 at the end."""
+        spent = self.progress.flops / self.args.flops if self.args.flops else self.step / self.args.steps
+        return min(spent, 1.0)
 
-    def catch_signals(self):
+    def goes_on(self) -> bool:
+        """Whether another step follows; starts its clock."""
+        self.clock, self.laps = time.time(), {}
+        return not (self.share() >= 1 or self.useless or self.stopping)
+
+    def lap(self, name: str) -> None:
+        """Note the seconds since the step began, or since the last lap, as a metric."""
+        self.laps[name] = time.time() - self.clock - sum(self.laps.values())
+
+    def lr(self) -> float:
+        """Learning rate of the next step: linear warm-up over --lr-warmup steps, times a cosine."""
+        args = self.args
+        rate = args.lr * min(1.0, (self.step + 1) / max(1, args.lr_warmup))
+        if args.schedule == "constant":
+            return rate
+        cosine = 0.5 * (1 + math.cos(math.pi * self.share()))
+        return rate * (args.lr_end + (1 - args.lr_end) * cosine)
+
+    def eval_due(self) -> bool:
+        """Whether the next of --evals evaluations is reached: start and end included; a single one: the end."""
+        done, wanted, share = self.progress.evals_done, self.args.evals, self.share()
+        if done >= wanted:
+            return False
+        return share >= 1 or wanted > 1 and share * (wanted - 1) >= done
+
+    def finish_step(self, metrics: dict, flops: tuple[float, float], groups: list[list[Episode]] = ()) -> None:
+        """Count, print, evaluate, log and save a step. flops: ours and by the paper's formula; groups: the
+        rollouts of RL, of which an evaluation keeps samples."""
+        for episode in (e for group in groups for e in group):
+            episode.encoded = []  # free the encoded pictures before an evaluation encodes others
+        if groups:
+            self.lap("update_seconds")
+        progress, moved = self.progress, metrics.pop("moved", None)
+        metrics |= self.laps | {"seconds": time.time() - self.clock}
+        progress.step += 1
+        progress.flops, progress.flops_paper = progress.flops + flops[0], progress.flops_paper + flops[1]
+        progress.seconds += metrics["seconds"]
+        self.notice_waste(metrics, moved)
+        print(self.line(metrics), flush=True)
+        due = self.eval_due()
+        if due:
+            self.evaluate()
+            self.directory.write_samples(self.step, groups)
+        scores = self.scores if due else {}
+        self.directory.log({"step": self.step, "flops": progress.flops, **metrics, **scores})
+        if due or (self.args.save_every and self.step % self.args.save_every == 0):
+            self.save()
+        self.warn_truncated("sampled", metrics.get("truncated", 0.0))
+
+    def notice_waste(self, metrics: dict, moved: bool | None) -> None:
+        """Count steps in a row that taught nothing; too many end the run, after a save."""
+        learned = "grad_norm" in metrics
+        if learned:
+            self.count_waste("update", not moved, 10, f"no trained parameter moved (--lr {metrics['lr']:g}, "
+                             f"gradient norm {metrics['grad_norm']:g}): raise --lr, or see why the loss has no gradient.")
+        self.count_waste("signal", not learned, 50, "no group had unequal returns (success "
+                         f"{100 * metrics.get('success', 0):.0f} %), so nothing could be learned: raise --group or "
+                         "--temperature, or give a better (or a less perfect) --init.")
+
+    def count_waste(self, reason: str, wasted: bool, limit: int, sentence: str) -> None:
+        """Count the wasted steps in a row; `limit` of them make the run useless."""
+        idle = self.progress.idle
+        idle[reason] = idle.get(reason, 0) + 1 if wasted else 0
+        if idle[reason] and idle[reason] % limit == 0:
+            self.useless = f"stopped after {limit} steps in a row in which {sentence}"
+
+    def line(self, metrics: dict) -> str:
+        """The line that the terminal shows of a step."""
+        share, progress = self.share(), self.progress
+        left = progress.seconds / max(share, 1e-9) * (1 - share)
+        left += max(0, self.args.evals - progress.evals_done) * progress.eval_seconds / max(1, progress.evals_done)
+        shown = {name: metrics[name] for name in self.shown or metrics if name in metrics}
+        words = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
+        return f"step {self.step:4d} {100 * share:3.0f}% left {left // 60:.0f}:{left % 60:02.0f} | {' '.join(words)}"
+
+    def evaluate(self) -> None:
+        """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
+        args, progress = self.args, self.progress
+        rows = args.eval_rows or (None if self.share() >= 1 else list(ROWS))  # on the way: the rows of the curves
+        settings = EvalSettings(args.eval_suite or args.task, args.eval_n, args.attempts, args.eval_split,
+                                args.max_new_tokens, args.rollout_batch, rows and tuple(rows))
+        result = evaluate(self.model, self.tokenizer, settings)
+        result |= {"step": self.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
+                   "seconds": round(progress.seconds, 2)}
+        write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
+        self.scores = summary(result)
+        percent = {key: 100 * score for key, score in self.scores.items()}
+        said = (f"{row} {percent[f'{row}/greedy/first']:.1f} greedy {percent[f'{row}/sampled/first']:.1f} sampled"
+                for row in result["rows"])
+        print(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt: {', '.join(said)}", flush=True)
+        self.warn_truncated("held-out", result["truncated"])
+        progress.evals_done += 1
+        progress.eval_seconds += result["eval_seconds"]
+
+    def warn_truncated(self, which: str, share: float) -> None:
+        """Warn when many answers were cut off, for a cut answer is a wrong one."""
+        if share > 0.3:
+            self.warn(which, f"{100 * share:.0f} % of the {which} answers were cut off at --max-new-tokens "
+                      f"{self.args.max_new_tokens}; raise it, or begin with a longer SFT warm-up.")
+
+    def warn(self, key: str, sentence: str, every: int = 50) -> None:
+        """Print a warning, each kind at most once in `every` steps."""
+        if self.step >= self.warned.get(key, self.step):
+            self.warned[key] = self.step + every
+            print(f"warning: step {self.step}: {sentence}", file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        """Write a checkpoint from which `--resume` continues bit for bit."""
+        state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "optimizer_kind": self.args.optimizer,
+                 "random": random_states(self.generator), "progress": asdict(self.progress)}
+        self.directory.save(self.model, self.tokenizer, state, self.args.init_path if self.args.lora_rank else None)
+
+    def restore(self, state: dict) -> None:
+        """Continue from the state of a checkpoint. ValueError when it is of another optimizer or model."""
+        try:  # torch itself accepts the moments of another optimizer, whatever they are called
+            if state.get("optimizer_kind", self.args.optimizer) != self.args.optimizer:
+                raise ValueError("another optimizer")
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError):
+            raise ValueError(f"the newest checkpoint of {self.directory.path} holds the state of another optimizer or model "
+                             "than its args.json asks for.") from None
+        restore_random_states(state["random"], self.generator)
+        self.progress = Progress(**state["progress"])
+
+    def end(self) -> dict:
+        """Save the last step and say how the run ended; returns the scores of the last evaluation. ValueError when it
+        ended because it had become useless."""
+        if self.directory.saved < self.step:
+            self.save()
+        if self.useless:
+            raise ValueError(self.useless)
+        path, stopped = clean(self.directory.path), self.stopping and self.share() < 1
+        print(f"stopped at step {self.step}; go on with --resume {path}" if stopped else f"done: {path}", flush=True)
+        return self.scores
+
+    def not_finite(self, error: FloatingPointError, episodes: list[Episode]) -> ValueError:
+        """Keep the batch whose loss or gradient was not finite for a look; returns the error that ends the run."""
+        path = self.directory.path / f"not-finite-{self.step + 1:06d}.json"
+        write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids, "response_mask": e.response_mask,
+                           "log_probs": e.log_probs} for e in episodes])
+        start = self.directory.path if self.directory.saved > 0 else "and the same start"
+        return ValueError(f"step {self.step + 1}: {error}, so this update was not made; its batch is in {path}. Start a new "
+                          f"run with --init {start} and a lower --lr or --max-grad-norm.")
+
+    def catch_signals(self) -> None:
         """Ctrl-C and SIGTERM finish the step and save; a second one exits at once."""
         def handler(number, frame):
             if self.stopping:
@@ -99,19 +383,99 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handler)
 
-    def log(self, record):
+
+def random_states(generator: torch.Generator) -> dict:
+    """Every random state of training; problems need none, since they are made from their index."""
+    states = {"torch": torch.get_rng_state(), "sampling": generator.get_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_random_states(states: dict, generator: torch.Generator) -> None:
+    """The reverse of `random_states`."""
+    torch.set_rng_state(states["torch"])
+    generator.set_state(states["sampling"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+# ---- 6. Its directory ----------------------------------------------------------------------------
+
+CHECKSUMS = "checksums.json"
+LOCKS = {}  # path of a run -> its locked file: of this process, held until it ends
+
+
+class RunDirectory:
+    """runs/NAME: the files of one run.
+
+    args.json          its arguments                      metrics.jsonl   one JSON object a step
+    evals/NNNNNN.json  an evaluation, problem by problem  samples/        episodes in plain text (RL)
+    step-NNNNNN/       a checkpoint: a model directory in the hub's layout (or an adapter in PEFT's), the checksums
+                       of its files and, in the two newest, state.pt: optimizer, step, random states; plain values
+    latest             the name of the newest complete checkpoint, written last
+    start.json         sizes and checksums (of the last MB) of the weights that the run began from
+    source/            a copy of the five files and their word lists, since people edit them
+    A file or directory is written under another name first (.NAME.tmp) and renamed: it is whole or absent.
+    """
+
+    def __init__(self, path: str, resume: bool):
+        named = Path(path).name and not os.path.islink(path)  # a link or "." cannot be renamed to
+        self.path, self.saved = Path(path if named else os.path.realpath(path)), -1  # step of the newest checkpoint
+        if resume:
+            self.lock()
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"{self.path} is there already and not empty; choose another --out, or go on with "
+                             f"--resume {self.path}.")
+
+    def create(self, args: argparse.Namespace) -> None:
+        """Write the beginning of a new run, all at once, when its model is already there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        here = Path(__file__).parent
+        names = [f"{name}.py" for name in ("train_sft", "train_rl", "evaluate", "model", "tasks")]
+        with replaced(self.path) as fresh:
+            (fresh / "source" / "assets").mkdir(parents=True)
+            for path in [*(here / name for name in names), *here.glob("assets/*.json")]:
+                shutil.copy(path, fresh / "source" / path.relative_to(here))
+            write_json(fresh / "args.json", vars(args))
+        self.lock()
+        write_json(self.path / "start.json", start_checksums(args))
+
+    def open(self) -> None:
+        """Clear the leftovers of a killed process and make the folders."""
+        for stale in self.path.glob(".*.tmp"):
+            shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+        for folder in ("evals", "samples"):
+            (self.path / folder).mkdir(exist_ok=True)
+
+    def lock(self) -> None:
+        """Keep other processes from continuing this run; the lock ends with the process, however it ends."""
+        file, key = open(self.path / "args.json"), str(self.path.absolute())
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS[key] = file
+        except BlockingIOError:
+            if key not in LOCKS:
+                raise ValueError(f"{self.path} is being written by another process; wait for it or stop it.") from None
+
+    def check_start(self, args: argparse.Namespace) -> None:
+        """A resumed run needs the very weights it began from where these are its base or its reference."""
+        kept, needed = self.path / "start.json", args.lora_rank or getattr(args, "kl_coef", 0)
+        if needed and kept.exists() and read_json(kept) != start_checksums(args):
+            raise ValueError(f"{args.init_path} holds other weights than when {self.path} began from it; put those back "
+                             "to continue.")
+
+    def log(self, record: dict) -> None:
         """Append one record to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def warn(self, key, step, sentence, every=50):
-        """Print a warning, each kind at most once in `every` steps."""
-        if step >= self.warned.get(key, step):
-            self.warned[key] = step + every
-            print(f"warning: step {step}: {sentence}", file=sys.stderr, flush=True)
+    def write_samples(self, step: int, groups: list[list[Episode]], count: int = 4) -> None:
+        """The first episode of a few groups as readable JSON."""
+        if groups:
+            shown = [show_episode("train", group[0]) for group in groups[:count]]
+            write_json(self.path / "samples" / f"{step:06d}.json", shown)
 
-    def save(self, model, tokenizer, state, base=None):
-        """A checkpoint of step state["step"]: an adapter when `base` names what it belongs to, else all weights."""
+    def save(self, model: LlamaVision, tokenizer: Tokenizer, state: dict, base: str | None) -> None:
+        """A checkpoint of step state["step"]: the adapter when `base` names its model, else all weights."""
         name = f"step-{state['step']:06d}"
         try:
             with replaced(self.path / name) as fresh:
@@ -120,68 +484,58 @@ class Run:
                 write_json(fresh / CHECKSUMS, checksums(fresh))
             self.point_to(name)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-            raise ValueError(f"the checkpoint of step {state['step']} could not be written to {self.path} ({str(error)[:120]}); "
-                             f"those before it are as they were. Make room, then --resume {self.path}.") from None
+            raise ValueError(f"the checkpoint of step {state['step']} could not be written to {self.path} "
+                             f"({str(error)[:120]}); those before it are as they were. Make room, then --resume "
+                             f"{self.path}.") from None
         self.saved = state["step"]
-        for old in self.states()[:-2]:  # two to continue from; of the others the weights
+        for old in self.states()[:-2]:  # two to continue from; of the others only the weights stay
             old.unlink()
 
-    def states(self):
+    def states(self) -> list[Path]:
         """The files state.pt of the run's checkpoints, oldest first."""
         return sorted(self.path.glob("step-[0-9]*/state.pt"), key=lambda path: int(path.parent.name[5:]))
 
-    def point_to(self, name):
+    def point_to(self, name: str) -> None:
         """Make a checkpoint the one that others find."""
         pointer = self.path / "latest"
         if not pointer.is_file() or pointer.read_bytes() != f"{name}\n".encode():
-            write_atomically(pointer, lambda p: p.write_text(name + "\n"))
+            write_atomically(pointer, lambda path: path.write_text(name + "\n"))
 
-    def resume_point(self):
-        """(directory, state) of the newest checkpoint that is whole; (None, None) if none has been written yet.
-
-        What the run wrote after it is taken back: later lines of the metrics and later evaluations come again.
-        """
-        directory, state = None, None
+    def newest_whole_checkpoint(self) -> tuple[Path | None, dict | None]:
+        """(directory, state), going back from the newest; (None, None) if none has been written yet."""
         for path in reversed(self.states()):
             try:
                 written = read_json(path.parent / CHECKSUMS)
                 if "state.pt" not in written or written != checksums(path.parent, written):
                     raise ValueError("a file is not as it was written")
-                directory, state = path.parent, torch.load(path, map_location="cpu", weights_only=True)
-                break
+                return path.parent, torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch.load alone has half a dozen kinds for a damaged file
-                print(f"{path.parent} is damaged ({clean(error)[:120]}); going back to the checkpoint before it.", file=sys.stderr)
-        if state is None and any(self.path.glob("step-*")):
+                print(f"{path.parent} is damaged ({clean(error)[:120]}); going back to the checkpoint before it.",
+                      file=sys.stderr)
+        if any(self.path.glob("step-*")):
             raise ValueError(f"no checkpoint of {self.path} can be continued; start a new run with --init and one of its "
-                             f"step-NNNNNN directories, or --model.")
+                             "step-NNNNNN directories, or --model.")
+        return None, None
+
+    def resume_point(self) -> tuple[Path | None, dict | None]:
+        """`newest_whole_checkpoint`, and everything that the run wrote after it is taken back: later lines of the
+        metrics and later evaluations come again."""
+        directory, state = self.newest_whole_checkpoint()
         if directory:
             self.point_to(directory.name)
         self.saved = step = state["step"] if state else 0
         metrics = self.path / "metrics.jsonl"
         lines = metrics.read_text("utf-8", "replace").split("\n") if metrics.is_file() else []
-        kept = [line for line in lines if step_of(line) <= step]
-        write_atomically(metrics, lambda p: p.write_text("".join(line + "\n" for line in kept)))
+        kept = [line + "\n" for line in lines if step_of(line) <= step]
+        write_atomically(metrics, lambda path: path.write_text("".join(kept)))
         for path in [*self.path.glob("evals/*.json"), *self.path.glob("samples/*.json")]:
             if path.stem.isdecimal() and int(path.stem) > step:
                 path.unlink()
         return directory, state
 
-    @contextmanager
-    def keeping(self, step, episodes):
-        """A loss or gradient that is not finite ends the run here, and its batch is kept for a look."""
-        try:
-            yield
-        except FloatingPointError as error:
-            path = self.path / f"not-finite-{step:06d}.json"
-            write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids, "response_mask": e.response_mask,
-                               "log_probs": e.log_probs} for e in episodes])
-            start = self.path if self.saved > 0 else "and the same start"
-            raise ValueError(f"step {step}: {error}, so this update was not made; its batch is in {path}. Start a new run with "
-                             f"--init {start} and a lower --lr or --max-grad-norm.") from None
-
 
 @contextmanager
-def replaced(path):
+def replaced(path: Path):
     """A new directory that takes the place of `path` when the block ends, and is removed when the block fails."""
     fresh = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -195,20 +549,26 @@ def replaced(path):
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def checksums(directory, names=None, most=None):
-    """{file name: [bytes, CRC-32]} of files in a directory, by default of all; with `most`, of their last bytes only."""
+def checksums(directory: Path, names=None, last: int | None = None) -> dict[str, list[int]]:
+    """{file name: [bytes, CRC-32]} of files in a directory (default: all); with `last`, of their last bytes only."""
     found = {}
     for name in sorted(names or (path.name for path in directory.iterdir())):
         with open(directory / name, "rb") as file:
             size, crc = os.fstat(file.fileno()).st_size, 0
-            file.seek(max(0, size - most) if most else 0)
+            file.seek(max(0, size - last) if last else 0)
             while block := file.read(1 << 24):
                 crc = zlib.crc32(block, crc)
         found[name] = [size, crc]
     return found
 
 
-def step_of(line):
+def start_checksums(args: argparse.Namespace) -> dict[str, list[int]]:
+    """The checksums of the weights that a run begins from; {} for random ones."""
+    weights = [path.name for path in Path(args.init_path).glob("*.safetensors")] if args.init_path else []
+    return checksums(Path(args.init_path), weights, last=1 << 20) if weights else {}
+
+
+def step_of(line: str) -> float:
     """The step of a line of the metrics; infinity for one that was cut off or damaged."""
     try:
         step = json.loads(line)["step"]
@@ -217,233 +577,93 @@ def step_of(line):
         return math.inf
 
 
-# ---------------------------------------------------------------- 2. Progress
+# ---- 7. Start ------------------------------------------------------------------------------------
 
 
-class Progress:
-    """How far a run is: by --steps, or by --flops when a budget is given (so that two arms spend the same)."""
-
-    def __init__(self, args):
-        self.args, self.step, self.flops, self.flops_paper = args, 0, 0, 0
-        self.seconds, self.eval_seconds = 0.0, 0.0
-        self.evals_done, self.idle, self.stuck = 0, {}, ""
-
-    def share(self):
-        """0 at the start, 1 at the end."""
-        return self.flops / self.args.flops if self.args.flops else self.step / self.args.steps
-
-    def done(self):
-        """Whether the budget is spent."""
-        return self.share() >= 1
-
-    def lr(self):
-        """Learning rate of the next step: linear warm-up over --lr-warmup steps, then cosine (or constant)."""
-        a = self.args
-        warm = min(1.0, (self.step + 1) / max(1, a.lr_warmup))
-        if a.schedule == "constant":
-            return a.lr * warm
-        return a.lr * warm * (a.lr_end + (1 - a.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.share()))))
-
-    def eval_due(self):
-        """Whether the next of --evals evaluations (start and end included; a single one: the end) is reached."""
-        if self.evals_done >= self.args.evals:
-            return False
-        if self.args.evals == 1:
-            return self.done()
-        return self.done() or self.share() * (self.args.evals - 1) >= self.evals_done
-
-    def add(self, flops, flops_paper, seconds):
-        """Count one finished step."""
-        self.step, self.flops, self.flops_paper = self.step + 1, self.flops + flops, self.flops_paper + flops_paper
-        self.seconds += seconds
-
-    def wasted(self, what, wasted, sentence, limit=50):
-        """Note whether a step was wasted in some way; `limit` of them in a row end the run, after a save."""
-        self.idle[what] = self.idle.get(what, 0) + 1 if wasted else 0
-        if self.idle[what] and self.idle[what] % limit == 0:
-            self.stuck = f"stopped after {limit} steps in a row in which {sentence}"
-
-    def line(self, record):
-        """What the terminal shows of a step."""
-        left = self.seconds / max(self.share(), 1e-9) * (1 - min(1, self.share()))
-        left += max(0, self.args.evals - self.evals_done) * self.eval_seconds / max(1, self.evals_done)
-        words = " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items())
-        return f"step {self.step:4d} {100 * min(1, self.share()):3.0f}% left {left // 60:.0f}:{left % 60:02.0f} | {words}"
-
-    def state(self):
-        """Plain values for a checkpoint."""
-        return {k: getattr(self, k) for k in ("step", "flops", "flops_paper", "seconds", "eval_seconds", "evals_done", "idle")}
-
-    def restore(self, state):
-        """The reverse of `state`."""
-        for name in self.state():
-            setattr(self, name, state[name])
+def load_start(args: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple[LlamaVision, Tokenizer]:
+    """Model and tokenizer that --init or --model names."""
+    return load_model(args.init_path, dtype, device)
 
 
-def random_states(generator):
-    """Every random state that training depends on; problems need none, they are made from their index."""
-    states = {"torch": torch.get_rng_state(), "sampling": generator.get_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
-
-
-def restore_random_states(states, generator):
-    """The reverse of `random_states`."""
-    torch.set_rng_state(states["torch"])
-    generator.set_state(states["sampling"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def evaluate_run(run, model, tokenizer, progress, args):
-    """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
-    only = args.eval_rows or (None if progress.done() else ROWS)  # on the way what the curves show, at the end everything
-    result = evaluate(model, tokenizer, args.eval_suite or args.task, args.eval_n, args.attempts,
-                      args.eval_split, args.max_new_tokens, args.rows, only=only)
-    result |= {"step": progress.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
-               "seconds": round(progress.seconds, 2)}
-    write_json(run.path / "evals" / f"{progress.step:06d}.json", result)
-    scores = summary(result)
-    print(f"  eval at step {progress.step}, {args.eval_n} held-out problems, first attempt: " + ", ".join(
-        f"{row} {100 * scores[f'{row}/greedy/first']:.1f} greedy {100 * scores[f'{row}/sampled/first']:.1f} sampled"
-        for row in result["rows"]), flush=True)
-    warn_truncated(run, progress, "held-out", result["truncated"], args)
-    progress.evals_done, progress.eval_seconds = progress.evals_done + 1, progress.eval_seconds + result["eval_seconds"]
-    return scores
-
-
-def warn_truncated(run, progress, which, share, args):
-    """Warn when many answers were cut off, for a cut answer is a wrong one."""
-    if share > 0.3:
-        run.warn(which, progress.step, f"{100 * share:.0f} % of the {which} answers were cut off at --max-new-tokens "
-                 f"{args.max_new_tokens}; raise it, or begin with a longer SFT warm-up.")
-
-
-def set_up(args):
-    """Model, tokenizer, optimizer, sampling generator, progress and run of a training script, new or resumed."""
+def start_run(args: argparse.Namespace, load: Callable = load_start, optimizer_for: Callable | None = None) -> Run:
+    """A run of a training script, new or resumed, ready for its first step. `load` and `optimizer_for`: as
+    `load_start` and `make_optimizer`, for scripts that make models in another way."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device, dtype = device_and_dtype(args.device)
-    run, progress = Run(args), Progress(args)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    start, state = run.resume_point() if args.resume else (None, None)
-    if args.fresh and not start:
-        model, tokenizer = fresh_model(args)
-        model = model.to(device, torch.bfloat16 if args.optimizer == "adamw16" else torch.float32)
-    else:
-        dtype = torch.bfloat16 if args.optimizer == "adamw16" else dtype if args.lora_rank else torch.float32
-        model, tokenizer = load_model(start or args.init_path, dtype, device)
-    args.max_new_tokens = args.max_new_tokens or answer_length(tokenizer)
-    shown = getattr(args, "visuals", None)
-    looks = parse_weights(shown, "visuals", partial(check_look, task=args.task))[0] if shown else [args.visual]
-    for visual in looks:  # legible at this model's tile size?
-        tasks.make(args.task, args.rule, visual, "train", 0, **shown_to(model, tokenizer))
-    if getattr(args, "fresh_eyes", False) and not start:
-        open_eyes(model, args.seed)
-    if not start:
+    if not args.lora_rank:
+        dtype = torch.float32
+    if args.optimizer == "adamw16":
+        dtype = torch.bfloat16
+    directory = RunDirectory(args.out, bool(args.resume))
+    checkpoint, state = directory.resume_point() if args.resume else (None, None)
+    model, tokenizer = load_model(checkpoint, dtype, device) if checkpoint else load(args, device, dtype)
+    args.max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
+    args.micro_batch = args.micro_batch or (256 if tokenizer.short else 8)
+    check_legible(args, prompt_style(model, tokenizer))
+    parts = trained_parts(args)
+    if not checkpoint:
         merge_lora(model)  # an adapter that --init brings belongs to the start, not to what is trained now
     if args.lora_rank and not any(".lora_" in name for name, _ in model.named_parameters()):
-        add_lora(model, args.lora_rank, args.lora_alpha, tuple(PARTS[part] for part in trained_parts(args)))
+        add_lora(model, args.lora_rank, args.lora_alpha, tuple(PARTS[part] for part in parts))
+    if not args.lora_rank:
+        freeze_unused(model, parts, tasks.TASKS[args.task].pictures)
     model.recompute(args.recompute)
-    optimizer = make_optimizer(model, args)
-    run.open(args)
-    check_start(run, args)
-    if start:
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError):
-            raise ValueError(f"{start} holds the state of another optimizer or model than {run.path}/args.json asks for.") from None
-        restore_random_states(state["random"], generator)
-        progress.restore(state["progress"])
-    sizes = count_parameters(model)
-    print(f"{clean(run.path)}: {sizes['decoder']:,} decoder + {sizes['vision']:,} vision parameters, {sizes['trained']:,} "
-          f"trained ({'LoRA rank %d' % args.lora_rank if args.lora_rank else 'full fine-tuning'}), {device}, "
-          f"{torch.get_num_threads()} threads" + (f", continued at step {progress.step}" if args.resume else ""), flush=True)
+    run = Run(args, directory, model, tokenizer, (optimizer_for or make_optimizer)(model, args))
+    directory.check_start(args) if args.resume else directory.create(args)
+    directory.open()
+    if state:
+        run.restore(state)
+    print(describe(run), flush=True)
     run.catch_signals()
-    return model, tokenizer, optimizer, generator, progress, run
+    if run.eval_due():
+        run.evaluate()
+    return run
 
 
-def check_start(run, args):
-    """A resumed run needs the very weights it began from where these are its base or its reference."""
-    weights = [path.name for path in Path(args.init_path).glob("*.safetensors")] if args.init_path else []
-    now, kept = weights and checksums(Path(args.init_path), weights, most=1 << 20), run.path / "start.json"
-    if not args.resume:
-        write_json(kept, now)
-    elif (args.lora_rank or getattr(args, "kl_coef", 0)) and kept.exists() and read_json(kept) != now:
-        raise ValueError(f"{args.init_path} holds other weights than when {run.path} began from it; put those back to continue.")
+def check_legible(args: argparse.Namespace, style: dict) -> None:
+    """ValueError for a trained look that cannot be read at this model's tile size."""
+    for visual in getattr(args, "visuals", None) or [args.visual]:
+        visual = visual and visual.partition(":")[0]
+        tasks.make(args.task, args.rule, visual, "train", 0, **style)
 
 
-def trained_parts(args):
-    """The names in PARTS of what is trained: --train, or by default the decoder, and in full fine-tuning on pictures all."""
-    return args.train or (list(PARTS) if tasks.pictures(args.task) and not args.lora_rank else ["decoder"])
+def describe(run: Run) -> str:
+    """The first line of a run: its sizes, its device."""
+    sizes, args = count_parameters(run.model), run.args
+    how = f"LoRA rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
+    return (f"{clean(run.directory.path)}: {sizes['decoder']:,} decoder + {sizes['vision']:,} vision parameters, "
+            f"{sizes['trained']:,} trained ({how}), {run.model.device}, {torch.get_num_threads()} threads"
+            + (f", continued at step {run.step}" if args.resume else ""))
 
 
-def open_eyes(model, seed):
-    """Random weights for tower, projector and cross layers: eyes for a model that has learned to read."""
-    fresh = init_weights(LlamaVision(model.config), seed).state_dict()
-    crossing = tuple(f"language_model.model.layers.{i}." for i in model.config.text.cross_attention_layers)
-    eyes = {name: t for name, t in fresh.items() if name.startswith((PARTS["tower"], PARTS["projector"], *crossing))}
-    model.load_state_dict(eyes, strict=False)
+def trained_parts(args: argparse.Namespace) -> list[str]:
+    """The names in PARTS of the trained parts: --train, or by default the decoder, and in full fine-tuning on
+    pictures all."""
+    everything = tasks.TASKS[args.task].pictures and not args.lora_rank
+    return args.train or (list(PARTS) if everything else ["decoder"])
 
 
-def freeze_unused(model, args):
-    """Freeze the parts that --train leaves out. Text alone leaves out the cross layers too: they would get no gradient."""
-    parts = trained_parts(args)
+def freeze_unused(model: LlamaVision, parts: list[str], pictures: bool) -> None:
+    """Freeze the parts that are not trained. Text leaves out the cross layers too: they would get no gradient."""
     model.vision_model.requires_grad_("tower" in parts)
     model.multi_modal_projector.requires_grad_("projector" in parts)
     model.language_model.requires_grad_("decoder" in parts)
-    if not tasks.pictures(args.task):
-        for i in model.config.text.cross_attention_layers:
-            model.language_model.model.layers[i].requires_grad_(False)
+    for i in model.config.text.cross_attention_layers if not pictures else ():
+        model.language_model.model.layers[i].requires_grad_(False)
 
 
-def make_optimizer(model, args):
-    """AdamW on what is trained: the adapters, or with rank 0 all of the parts that --train names.
-
-    --optimizer muon is for the layers' matrices and leaves the rest to AdamW: about twice as fast where a model learns from
-    nothing. --optimizer adamw16: see AdamW16.
-    """
-    if not args.lora_rank:
-        freeze_unused(model, args)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def make_optimizer(model: LlamaVision, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW on everything that requires a gradient; --optimizer adamw16: see AdamW16."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter would be trained; give --lora-rank 1 or more, or 0 for full fine-tuning.")
-    adamw = {"lr": args.lr, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(trained.values(), **adamw)
-    if args.optimizer == "adamw16":
-        return AdamW16(trained.values(), **adamw)
-    matrices = [name for name, p in trained.items() if p.dim() == 2 and (".layers." in name or name.startswith("multi_modal"))]
-    if args.lora_rank:
-        raise ValueError("--optimizer muon is for training from scratch: leave out --lora-rank, or use adamw.")
-    return Pair(Muon([trained[n] for n in matrices], lr=args.lr, weight_decay=args.weight_decay),
-                torch.optim.AdamW([p for n, p in trained.items() if n not in matrices], **adamw))
+    kind = AdamW16 if args.optimizer == "adamw16" else torch.optim.AdamW
+    return kind(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is the nearest orthogonal matrix, about: all directions are learned at one speed (Jordan et al.,
-    2024, github.com/KellerJordan/Muon). Five steps of a Newton-Schulz iteration in the weights' own type; torch.optim.Muon takes
-    bfloat16, which a CPU without it computes fifteen times slower. The size of an update is AdamW's at the same rate: RMS 0.2.
-    """
-
-    def __init__(self, params, lr, weight_decay=0.0, momentum=0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        """One update of every matrix that has a gradient."""
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(mean, group["momentum"])
-                x = x if x.shape[0] <= x.shape[1] else x.T
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):
-                    square = x @ x.T
-                    x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
-                x = x if p.shape[0] <= p.shape[1] else x.T
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+# ---- 8. AdamW16 ----------------------------------------------------------------------------------
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -478,7 +698,7 @@ class AdamW16(torch.optim.Optimizer):
                     round_at_random(v16, v)
 
 
-def round_at_random(target, value):
+def round_at_random(target: torch.Tensor, value: torch.Tensor) -> None:
     """Write float32 `value` into `target`; for bfloat16 up or down at random so that the mean is `value`."""
     if target.dtype == torch.bfloat16:  # its bits are the upper half of float32's: noise in the lower half carries over
         noise = torch.randint_like(value, 2**16, dtype=torch.int32)
@@ -486,84 +706,41 @@ def round_at_random(target, value):
     target.copy_(value)
 
 
-class Pair:
-    """Two optimizers that are stepped and saved as one."""
-
-    def __init__(self, *parts):
-        self.parts = parts
-
-    @property
-    def param_groups(self):
-        """The groups of both."""
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self):
-        """Step both."""
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none=True):
-        """Clear the gradients of both."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self):
-        """Both states."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state):
-        """The reverse."""
-        for part, own in zip(self.parts, state["parts"]):
-            part.load_state_dict(own)
+# ---- 9. Cost -------------------------------------------------------------------------------------
 
 
-def save_run(run, model, tokenizer, optimizer, generator, progress, args):
-    """Write a checkpoint that `--resume` continues from bit for bit."""
-    run.save(model, tokenizer, {"step": progress.step, "optimizer": optimizer.state_dict(),
-                                "random": random_states(generator), "progress": progress.state()},
-             args.init_path if args.lora_rank else None)
+def sft_flops(model: LlamaVision, episodes: list[Episode]) -> tuple[float, float]:
+    """(FLOPs of one update on these episodes, the paper's 6 N D). A token counts the attention to the one picture that it
+    sees, not the attention that a mask hides."""
+    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, e.response_tokens, bool(e.pictures)) for e in episodes)
+    weights, pictures = text_flops(model.config, 0, 1, 1) // 2, sum(len(e.pictures) for e in episodes)
+    return (update_flops(model, forward) + pictures * update_image_flops(model),
+            6 * weights * sum(len(e.ids) for e in episodes))
 
 
-def finish(run, model, tokenizer, optimizer, generator, progress, args):
-    """Save what no checkpoint has yet, and say how the run ended. ValueError when it ended because it had become useless."""
-    if run.saved < progress.step:
-        save_run(run, model, tokenizer, optimizer, generator, progress, args)
-    if progress.stuck:
-        raise ValueError(progress.stuck)
-    print(f"stopped at step {progress.step}; go on with --resume {clean(run.path)}" if run.stopping and not progress.done() else
-          f"done: {clean(run.path)}", flush=True)
+def update_flops(model: LlamaVision, forward: float) -> float:
+    """FLOPs of a forward and backward pass whose forward costs `forward`, for this model's adapters and recompute."""
+    adapted = any(".lora_" in name for name, _ in model.named_parameters())
+    return training_flops(forward, adapted, model.language_model.model.recompute)
 
 
-def update(model, optimizer, lr, max_grad_norm, progress):
-    """Clip the gradient, take one step. Returns the norm before clipping.
-
-    FloatingPointError before anything moves when the norm is not finite. Updates that move nothing (a rate too small for the
-    weights' precision, or gradients of 0) are noted, and end the run when they go on.
-    """
-    trained = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
-    if not math.isfinite(norm):
-        raise FloatingPointError("the gradient is not finite")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    fingerprint = lambda: torch.stack([p.detach().sum(dtype=torch.float64) for p in trained])
-    before = fingerprint()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    progress.wasted("update", torch.equal(before, fingerprint()), f"no trained parameter moved (--lr {lr:g}, gradient norm "
-                    f"{norm:g}): raise --lr, or see why the loss has no gradient.", limit=10)
-    return norm
+def update_image_flops(model: LlamaVision, encoded: bool = False) -> float:
+    """FLOPs of one image in a training pass: the tower's forward, its backward if it is trained, and the projector and the
+    cross layers' keys and values. encoded: a rollout has encoded the image, which serves here too while vision is frozen."""
+    tower, rest = image_flops(model.config)
+    if any(p.requires_grad for p in model.vision_model.parameters()):
+        return update_flops(model, tower + rest)
+    return tower * (model.trains_vision or not encoded) + update_flops(model, rest)
 
 
-# ---------------------------------------------------------------- 3. Data
+# ---- 10. Command line ----------------------------------------------------------------------------
 
 
-def parse_weights(items, flag, check):
-    """["10:3", "11,12,13"] -> (["10", "11,12,13"], [3.0, 1.0]). check(name) raises ValueError for a name it does not know."""
+def read_mixture(flag: str, items: list[str]) -> Mixture:
+    """["10:3", "11,12,13"] -> Mixture of "10" with weight 3 and "11,12,13" with weight 1. ValueError for other weights."""
     names, weights = [], []
     for item in items:
         name, _, weight = item.partition(":")
-        check(name)
         try:
             weights.append(float(weight or 1))
         except ValueError:
@@ -571,252 +748,174 @@ def parse_weights(items, flag, check):
         if not 0 < weights[-1] < 1e6:
             raise ValueError(f"--{flag} {clean(item)}: the weight must be positive.")
         names.append(name)
-    return names, weights
+    return Mixture(names, weights)
 
 
-def check_rule(text, task="gp-l"):
-    """ValueError for a rule text that cannot be read."""
-    tasks.parse_turns(text) if tasks.walks(task) else tasks.parse_rule(tasks.fill_rule(text, random.Random(0)))
-
-
-def check_kind(name, task="gp-l"):
-    """ValueError for an unknown demonstrator."""
-    if name not in tasks.kinds(task):
-        raise ValueError(f"--demonstrators {clean(name)}: choose from {', '.join(tasks.kinds(task))}.")
-
-
-def check_look(text, task="gp-vl"):
-    """ValueError for the text of a look that cannot be read."""
-    look = tasks.Scene if tasks.walks(task) else tasks.Look
-    look.parse(look.fill(text, random.Random(0)))
-
-
-def draw(args, rng):
-    """A rule, a demonstrator and a look (None for a task in text) of the mixture."""
-    parts = [(args.rules, "rules", partial(check_rule, task=args.task)),
-             (args.demonstrators, "demonstrators", partial(check_kind, task=args.task))]
-    if args.visuals:
-        parts.append((args.visuals, "visuals", partial(check_look, task=args.task)))
-    return [*(rng.choices(*parse_weights(*part))[0] for part in parts), None][:3]
-
-
-def demonstration(args, model, tokenizer, index):
-    """The training episode number `index`: a pure function of the arguments, so a resumed run needs no data state."""
-    rng = random.Random(f"demonstrator/{args.seed}/{index}")
-    rule, kind, visual = draw(args, rng)
-    problem = tasks.make(args.task, rule, visual, args.split, index, attempts=2, seed=args.seed, **shown_to(model, tokenizer))
-    return demonstrated_episode(tokenizer, problem, problem.demonstrate(kind, rng)[::2])
-
-
-def demonstrated_episode(tokenizer, problem, responses):
-    """A demonstrator's responses, and the verifier's words between them, as an Episode whose mask marks the responses and
-    their stop tokens. The problem has to allow as many attempts as the demonstrator needs, which is at most two."""
-    episode = Episode(problem).open(tokenizer)
-    for i, response in enumerate(responses, 1):
-        episode.respond(tokenizer.encode(response) + [tokenizer.eot])
-        if i < len(responses):
-            episode.judge(tokenizer, response)
-    return episode
-
-
-def fresh_model(args):
-    """A tokenizer learned from the mixture's own texts, and random weights to go with it."""
-    texts = []
-    for index in range(2000):
-        rng = random.Random(f"tokenizer/{index}")
-        rule, kind, visual = draw(args, rng)
-        problem = tasks.make(args.task, rule, visual, args.split, index, style="short")
-        texts += [problem.prompt, *problem.demonstrate(kind, rng)]
-    tokenizer = train_tokenizer(texts, SIZES[args.model].text.vocab_size)
-    return init_weights(LlamaVision(SIZES[args.model]), args.seed), tokenizer
-
-
-# ---------------------------------------------------------------- 4. The loss
-
-
-def sft_backward(model, episodes, pad, size):
-    """Gradients of the mean of -log p over all response tokens of the batch, in micro-batches of `size` episodes.
-
-    The normaliser is the whole batch's token count, so any `size` gives the same gradient. Returns (loss, tokens).
-    """
-    tokens, loss = sum(sum(e.response_mask) for e in episodes), 0.0
-    for part in micro_batches(episodes, size):
-        ids, chosen, _ = to_batch(part, pad, model.device)
-        log_probs = model.log_probs(ids, chosen, image=seen_by(model, part))
-        part_loss = -log_probs.sum() / tokens
-        part_loss.backward()
-        loss += part_loss.item()
-    if not math.isfinite(loss):
-        raise FloatingPointError("the loss is not finite")
-    return loss, tokens
-
-
-def batch_flops(model, episodes, args):
-    """(FLOPs of one update on these episodes, the paper's 6 N D). A token counts the attention to the one picture that it sees, not
-    what a mask hides of the others."""
-    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, sum(e.response_mask), bool(e.pictures)) for e in episodes)
-    weights, pictures = text_flops(model.config, 0, 1, 1) // 2, sum(len(e.pictures) for e in episodes)
-    return (training_flops(forward, args.lora_rank > 0, args.recompute) + pictures * training_image_flops(model, args),
-            6 * weights * sum(len(e.ids) for e in episodes))
-
-
-def training_image_flops(model, args, encoded=False):
-    """FLOPs of one image in a training pass: the tower's forward, and its backward if it is trained, and of what follows it.
-    encoded: a rollout has encoded it already, which serves here too unless tower or projector are trained."""
-    tower, rest = image_flops(model.config)
-    learns = any(p.requires_grad for p in model.vision_model.parameters())
-    cost = lambda forward: training_flops(forward, args.lora_rank > 0, args.recompute)
-    return (cost(tower) if learns else tower * (model.learns_to_see or not encoded)) + cost(rest)
-
-
-# ---------------------------------------------------------------- 5. Training loop and command line
-
-
-def main(argv=None):
-    """Train; returns the scores of the last evaluation."""
-    args = parse_args(argv)
-    model, tokenizer, optimizer, generator, progress, run = set_up(args)
-    scores = {}
-    if progress.eval_due():
-        scores = evaluate_run(run, model, tokenizer, progress, args)
-    while not (progress.done() or progress.stuck or run.stopping):
-        began, lr, first = time.time(), progress.lr(), progress.step * args.batch
-        episodes = [demonstration(args, model, tokenizer, first + i) for i in range(args.batch)]
-        with run.keeping(progress.step + 1, episodes):
-            loss, tokens = sft_backward(model, episodes, tokenizer.pad, args.micro_batch)
-            norm = update(model, optimizer, lr, args.max_grad_norm, progress)
-        progress.add(*batch_flops(model, episodes, args), time.time() - began)
-        record = {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "seconds": time.time() - began}
-        print(progress.line(record), flush=True)
-        due = progress.eval_due()
-        if due:
-            scores = evaluate_run(run, model, tokenizer, progress, args)
-        run.log({"step": progress.step, "flops": progress.flops, **record, **(scores if due else {})})
-        if due or (args.save_every and progress.step % args.save_every == 0):
-            save_run(run, model, tokenizer, optimizer, generator, progress, args)
-    finish(run, model, tokenizer, optimizer, generator, progress, args)
-    return scores
-
-
-def shared_arguments(parser, **defaults):
+def shared_arguments(parser: Parser, **defaults) -> None:
     """The flags that both trainers have; `defaults` holds those that differ."""
+    count, share = between(int, 1, 1e8), between(float, 0, 1)
     g = parser.add_argument_group("task and model")
     g.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}: GeneralPoints or V-IRL, in text or in pictures")
-    g.add_argument("--rule", help="rule that is trained: values of J,Q,K [/target=N][/cards=N] (default: 10), for V-IRL absolute or "
-                   "relative (default: absolute)")
+    g.add_argument("--rule", help="rule that is trained: values of J,Q,K [/target=N][/cards=N], for V-IRL absolute or "
+                   "relative (default: the task's)")
     g.add_argument("--visual", help="look that is trained, for tasks in pictures (default: the task's)")
-    g.add_argument("--train", nargs="+", choices=list(PARTS), help="parts that are trained (default: the decoder; without LoRA and "
-                   "with pictures all)")
+    g.add_argument("--train", nargs="+", choices=list(PARTS), help="parts that are trained (default: the decoder; without "
+                   "LoRA and with pictures all)")
     g.add_argument("--model", default="tiny", help="tiny (the shipped base of the task), or a model directory")
     g.add_argument("--init", help="start from this run's weights instead of --model's")
-    g.add_argument("--lora-rank", type=int, default=0, help="rank of LoRA on all linear layers of the trained parts; 0 = full")
-    g.add_argument("--lora-alpha", type=float, default=32.0, help="LoRA scale is alpha / rank")
-    g.add_argument("--attempts", type=int, default=1, help="answers an episode may have (a walk: at each position), with the "
-                   "verifier's words between")
-    g.add_argument("--max-new-tokens", type=int, default=None, help="tokens per answer (default: 64 tiny, 256 else)")
+    g.add_argument("--lora-rank", type=between(int, 0, 4096), default=0, help="rank of LoRA on all linear layers of the "
+                   "trained parts; 0: full fine-tuning")
+    g.add_argument("--lora-alpha", type=between(float, 1e-3, 1e5), default=32.0, help="LoRA scale is alpha / rank")
+    g.add_argument("--attempts", type=between(int, 1, 100), default=1, help="answers an episode may have (a walk: at each "
+                   "position), with the verifier's words between")
+    g.add_argument("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer (default: 64 tiny, 256 else)")
     g = parser.add_argument_group("length: one of the two; --flops is how two arms are given equal compute")
-    g.add_argument("--steps", type=int, default=defaults["steps"], help="optimizer steps")
-    g.add_argument("--flops", type=float, default=0.0, help="training FLOPs of this run, rollouts included (0: --steps)")
+    g.add_argument("--steps", type=count, default=defaults["steps"], help="optimizer steps")
+    g.add_argument("--flops", type=between(float, 0, 1e30), default=0.0, help="training FLOPs of this run, rollouts "
+                   "included; 0: --steps")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--lr", type=float, default=defaults["lr"], help="peak learning rate of AdamW")
-    g.add_argument("--optimizer", choices=("adamw", "adamw16", "muon"), default="adamw", help="adamw16: weights and state in bfloat16, "
-                   "full fine-tuning in little memory; muon: for training from scratch")
+    g.add_argument("--lr", type=between(float, 1e-12, 10), default=defaults["lr"], help="peak learning rate")
+    g.add_argument("--optimizer", choices=defaults.get("optimizers", ("adamw", "adamw16")), default="adamw",
+                   help="adamw16: weights and state in bfloat16, full fine-tuning in little memory")
     g.add_argument("--schedule", choices=("cosine", "constant"), default=defaults["schedule"], help="of the rate after the warm-up")
-    g.add_argument("--lr-warmup", type=int, default=10, help="steps of linear learning-rate warm-up")
-    g.add_argument("--lr-end", type=float, default=0.1, help="last learning rate as a share of the peak")
-    g.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's, per step as a share of --lr")
-    g.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    g.add_argument("--micro-batch", type=int, default=256, help="episodes per forward pass: memory, not the result (but "
-                   "adamw16 adds gradients in bfloat16: 4 or more there)")
+    g.add_argument("--lr-warmup", type=between(int, 0, 1e8), default=10, help="steps of linear learning-rate warm-up")
+    g.add_argument("--lr-end", type=share, default=0.1, help="last learning rate as a share of the peak")
+    g.add_argument("--weight-decay", type=between(float, 0, 10), default=0.0, help="AdamW's, per step as a share of --lr")
+    g.add_argument("--max-grad-norm", type=between(float, 1e-9, 1e9), default=1.0, help="gradients are clipped to this norm")
+    g.add_argument("--micro-batch", type=between(int, 1, 1e6), help="episodes per forward pass: memory, not the result, but "
+                   "adamw16 adds gradients in bfloat16: 4 or more there (default: 256 tiny, 8 else)")
     g.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, one more forward pass")
     g = parser.add_argument_group("evaluation along the way")
-    g.add_argument("--evals", type=int, default=2, help="evaluations spread over the run, start and end included; 1: the end")
-    g.add_argument("--eval-n", type=int, default=200, help="held-out problems")
+    g.add_argument("--evals", type=between(int, 0, 1e4), default=2, help="evaluations spread over the run, start and end "
+                   "included; 1: the end")
+    g.add_argument("--eval-n", type=between(int, 1, 1e5), default=200, help="held-out problems")
     g.add_argument("--eval-split", choices=("val", "test"), default="val", help="val chooses settings, test is for claims")
-    g.add_argument("--eval-suite", default=None, help="suite to evaluate (default: the task's)")
+    g.add_argument("--eval-suite", help="suite to evaluate (default: the task's)")
     g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it (default: all of them at the end)")
-    g.add_argument("--rows", type=int, default=256, help="episodes computed side by side in rollouts")
+    g.add_argument("--rollout-batch", type=between(int, 1, 1e6), default=256, help="episodes played side by side: memory, "
+                   "not the result")
     g = parser.add_argument_group("run")
     g.add_argument("--out", default=defaults["out"], help="run directory to create")
     g.add_argument("--resume", metavar="RUN", help="continue this run with its own arguments")
-    g.add_argument("--seed", type=int, default=0, help="shifts the training problems, orders and samples")
-    g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints besides those at evaluations")
-    g.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    g.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
+    g.add_argument("--seed", type=between(int, 0, 2**62), default=0, help="shifts the training problems, orders and samples")
+    g.add_argument("--save-every", type=between(int, 0, 1e8), default=100, help="steps between checkpoints besides those at evaluations")
+    machine_arguments(g)
 
 
-def finish_arguments(parser, argv):
-    """Parse, take the arguments of a resumed run, and check what can be checked before anything is written."""
-    args = parser.parse_args(argv)
-    if args.resume:
-        if args.init:
-            raise ValueError("--init starts a run and --resume continues one: give only one of them.")
-        unset = dict.fromkeys(vars(args), parser)  # a value that no flag has: what still has it was not given
-        given = {k: v for k, v in vars(parser.parse_args(argv, argparse.Namespace(**unset))).items() if v is not parser}
-        stored = stored_arguments(args, parser)
-        if wrong := given.keys() - {"resume", "device", "threads"}:
-            raise ValueError(f"--resume takes the arguments of the run it continues: leave out --{min(wrong).replace('_', '-')}.")
-        vars(args).update(stored | given, out=args.resume)
-    check_limits(args)
-    args.rule = tasks.trained_rule(args.task) if args.rule is None else args.rule
+def machine_arguments(parser) -> None:
+    """The flags that may differ when a run is continued."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--threads", type=between(int, 0, 1024), default=0, help="CPU threads (0: torch's choice)")
+
+
+def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse, take the arguments of a resumed run, and check as much as can be checked before anything is written."""
+    argv = sys.argv[1:] if argv is None else argv
+    resumed = any(word.partition("=")[0] == "--resume" for word in argv)
+    args = resumed_arguments(parser, argv) if resumed else parser.parse_args(argv)
+    if args.task not in tasks.TASKS:
+        raise ValueError(f"--task {clean(args.task)} must be one of {', '.join(tasks.TASKS)}.")
+    args.rule = args.rule or tasks.TASKS[args.task].rule
     tasks.make(args.task, args.rule, args.visual, split="train", index=0, tile=1120)  # nothing is drawn
-    if args.train and not tasks.pictures(args.task) and args.train != ["decoder"]:
+    if args.train and not tasks.TASKS[args.task].pictures and args.train != ["decoder"]:
         raise ValueError(f"--train: {args.task} shows no pictures, so only the decoder can be trained.")
-    if args.eval_suite not in (None, *tasks.SUITES):
-        raise ValueError(f"--eval-suite must be one of {', '.join(tasks.SUITES)}.")
-    args.fresh = getattr(args, "fresh", False)
+    if args.eval_suite not in (None, *tasks.suite_names()):
+        raise ValueError(f"--eval-suite must be one of {', '.join(tasks.suite_names())}.")
     if not args.resume:
-        args.init_path = None if args.fresh else str(find_model(args.init or args.model, args.task))
+        fresh = getattr(args, "fresh", False)
+        args.init_path = None if fresh else str(find_model(args.init or args.model, args.task))
     return args
 
 
-def stored_arguments(args, parser):
-    """The arguments in args.json of the run that --resume names."""
-    path = Path(args.resume) / "args.json"
-    if not path.is_file():
-        raise ValueError(f"{args.resume} holds no run (no args.json); --resume needs a run directory.")
-    stored, flags = read_json(path), vars(args).keys() - {"resume"} | {"init_path"}
-    if not isinstance(stored, dict) or flags - stored.keys():
+def resumed_arguments(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """The arguments in args.json of the run that --resume names: read as flags, so each is checked as a flag is."""
+    few = Parser("Continue a run.")
+    few.add_argument("--resume")
+    machine_arguments(few)
+    given, others = few.parse_known_args(argv)
+    if "--init" in others:
+        raise ValueError("--init starts a run and --resume continues one: give only one of them.")
+    path = Path(given.resume) / "args.json"
+    if given.resume and not path.is_file():
+        raise ValueError(f"{clean(given.resume)} holds no run (no args.json); --resume needs a run directory.")
+    if others:
+        flag = clean(others[0].partition("=")[0])
+        raise ValueError(f"--resume takes the arguments of the run it continues: leave out {flag}.")
+    given = few.parse_args(argv)
+    stored = read_json(path)
+    args = parser.parse_args([])
+    if not isinstance(stored, dict) or vars(args).keys() | {"init_path"} != stored.keys():
         raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the script that began it.")
-    for action in parser._actions:
-        if action.dest in flags and not could_give(action, stored[action.dest]):
-            raise ValueError(f"{path}: {action.dest} cannot be {clean(json.dumps(stored[action.dest]))[:60]}.")
-    if not isinstance(stored["init_path"], (str, type(None))):
-        raise ValueError(f"{path}: init_path cannot be {clean(json.dumps(stored['init_path']))[:60]}.")
-    return stored
+    init_path = stored.pop("init_path")
+    try:
+        given_then = {name: value for name, value in stored.items() if value != parser.get_default(name)}
+        args = parser.parse_args(as_flags(given_then))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for name, value in stored.items():
+        if getattr(args, name) != value or type(getattr(args, name)) is not type(value):
+            raise ValueError(f"{path}: {name} cannot be {clean(json.dumps(value))[:60]}.")
+    if not isinstance(init_path, (str, type(None))):
+        raise ValueError(f"{path}: init_path cannot be {clean(json.dumps(init_path))[:60]}.")
+    args.init_path, args.resume, args.out = init_path, given.resume, given.resume
+    machine = {name: value for name, value in vars(given).items() if value != few.get_default(name)}
+    vars(args).update(machine)
+    return args
 
 
-def could_give(action, value):
-    """Whether a flag (an argparse action) could have given this value."""
-    if value is None or isinstance(value, list) != (action.nargs == "+"):
-        return value is None and action.default is None
-    kinds = (int, float) if action.type is float else (action.type or (bool if action.nargs == 0 else str),)
-    values = value if isinstance(value, list) else [value]
-    return all(type(v) in kinds and (not action.choices or v in action.choices) for v in values)
+def as_flags(arguments: dict) -> list[str]:
+    """{"lr": 0.1, "rules": ["10"], "recompute": True} -> the flags that give these values."""
+    argv = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            argv += [flag, *map(str, value)]
+        elif value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv.append(f"{flag}={value}")
+    return argv
 
 
-def parse_args(argv=None):
-    """Command line of supervised fine-tuning."""
-    parser = Parser("Supervised fine-tuning on demonstrations.")
-    shared_arguments(parser, steps=300, lr=3e-4, schedule="cosine", out="runs/sft")
+def mixture_arguments(parser: Parser, demonstrators: list[str]) -> None:
+    """The flags of SFT; `demonstrators` is the default mixture."""
     g = parser.add_argument_group("supervised fine-tuning")
-    g.add_argument("--batch", type=int, default=256, help="demonstrations per step")
-    g.add_argument("--rules", nargs="+", metavar="RULE:WEIGHT", default=None, help="mixture of rules; default: --rule")
-    g.add_argument("--visuals", nargs="+", metavar="LOOK:WEIGHT", default=None, help="mixture of looks; default: --visual")
-    g.add_argument("--demonstrators", nargs="+", metavar="KIND:WEIGHT", default=["expert"],
-                   help=f"mixture of demonstrators: {', '.join(tasks.KINDS)}; V-IRL: {', '.join(tasks.WALKERS)}")
-    g.add_argument("--split", choices=("train", "base"), default="train", help="base: as train, but with rules under which "
-                   "face cards give a hand the numbers of a held-out one; it stands in for pretraining")
-    g.add_argument("--fresh", action="store_true", help="random weights and a new tokenizer for --model tiny or small")
-    g.add_argument("--fresh-eyes", action="store_true", help="random weights for the tower, the projector and the cross layers")
-    args = finish_arguments(parser, argv)
+    g.add_argument("--batch", type=between(int, 1, 1e5), default=256, help="demonstrations per step")
+    g.add_argument("--rules", nargs="+", metavar="RULE:WEIGHT", help="mixture of rules (default: --rule)")
+    g.add_argument("--visuals", nargs="+", metavar="LOOK:WEIGHT", help="mixture of looks (default: --visual)")
+    known = "; ".join(f"{name}: {', '.join(task.problem.DEMONSTRATORS)}" for name, task in tasks.TASKS.items())
+    g.add_argument("--demonstrators", nargs="+", metavar="KIND:WEIGHT", default=demonstrators,
+                   help=f"mixture of demonstrators, of {known}")
+
+
+def check_mixtures(args: argparse.Namespace) -> None:
+    """Fill in the defaults of the mixtures and make one problem of each part. ValueError for a wrong one."""
     args.rules = args.rules or [args.rule]
     args.visuals = args.visuals or ([args.visual] if args.visual else None)
-    draw(args, random.Random(0))
-    if args.fresh and (args.lora_rank or args.init):
-        raise ValueError("--fresh trains all of a new model: leave out --lora-rank and --init.")
-    if args.fresh and args.model not in ("tiny", "small"):
-        raise ValueError("--fresh makes a model from nothing: --model must be tiny or small.")
+    for rule in read_mixture("rules", args.rules).names:
+        tasks.make(args.task, rule, split=args.split, tile=1120)
+    for visual in read_mixture("visuals", args.visuals or []).names:
+        tasks.make(args.task, args.rule, visual, args.split, tile=1120)
+    known = tasks.TASKS[args.task].problem.DEMONSTRATORS
+    for kind in read_mixture("demonstrators", args.demonstrators).names:
+        if kind not in known:
+            raise ValueError(f"--demonstrators {clean(kind)}: choose from {', '.join(known)}.")
+
+
+def metrics_help(metrics: dict[str, str]) -> str:
+    """The end of --help: the meaning of every name in a log line."""
+    return "names in a log line and in metrics.jsonl: " + "; ".join(f"{name}: {means}" for name, means in metrics.items())
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of supervised fine-tuning."""
+    parser = Parser("Supervised fine-tuning on demonstrations.")
+    parser.epilog = metrics_help(METRICS)
+    shared_arguments(parser, steps=300, lr=3e-4, schedule="cosine", out="runs/sft")
+    mixture_arguments(parser, ["expert"])
+    parser.set_defaults(split="train")
+    args = finish_arguments(parser, argv)
+    check_mixtures(args)
     return args
 
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT))
 
 import model as M  # noqa: E402
 import tasks  # noqa: E402
+from assets import make_base  # noqa: E402
 
 
 def pytest_configure():
@@ -25,7 +26,7 @@ def tokenizer():
     for i in range(300):
         p = tasks.make("gp-l", "11,12,13" if i % 2 else "10", index=i, style="short", attempts=3)
         texts += [p.prompt, p.expert(), "18, not 24.", "10 is not on the cards.", "7 is missing.", "Not a legal formula."]
-    return M.train_tokenizer(texts, 400)
+    return make_base.train_tokenizer(texts, 400)
 
 
 def load_tensors(path):
@@ -38,7 +39,7 @@ def load_tensors(path):
 
 def standing(walk, position):
     """(walk, texts): a copy of a walk that stands at a position, and the conversation that leads there with right answers."""
-    walker, texts = walk._fresh(), []
+    walker, texts = walk.restarted(), []
     while walker.position < position:
         response, step = walker.advance()
         texts += [response, step.feedback]
@@ -68,7 +69,15 @@ def model(tokenizer):
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A run directory with a tiny base trained for two steps: something to start the scripts from."""
-    import train_sft
     out = tmp_path_factory.mktemp("runs") / "base"
-    train_sft.main(f"--fresh --steps 2 --batch 16 --eval-n 4 --out {out} --device cpu --rules 10 --demonstrators careful:2 retry:1".split())
+    make_base.main(f"--fresh --steps 2 --batch 16 --eval-n 4 --out {out} --device cpu --rules 10 --demonstrators careful:2 retry:1".split())
+    return out
+
+
+@pytest.fixture(scope="session")
+def sft_run(tiny_run, tmp_path_factory):
+    """A run of train_sft.py, two steps long, that began from the tiny base."""
+    import train_sft
+    out = tmp_path_factory.mktemp("runs") / "sft"
+    train_sft.main(f"--init {tiny_run} --steps 2 --batch 16 --eval-n 4 --out {out} --device cpu".split())
     return out

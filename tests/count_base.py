@@ -28,8 +28,8 @@ def main(runs, n=500):
     seen = Counter()
     for run in runs:
         args = Namespace(**json.loads((Path(run) / "args.json").read_text()))
-        for index in range(args.steps * args.batch):  # as train_sft.demonstration draws them
-            rule, _ = SFT.draw(args, random.Random(f"demonstrator/{args.seed}/{index}"))
+        for index in range(args.steps * args.batch):  # as Demonstrations.episode of train_sft.py draws them
+            rule = SFT.read_mixture("rules", args.rules).draw(random.Random(f"demonstrator/{args.seed}/{index}"))
             seen[numbers(tasks.make(args.task, rule, split=args.split, index=index, style="short", seed=args.seed))] += 1
     print(f"{seen.total():,} demonstrations")
     for rule in (tasks.ID_RULE, tasks.OOD_RULE):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file  # noqa: E402
 import evaluate as E  # noqa: E402
 import model as M  # noqa: E402
 import train_sft as SFT  # noqa: E402
+from assets import make_base  # noqa: E402
 
 
 def child(argv):
@@ -32,7 +33,7 @@ def child(argv):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         try:
-            SFT.main(argv)
+            make_base.main(argv)
         except BaseException as error:
             print(f"the run itself failed: {error!r}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -93,7 +94,7 @@ def main(argv=None):
         ended = os.waitpid(pid, 0)[1] == 0
         final, other = whole(run), Path(folder) / "unharmed"
         begin[begin.index("1000000")] = str(final)
-        SFT.main([*begin[:-1], str(other)])
+        make_base.main([*begin[:-1], str(other)])
         a, b = tensors(run), tensors(other)
         same = ended and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
         steps = [SFT.step_of(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -21,6 +21,7 @@ import model as M
 import tasks
 import train_rl as RL
 import train_sft as SFT
+from assets import make_base
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,15 +38,15 @@ def step_of(run):
 # ---- bad input
 
 @pytest.fixture(scope="session")
-def place(tiny_run, tmp_path_factory):
+def place(sft_run, tmp_path_factory):
     """A folder with a good run, and with copies of it that are broken, each in another way."""
     place = tmp_path_factory.mktemp("place")
-    shutil.copytree(tiny_run, place / "run")
+    shutil.copytree(sft_run, place / "run")
     (place / "empty").mkdir()
     (place / "file").write_text("not a directory")
 
     def copy(name):
-        shutil.copytree(tiny_run, place / name)
+        shutil.copytree(sft_run, place / name)
         return place / name, E.latest_checkpoint(place / name)
 
     def edit(path, change):
@@ -73,7 +74,7 @@ def place(tiny_run, tmp_path_factory):
     edit(copy("flagless")[0] / "args.json", lambda a: a.pop("batch"))
     edit(copy("task")[0] / "args.json", lambda a: a.update(task="chess"))
     for name, change in (("vast", {"steps": 10**400}), ("words_for", {"max_new_tokens": "64"}), ("rules_of", {"rules": [1]}),
-                         ("begun", {"init_path": 5}), ("sgd", {"optimizer": "sgd"}), ("other_state", {"optimizer": "muon"}),
+                         ("begun", {"init_path": 5}), ("sgd", {"optimizer": "sgd"}), ("other_state", {"optimizer": "adamw16"}),
                          ("linear", {"schedule": "linear"}), ("on_train", {"eval_split": "train"})):
         edit(copy(name)[0] / "args.json", lambda a: a.update(change))
     (copy("text")[0] / "args.json").write_text("{")
@@ -90,10 +91,10 @@ BAD = [  # script, flags, words of the sentence
     *[(SFT, [flag, value, *NEW], flag) for flag, value in (
         ("--steps", "0"), ("--steps", "-5"), ("--steps", "ten"), ("--steps", "99999999999999999999"), ("--batch", "0"),
         ("--batch", "1000000000000"), ("--lr", "nan"), ("--lr", "0"), ("--lr", "-1e-4"), ("--lr", "inf"), ("--flops", "-1"),
-        ("--flops", "nan"), ("--flops", "inf"), ("--eval-n", "0"), ("--micro-batch", "0"), ("--lora-rank", "-1"), ("--rows", "0"),
+        ("--flops", "nan"), ("--flops", "inf"), ("--eval-n", "0"), ("--micro-batch", "0"), ("--lora-rank", "-1"), ("--rollout-batch", "0"),
         ("--lr-end", "2"), ("--lr-warmup", "-1"), ("--weight-decay", "nan"), ("--max-grad-norm", "0"), ("--max-new-tokens", "-3"),
         ("--attempts", "0"), ("--seed", "-1"), ("--evals", "-1"), ("--threads", "-1"), ("--schedule", "linear"),
-        ("--optimizer", "sgd"), ("--split", "test"), ("--device", "tpu"), ("--device", "cuda:77"), ("--eval-suite", "poker"),
+        ("--optimizer", "sgd"), ("--optimizer", "muon"), ("--split", "test"), ("--device", "tpu"), ("--device", "cuda:77"), ("--eval-suite", "poker"),
         ("--demonstrators", "clever"), ("--rules", "10:0"), ("--rules", "10:x"), ("--learning-rate", "1"))],
     *[(RL, [flag, value, *NEW], flag) for flag, value in (
         ("--estimator", "ppo2"), ("--group", "1"), ("--group", "0"), ("--problems", "0"), ("--temperature", "0"),
@@ -107,7 +108,7 @@ BAD = [  # script, flags, words of the sentence
     (E, ["--compare", "run", "absent"], "absent is not a directory"),
     (E, ["run", "--compare", "run", "run"], "give one of"),
     (E, ["run", "--ask", "x", "--image", "file"], "cannot be read as a picture"),
-    (SFT, ["--fresh", "--model", "11b", "--out", "new"], "--fresh"),
+    (make_base, ["--fresh", "--model", "11b", "--out", "new"], "--fresh"),
     (SFT, ["--model", "huge", "--out", "new"], "huge"),
     *[(script, ["--init", name, "--out", "new"], words) for script in (SFT, RL) for name, words in (
         ("absent", "absent is not a directory"), ("file", "file is not a directory"), ("empty", "empty holds neither"),
@@ -115,15 +116,17 @@ BAD = [  # script, flags, words of the sentence
         ("junk", "junk.*safetensors"), ("size", "size.*shape"), ("tokenless", "tokenizer.json"), ("words", "tokenizer.json"))],
     *[(SFT, ["--resume", name], words) for name, words in (
         ("absent", "absent holds no run"), ("file", "file holds no run"), ("empty", "empty holds no run"),
-        ("typed", "steps cannot be"), ("nan", "--lr"), ("flagless", "flagless/args.json was not written by"), ("task", "chess"), ("text", "not JSON"),
+        ("typed", "typed/args.json.*--steps"), ("nan", "--lr"), ("flagless", "flagless/args.json was not written by"), ("task", "chess"), ("text", "not JSON"),
         ("list", "args.json"), ("empty_args", "not JSON"), ("cut", "no checkpoint of cut"), ("stateless", "no checkpoint of stateless"))],
     *[(SFT, ["--resume", name], words) for name, words in (
         ("vast", "--steps"), ("words_for", "max_new_tokens cannot be"), ("rules_of", "rules cannot be"), ("begun", "init_path cannot be"),
-        ("sgd", "optimizer cannot be"), ("other_state", "another optimizer"), ("linear", "schedule cannot be"), ("on_train", "eval_split"))],
+        ("sgd", "sgd/args.json.*--optimizer"), ("other_state", "another optimizer"), ("linear", "linear/args.json.*--schedule"), ("on_train", "on_train/args.json.*--eval-split"))],
     (SFT, ["--resume", "run", "--lr", "3e-4"], "leave out --lr"),
     *[(SFT, argv, words) for argv, words in (
         (["--resume", ""], "--resume is empty"), (["--init", "", "--out", "new"], "--init is empty"), (["--model", "tiny", "--out", "o\udcff"], "--out"),
-        (["--model", "tiny", "--out", "o\x1b[31m"], "--out"), (["--steps", "9" * 400, *NEW], "--steps"), (["--optimizer", "muon", "--lora-rank", "2", *NEW], "muon"),
+        (["--model", "tiny", "--out", "o\x1b[31m"], "--out"), (["--steps", "9" * 400, *NEW], "--steps"))],
+    *[(make_base, argv, words) for argv, words in (
+        (["--optimizer", "muon", "--lora-rank", "2", *NEW], "muon"), (["--split", "test", *NEW], "--split"),
         (["--fresh", "--lora-rank", "2", "--out", "new"], "--fresh"), (["--fresh", "--init", "run", "--out", "new"], "--fresh"))],
     (E, ["run", "--ask", "\udcff"], "--ask"),
     (E, ["run", "--ask", "x", "--image", ""], "--image"),
@@ -245,7 +248,7 @@ def test_checkpoints_are_sorted_as_numbers(whole_run, tmp_path):
     os.rename(run / "step-000004", run / "step-999999")
     os.rename(run / "step-000006", run / "step-1000000")
     args = SFT.parse_args(["--resume", str(run)])
-    assert [path.parent.name for path in SFT.Run(args).states()] == ["step-999999", "step-1000000"]
+    assert [path.parent.name for path in SFT.RunDirectory(args.out, True).states()] == ["step-999999", "step-1000000"]
 
 
 def test_only_one_process_may_continue_a_run(tiny_run, tmp_path):
@@ -260,7 +263,7 @@ def test_only_one_process_may_continue_a_run(tiny_run, tmp_path):
     finally:
         run.kill()
         run.communicate()
-    assert SFT.Run(SFT.parse_args(["--resume", str(tmp_path / "run")])).resume_point() == (None, None)
+    assert SFT.RunDirectory(str(tmp_path / "run"), True).resume_point() == (None, None)
 
 
 def test_a_lora_run_wants_the_base_that_it_began_from(tiny_run, tmp_path):

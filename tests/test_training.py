@@ -17,6 +17,7 @@ import model as M
 import tasks
 import train_rl as RL
 import train_sft as SFT
+from assets import make_base
 from conftest import load_tensors, standing
 
 
@@ -31,14 +32,14 @@ def test_literal_mask_of_a_three_turn_episode(tokenizer):
     p, e = problem(), None
     e = E.Episode(p)
     prompt = tokenizer.prompt(p.prompt)
-    e.read(prompt)
+    e.append_context(prompt)
     wrong, right = tokenizer.encode("no idea"), tokenizer.encode(p.expert())
     cut = tokenizer.encode('{"cards"')
     expected, ids = [0] * len(prompt), list(prompt)
     for response, stop in ((wrong, True), (cut, False), (right, True)):
         sampled = response + [tokenizer.eot] * stop
-        e.respond(sampled, [-0.5] * len(sampled))
-        done = e.judge(tokenizer, tokenizer.decode(sampled))
+        e.append_response(sampled, [-0.5] * len(sampled))
+        done = e.verify(tokenizer, tokenizer.decode(sampled))
         expected += [1] * len(sampled)
         ids += sampled
         if not done:
@@ -54,15 +55,16 @@ def test_literal_mask_of_a_three_turn_episode(tokenizer):
 
 def test_response_that_is_only_a_stop_token(tokenizer):
     e = E.Episode(problem(attempts=1))
-    e.read(tokenizer.prompt(e.problem.prompt))
-    e.respond([tokenizer.eot])
-    assert e.judge(tokenizer, tokenizer.decode([tokenizer.eot])) and e.response_mask[-1] == 1
+    e.append_context(tokenizer.prompt(e.problem.prompt))
+    e.append_response([tokenizer.eot])
+    assert e.verify(tokenizer, tokenizer.decode([tokenizer.eot])) and e.response_mask[-1] == 1
     assert e.turns[0]["response"] == "" and e.turns[0]["outcome"] == "illegal"
 
 
 def random_rollout(model, tokenizer, group=3, attempts=3, temperature=0.8, new=6, problems=4):
     generator = torch.Generator().manual_seed(3)
-    return E.rollout(model, tokenizer, [problem(i, attempts) for i in range(problems)], group, new, temperature, generator, rows=7)
+    return E.rollout(model, tokenizer, [problem(i, attempts) for i in range(problems)], group,
+                     M.Sampling(new, temperature, generator, batch=7))
 
 
 def test_rollout_log_probs_are_training_log_probs(model, tokenizer):
@@ -100,7 +102,7 @@ def weighted_gradients(model, episodes, tokenizer, size):
     hook = model.language_model.model.embed_tokens.register_forward_hook(lambda layer, args, out: computed.append(args[0].numel()))
     for part in E.micro_batches(episodes, size):
         ids, chosen, _ = E.to_batch(part, tokenizer.pad, "cpu")
-        log_probs = model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))
+        log_probs = model.log_probs(ids, chosen, 0.8, E.images_for(model, part))
         rows = log_probs.split(chosen.sum(1).tolist())
         values |= {id(e): row.detach() for e, row in zip(part, rows)}
         sum((row * torch.linspace(-1, 2, len(row))).sum() for row in rows).backward(retain_graph=True)
@@ -157,11 +159,11 @@ def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model,
     for part in (episodes, episodes[6:9], episodes[2:8], list(reversed(episodes))):
         ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
         with torch.no_grad():
-            assert (model.log_probs(ids, chosen, 0.8, E.seen_by(model, part)) - old[chosen]).abs().max() < 1e-4
-            swapped = [dataclasses.replace(e, seen=e.seen and (episodes[6] if e in episodes[:3] else episodes[0]).seen,
+            assert (model.log_probs(ids, chosen, 0.8, E.images_for(model, part)) - old[chosen]).abs().max() < 1e-4
+            swapped = [dataclasses.replace(e, encoded=e.encoded and (episodes[6] if e in episodes[:3] else episodes[0]).encoded,
                                            pictures=e.pictures and [e]) for e in part]
-            other = model.log_probs(ids, chosen, 0.8, E.seen_by(model, swapped)) - old[chosen]
-        shown = torch.tensor([bool(e.seen) for e in part])[:, None].expand_as(chosen)[chosen]
+            other = model.log_probs(ids, chosen, 0.8, E.images_for(model, swapped)) - old[chosen]
+        shown = torch.tensor([bool(e.encoded) for e in part])[:, None].expand_as(chosen)[chosen]
         assert other[shown].abs().max() > 1e-3 and (other[~shown].abs() < 1e-4).all()
     assert sum(encoded) == 2
 
@@ -175,7 +177,7 @@ def test_a_trained_tower_sees_in_training_what_it_saw_in_the_rollout(model, toke
     episodes = [e for g in random_rollout(model, tokenizer) for e in g]
     for part in (episodes, episodes[2:8], episodes[3:6]):
         ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
-        log_probs = model.log_probs(ids, chosen, 0.8, E.seen_by(model, part))
+        log_probs = model.log_probs(ids, chosen, 0.8, E.images_for(model, part))
         assert (log_probs - old[chosen]).abs().max() < 1e-4
     assert encoded == [1, 1, 2, 2]
     grads = []
@@ -196,11 +198,13 @@ def test_the_parts_that_are_trained(model, task, lora, train, learn):
     args = SimpleNamespace(task=task, lora_rank=lora, train=train, optimizer="adamw", lr=1e-3, weight_decay=0.0)
     if lora:
         M.add_lora(model, lora, 4.0, tuple(M.PARTS[part] for part in SFT.trained_parts(args)))
-    SFT.make_optimizer(model, args)
+    else:
+        SFT.freeze_unused(model, SFT.trained_parts(args), tasks.TASKS[task].pictures)
+    assert SFT.make_optimizer(model, args).param_groups
     part = lambda name: "tower" if name.startswith("vision") else "projector" if name.startswith("multi") else (
         "cross" if ".layers.2." in name else "decoder")  # layer 2 is the cross layer of this config
     assert {part(n) for n, p in model.named_parameters() if p.requires_grad} == learn
-    assert model.learns_to_see == bool({"tower", "projector"} & learn)
+    assert model.trains_vision == bool({"tower", "projector"} & learn)
 
 
 def test_trained_ids_are_sampled_ids(model, tokenizer):
@@ -221,7 +225,7 @@ def test_trained_ids_are_sampled_ids(model, tokenizer):
 
 
 def test_greedy_rollout_does_not_depend_on_the_batch(model, tokenizer):
-    play = lambda rows, n: [g[0].ids for g in E.rollout(model, tokenizer, [problem(i) for i in range(n)], 1, 6, 0.0, None, rows)]
+    play = lambda rows, n: [g[0].ids for g in E.rollout(model, tokenizer, [problem(i) for i in range(n)], 1, M.Sampling(6, 0.0, None, rows))]
     assert play(1, 4) == play(3, 4) == play(64, 6)[:4]
 
 
@@ -243,7 +247,7 @@ def test_solved_episodes_leave_and_the_others_go_on(model, tokenizer, monkeypatc
             return tasks.Step(5.0, True, "", "correct")
         return real(self, response)
     monkeypatch.setattr(tasks.GeneralPoints, "step", step)
-    groups = E.rollout(model, tokenizer, [problem(i) for i in range(2)], 3, 5, 1.0, torch.Generator().manual_seed(0))
+    groups = E.rollout(model, tokenizer, [problem(i) for i in range(2)], 3, M.Sampling(5, 1.0, torch.Generator().manual_seed(0)))
     assert [[len(e.turns) for e in g] for g in groups] == [[1, 3, 3], [1, 3, 3]]
     ids, chosen, old = E.to_batch([e for g in groups for e in g], tokenizer.pad, "cpu")
     assert (model.log_probs(ids, chosen) - old[chosen]).abs().max() < 1e-4
@@ -256,7 +260,7 @@ def walker():
     """A tiny model of random weights that heeds its pictures, and a tokenizer of walks."""
     texts = [text for i in range(40) for text in (walk(i).prompt, *walk(i).demonstrate("careless", random.Random(i)))]
     model = M.init_weights(M.LlamaVision(M.SIZES["tiny"]), 0)
-    return model, M.train_tokenizer(texts, M.SIZES["tiny"].text.vocab_size)
+    return model, make_base.train_tokenizer(texts, M.SIZES["tiny"].text.vocab_size)
 
 
 def walk(index, attempts=2, name="virl-vl", **more):
@@ -275,7 +279,7 @@ def judged_by_chance(monkeypatch):
 def random_walks(walker, monkeypatch, group=3):
     judged_by_chance(monkeypatch)
     generator = torch.Generator().manual_seed(1)
-    groups = E.rollout(*walker, [walk(i) for i in range(4)], group, 5, 1.0, generator, rows=7)
+    groups = E.rollout(*walker, [walk(i) for i in range(4)], group, M.Sampling(5, 1.0, generator, batch=7))
     episodes = [e for g in groups for e in g]
     assert len({len(e.pictures) for e in episodes}) > 2 and any(t["outcome"] == "wrong_action" for t in episodes[0].turns + episodes[1].turns)
     return groups, episodes
@@ -300,8 +304,8 @@ def test_a_picture_of_every_position_is_encoded_once_and_only_the_latest_stays_i
     for group in groups:
         longest = max(group, key=lambda e: len(e.pictures))
         for e in group:
-            assert e.ids.count(image) == len(e.pictures) == len(e.seen) == 1 + sum(t["outcome"] == "right_action" for t in e.turns)
-            assert all(a is b for a, b in zip(e.pictures, longest.pictures)) and e.seen == longest.seen[: len(e.seen)]
+            assert e.ids.count(image) == len(e.pictures) == len(e.encoded) == 1 + sum(t["outcome"] == "right_action" for t in e.turns)
+            assert all(a is b for a, b in zip(e.pictures, longest.pictures)) and e.encoded == longest.encoded[: len(e.encoded)]
             assert all(p.tobytes() == tasks.draw_grid("train-0", "short", here.place, here.heading, e.problem.look, 32).tobytes()
                        for p, here in zip(e.pictures, e.problem.route.rail))
 
@@ -316,7 +320,7 @@ def test_walks_have_the_same_log_probs_in_rollout_and_training(walker, monkeypat
         for part in E.micro_batches(episodes, size):
             ids, chosen, old = E.to_batch(part, tokenizer.pad, "cpu")
             with torch.no_grad():
-                assert (model.log_probs(ids, chosen, 1.0, E.seen_by(model, part)) - old[chosen]).abs().max() < 1e-4
+                assert (model.log_probs(ids, chosen, 1.0, E.images_for(model, part)) - old[chosen]).abs().max() < 1e-4
     model.requires_grad_(True)
 
 
@@ -326,11 +330,11 @@ def test_a_token_sees_the_picture_of_its_position(walker, monkeypatch):
     _, episodes = random_walks(walker, monkeypatch)
     for e in [e for e in episodes if len(e.pictures) > 2][:3]:
         for k in range(len(e.pictures)):
-            other = dataclasses.replace(e, pictures=[*e.pictures], seen=[])
+            other = dataclasses.replace(e, pictures=[*e.pictures], encoded=[])
             other.pictures[k] = Image.effect_noise((64, 64), 90).convert("RGB")
             ids, chosen, old = E.to_batch([e], tokenizer.pad, "cpu")
             with torch.no_grad():
-                changed = (model.log_probs(ids, chosen, 1.0, E.seen_by(model, [other])) - old[chosen]).abs() > 1e-5
+                changed = (model.log_probs(ids, chosen, 1.0, E.images_for(model, [other])) - old[chosen]).abs() > 1e-5
             place = [i for i, token in enumerate(e.ids) if token == tokenizer.bpe.token_to_id(M.IMAGE)][k]
             before = sum(e.response_mask[:place])
             assert not changed[:before].any() and changed[before]
@@ -364,12 +368,12 @@ def test_teacher_forced_answers_are_those_given_after_the_right_history(walker, 
     histories = [[standing(walk(i, name=name), k) for k in range(len(walk(i).route.rail))] for i in range(3)]
     outcomes = {}
     for judge in ("absolute", "relative"):
-        problems = [walk(i, name=name, judge=judge) for i in range(3)]
+        problems = [walk(i, name=name, judged_by=judge) for i in range(3)]
         real = tasks.judge_walk
         for p in problems:  # the way is the expert's, whatever the verdicts
             monkeypatch.setattr(type(p), "advance", advanced(real))
         by_rule_and_chance(monkeypatch)
-        for (e,), p, history in zip(E.rollout(*walker, problems, 1, 12, 0.0, forced=True), problems, histories):
+        for (e,), p, history in zip(E.rollout(*walker, problems, 1, M.Sampling(12, 0.0), forced=True), problems, histories):
             assert [t["position"] for t in e.turns] == [*range(len(p.route.rail))] and not any(e.response_mask)
             for t, (there, texts) in zip(e.turns, history):
                 asked = tokenizer.prompt(p.prompt, image=name == "virl-vl")
@@ -398,10 +402,10 @@ def advanced(real):
 def answer(model, tokenizer, ids, pictures):
     """The greedy answer to a conversation, in a cache of its own."""
     with torch.no_grad():
-        seen = E.together([E.encode(model, pictures)])
+        seen = E.merge_contexts([E.encode_pictures(model, pictures)])
         cache = M.Cache(model, 1, len(ids) + 12, seen)
         logits = model.extend(cache, torch.tensor([ids]), torch.tensor([len(ids)]))
-        return M.generate(model, cache, logits, 12, tokenizer.stop_ids, 0.0)
+        return M.generate(model, cache, logits, M.Sampling(12, 0.0), tokenizer.stop_ids)
 
 
 def test_routes_that_begin_alike_keep_their_own_pictures(walker):
@@ -410,8 +414,8 @@ def test_routes_that_begin_alike_keep_their_own_pictures(walker):
     pair = [SFT.demonstrated_episode(tokenizer, p, p.demonstrate("expert", random)[::2]) for p in (walk(1741), walk(1744))]
     assert [a.tobytes() == b.tobytes() for a, b in zip(*(e.pictures for e in pair))][:4] == [True, True, True, False]
     with torch.no_grad():
-        alone = torch.cat([model.log_probs(*E.to_batch([e], tokenizer.pad, "cpu")[:2], 1.0, E.seen_by(model, [e])) for e in pair])
-        both = model.log_probs(*E.to_batch(pair, tokenizer.pad, "cpu")[:2], 1.0, E.seen_by(model, pair))
+        alone = torch.cat([model.log_probs(*E.to_batch([e], tokenizer.pad, "cpu")[:2], 1.0, E.images_for(model, [e])) for e in pair])
+        both = model.log_probs(*E.to_batch(pair, tokenizer.pad, "cpu")[:2], 1.0, E.images_for(model, pair))
     assert (alone - both).abs().max() < 1e-4
 
 
@@ -420,10 +424,10 @@ def test_one_picture_after_the_other_is_refused_where_first_tokens_look_at_all(w
     judged_by_chance(monkeypatch)
     monkeypatch.setattr(model, "config", dataclasses.replace(model.config, mask_prefix_attention=False))
     with pytest.raises(ValueError, match="mask_prefix_attention to true"):
-        E.rollout(model, tokenizer, [walk(i) for i in range(4)], 2, 5, 1.0, torch.Generator().manual_seed(1))
+        E.rollout(model, tokenizer, [walk(i) for i in range(4)], 2, M.Sampling(5, 1.0, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("kind", tasks.WALKERS)
+@pytest.mark.parametrize("kind", tasks.TASKS['virl-l'].problem.DEMONSTRATORS)
 def test_a_demonstrated_walk_is_the_demonstrators_words_with_a_picture_for_each_position(walker, kind):
     _, tokenizer = walker
     for i in range(6):
@@ -470,8 +474,8 @@ def test_sft_loss_by_hand_and_in_any_micro_batch(model, tokenizer):
     for size in (1, 2, 4, 6):
         model.zero_grad()
         before = [list(e.ids) for e in episodes]
-        loss, tokens = SFT.sft_backward(model, episodes, tokenizer.pad, size)
-        assert loss == pytest.approx(by_hand / count, rel=1e-5) and tokens == count
+        metrics = SFT.sft_backward(model, episodes, tokenizer.pad, size)
+        assert metrics["loss"] == pytest.approx(by_hand / count, rel=1e-5) and metrics["tokens"] == count
         assert before == [e.ids for e in episodes]
         results.append(gradients(model))
     for other in results[1:]:
@@ -589,13 +593,16 @@ def rl_args(**changes):
     return args
 
 
+def loss_settings(**changes):
+    """LossSettings of the random rollouts of this file."""
+    return RL.LossSettings(**{"estimator": "dr_grpo", "temperature": 0.8, "clip_eps": 0.0, "kl_coef": 0.0, "micro_batch": 256} | changes)
+
+
 @pytest.mark.parametrize("estimator", RL.ESTIMATORS)
-def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, tiny_run, estimator):
-    rl_args.run = tiny_run
+def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, estimator):
     groups = random_rollout(model, tokenizer)
     returns = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    advantage = RL.advantages(returns, estimator).flatten().tolist()
-    episodes, results = [e for g in groups for e in g], []
+    advantage, results = RL.advantages(returns, estimator), []
     start = copy.deepcopy(model)
     with torch.no_grad():
         for p in start.parameters():
@@ -603,8 +610,8 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, tiny_run, es
     reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8).detach()
     for size in (1, 2, 12):
         model.zero_grad()
-        args = rl_args(estimator=estimator, micro_batch=size, kl_coef=0.1)
-        metrics = RL.rl_backward(model, episodes, advantage, args, tokenizer.pad, reference)
+        settings = loss_settings(estimator=estimator, micro_batch=size, kl_coef=0.1)
+        metrics = RL.rl_backward(model, groups, advantage, settings, tokenizer.pad, reference)
         assert metrics["ratio_error"] < 1e-4 and metrics["kl"] > 0
         results.append((metrics, gradients(model)))
     for metrics, grads in results[1:]:
@@ -614,30 +621,63 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, tiny_run, es
             assert torch.allclose(grad, grads[name], atol=1e-5, rtol=1e-3), name
 
 
-def test_loss_by_hand_over_a_batch(model, tokenizer, tiny_run):
-    """dr_grpo divides by episodes * attempts * max_new_tokens, grpo by each episode's own length."""
-    rl_args.run = tiny_run
-    episodes = [e for g in random_rollout(model, tokenizer) for e in g]
-    advantage = [float(i % 3 - 1) for i in range(12)]
-    lengths = [sum(e.response_mask) for e in episodes]
+def test_loss_by_hand_over_a_batch(model, tokenizer):
+    """dr_grpo divides by the sampled tokens of the whole batch, grpo by each episode's own length."""
+    groups = random_rollout(model, tokenizer)
+    advantage = torch.arange(12.0).view(4, 3) % 3 - 1  # 0 for every second episode: it is not computed, but counted
+    lengths = torch.tensor([[sum(e.response_mask) for e in group] for group in groups])
     model.zero_grad()
-    loss = RL.rl_backward(model, episodes, advantage, rl_args(estimator="dr_grpo"), tokenizer.pad)["loss"]
-    assert loss == pytest.approx(-sum(a * n for a, n in zip(advantage, lengths)) / (12 * 3 * 6), abs=1e-4)
-    loss = RL.rl_backward(model, episodes, advantage, rl_args(estimator="grpo"), tokenizer.pad)["loss"]
-    assert loss == pytest.approx(-sum(advantage) / 12, abs=1e-4)
+    loss = RL.rl_backward(model, groups, advantage, loss_settings(), tokenizer.pad)["loss"]
+    assert loss == pytest.approx(-(advantage * lengths).sum().item() / lengths.sum().item(), abs=1e-4)
+    loss = RL.rl_backward(model, groups, advantage, loss_settings(estimator="grpo"), tokenizer.pad)["loss"]
+    assert loss == pytest.approx(-advantage.sum().item() / 12, abs=1e-4)
+
+
+def test_no_signal_is_no_loss_and_no_update(model, tokenizer):
+    groups, before = random_rollout(model, tokenizer), copy.deepcopy(model)
+    model.zero_grad()
+    assert RL.rl_backward(model, groups, torch.zeros(4, 3), loss_settings(), tokenizer.pad) == {}
+    assert SFT.update(model, torch.optim.SGD(model.parameters(), 1.0), 1.0, 1.0) == {}
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("estimator", RL.ESTIMATORS)
+def test_a_limit_that_no_answer_reaches_changes_nothing(tiny_run, tmp_path, monkeypatch, estimator):
+    """The same answers with room for 8 and for 800 tokens: the same losses, gradients and weights, bit for bit."""
+    def generate(model, cache, logits, sampling, stop_ids):
+        answers = [[40] * (1 + i % 2) + [min(stop_ids)] for i in range(len(logits))]
+        return answers, [[-1.0] * len(answer) for answer in answers]
+    monkeypatch.setattr(E, "generate", generate)
+    monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: tasks.Step(float(len(text)), True, "", "illegal"))
+    weights = []
+    for room in (8, 800):
+        out = tmp_path / str(room)
+        RL.main(f"--init {tiny_run} --out {out} --steps 2 --problems 2 --group 2 --max-new-tokens {room} --evals 0 --estimator "
+                f"{estimator} --device cpu".split())
+        weights.append(load_tensors(out / "step-000002" / M.WEIGHTS))
+    record, other = (
+        [{k: v for k, v in line.items() if "seconds" not in k} for line in lines(tmp_path / str(room))] for room in (8, 800))
+    assert record == other and record[0]["grad_norm"] > 0
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("changes, forward_passes", [({}, 3), ({"lora_rank": 2}, 2), ({"recompute": True}, 4), ({"kl_coef": 0.1}, 4),
                                                       ({"epochs": 2}, 6)])
-def test_rl_step_flops_by_counting_what_is_computed(model, tokenizer, tiny_run, changes, forward_passes, monkeypatch):
+def test_rl_step_flops_by_counting_what_is_computed(model, tokenizer, changes, forward_passes, monkeypatch):
     """Every token is computed once in the rollout, the update costs whole passes; prompts count once per group."""
-    rl_args.run = tiny_run
     groups, counted = random_rollout(model, tokenizer), []
+    if "lora_rank" in changes:
+        M.add_lora(model, 2, 4.0)
+    model.recompute("recompute" in changes)
     monkeypatch.setattr(RL, "text_flops", lambda config, start, end, scored, images=0: counted.append((start, end, scored)) or end - start)
     rollout_tokens = sum(group[0].response_mask.index(1) for group in groups) + sum(
         len(e.ids) - 1 - e.response_mask.index(1) for group in groups for e in group)
-    trained = groups[1]
-    flops, paper = RL.step_flops(model, groups, trained, rl_args(**changes))
+    trained, advantage = groups[1], torch.zeros(4, 3)
+    advantage[1] = torch.tensor([1.0, -2.0, 1.0])
+    settings = loss_settings(kl_coef=changes.get("kl_coef", 0.0))
+    if settings.kl_coef:  # then every episode is trained
+        monkeypatch.setattr(RL, "with_signal", lambda groups, advantage, kl_coef: [(e, 1.0) for e in trained])
+    flops, paper = RL.step_flops(model, groups, advantage, settings, changes.get("epochs", 1))
     prompt = trained[0].response_mask.index(1) - 1  # its last token begins every episode's own part
     assert flops == rollout_tokens + forward_passes * (prompt + sum(len(e.ids) - 1 - prompt for e in trained))
     assert sum(scored for *_, scored in counted[: len(groups) * 4]) == sum(sum(e.response_mask) for g in groups for e in g) - 2 * len(groups)
@@ -646,59 +686,82 @@ def test_rl_step_flops_by_counting_what_is_computed(model, tokenizer, tiny_run, 
 # ---- the mixture, the schedule
 
 def test_mixtures_are_read_and_bad_ones_are_sentences():
-    assert SFT.parse_weights(["10", "11,12,13:2.5"], "rules", SFT.check_rule) == (["10", "11,12,13"], [1.0, 2.5])
+    assert SFT.read_mixture("rules", ["10", "11,12,13:2.5"]) == (["10", "11,12,13"], [1.0, 2.5])
     for rules, kinds, words in ((["10"], ["clever:1"], "clever"), (["10:x"], ["expert"], "number"), (["10:-1"], ["expert"], "positive"),
                                 (["10:nan"], ["expert"], "positive"), (["ten"], ["expert"], "ten"), (["10"], ["expert:0"], "positive")):
         with pytest.raises(ValueError, match=words):
-            SFT.parse_args(["--fresh", "--rules", *rules, "--demonstrators", *kinds])
+            SFT.parse_args(["--rules", *rules, "--demonstrators", *kinds])
 
 
-def test_mixture_has_its_shares():
-    args = SFT.parse_args("--fresh --rules 10:1 11,12,13:3 --demonstrators expert:1 lazy:1".split())
-    drawn = [SFT.draw(args, random.Random(i)) for i in range(2000)]
-    assert abs(sum(rule == "10" for rule, _, _ in drawn) - 500) < 80 and abs(sum(kind == "lazy" for _, kind, _ in drawn) - 1000) < 100
-    assert {look for _, _, look in drawn} == {None}
+def drawn(monkeypatch, tokenizer, flags, count=2000):
+    """(rule, demonstrator, look) of the first demonstrations."""
+    model, found = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=32))), []
+
+    class Noted:
+        def demonstrate(self, kind, rng):
+            found[-1].insert(1, kind)
+            return [""]
+    monkeypatch.setattr(tasks, "make", lambda task, rule, visual, *more, **style: found.append([rule, visual]) or Noted())
+    monkeypatch.setattr(SFT, "demonstrated_episode", lambda *more: None)
+    args = SimpleNamespace(task="gp-l", split="train", seed=0, visuals=None) if isinstance(flags, str) else flags
+    data = SFT.demonstrations(tokenizer, model, args)
+    for index in range(count):
+        data.episode(tokenizer, index)
+    return found
+
+
+def test_mixture_has_its_shares(monkeypatch, tokenizer):
+    args = SFT.parse_args("--rules 10:1 11,12,13:3 --demonstrators expert:1 lazy:1".split())
+    first = drawn(monkeypatch, tokenizer, args)
+    assert abs(sum(rule == "10" for rule, _, _ in first) - 500) < 80 and abs(sum(kind == "lazy" for _, kind, _ in first) - 1000) < 100
+    assert {look for _, _, look in first} == {None}
     args.visuals = ["black:1", "red/glyphs=*:3"]
-    looks = [SFT.draw(args, random.Random(i))[2] for i in range(2000)]
+    second = drawn(monkeypatch, tokenizer, args)
+    looks = [look for _, _, look in second]
     assert set(looks) == {"black", "red/glyphs=*"} and abs(looks.count("black") - 500) < 80
-    assert [SFT.draw(args, random.Random(i))[:2] for i in range(50)] == [each[:2] for each in map(list, drawn[:50])]
+    assert [each[:2] for each in second[:50]] == [each[:2] for each in first[:50]]
+
+
+def run_with(flags):
+    """A Run without a model: schedule and budget only."""
+    return SFT.Run(SFT.parse_args(flags.split()), None, SimpleNamespace(device="cpu"), None, None)
 
 
 def test_when_a_run_is_evaluated():
     for evals, steps in ((0, []), (1, [4]), (2, [0, 4]), (3, [0, 2, 4])):
-        progress, due = SFT.Progress(SFT.parse_args(f"--fresh --steps 4 --evals {evals}".split())), []
+        run, due = run_with(f"--steps 4 --evals {evals}"), []
         for step in range(5):
-            if progress.eval_due():
+            if run.eval_due():
                 due.append(step)
-                progress.evals_done += 1
-            progress.add(1, 1, 0.1)
+                run.progress.evals_done += 1
+            run.progress.step += 1
         assert due == steps
 
 
 def test_schedule_warms_up_and_falls():
-    args = SFT.parse_args("--fresh --steps 100 --lr 1e-3 --lr-warmup 10 --lr-end 0.1".split())
-    progress, lrs = SFT.Progress(args), []
+    run, lrs = run_with("--steps 100 --lr 1e-3 --lr-warmup 10 --lr-end 0.1"), []
     for _ in range(100):
-        lrs.append(progress.lr())
-        progress.add(1, 1, 1.0)
+        lrs.append(run.lr())
+        run.progress.step += 1
     assert lrs[0] == pytest.approx(1e-4) and max(lrs) == pytest.approx(1e-3, rel=0.05) and lrs[-1] == pytest.approx(1e-4, rel=0.02)
-    assert lrs.index(max(lrs)) < 12 and progress.done()
+    assert lrs.index(max(lrs)) < 12 and not run.goes_on()
 
 
 def test_an_update_uses_its_rate_and_clips(model):
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    args = SFT.parse_args(["--fresh"])
-    progress, total = SFT.Progress(args), math.sqrt(sum(p.numel() for p in model.parameters()))
+    run, total = run_with(""), math.sqrt(sum(p.numel() for p in model.parameters()))
     start, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=123.0)
-    assert SFT.update(model, optimizer, 0.5, total / 4, progress) == pytest.approx(total, rel=1e-4)
+    metrics = SFT.update(model, optimizer, 0.5, total / 4)
+    assert metrics == {"grad_norm": pytest.approx(total, rel=1e-4), "lr": 0.5, "moved": True}
     for p, q in zip(model.parameters(), start.parameters()):
         assert torch.allclose(p, q - 0.5 / 4, atol=1e-5) and p.grad is None
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model)
-    SFT.update(model, optimizer, 0.0, 1.0, progress)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())) and progress.idle["update"] == 1
+    metrics = SFT.update(model, optimizer, 0.0, 1.0)
+    run.notice_waste(metrics, metrics.pop("moved"))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())) and run.progress.idle["update"] == 1
 
 
 def test_adamw16_is_adamw_where_nothing_is_rounded():
@@ -730,14 +793,13 @@ def test_random_rounding_is_right_on_average_and_steps_below_the_spacing_add_up(
 
 
 def test_budget_in_flops_ends_a_run():
-    args = SFT.parse_args("--fresh --flops 95 --evals 3".split())
-    progress, due = SFT.Progress(args), 0
-    while not progress.done():
-        due += progress.eval_due()
-        progress.evals_done = due
-        progress.add(10, 10, 1.0)
-    due += progress.eval_due()
-    assert progress.step == 10 and due == 3
+    run, due = run_with("--flops 95 --evals 3"), 0
+    while run.goes_on():
+        due += run.eval_due()
+        run.progress.evals_done = due
+        run.progress.step, run.progress.flops = run.step + 1, run.progress.flops + 10
+    due += run.eval_due()
+    assert run.step == 10 and due == 3
 
 
 # ---- evaluation and the choice of rates
@@ -746,8 +808,8 @@ def test_evaluation_reports_what_was_said_where_it_was_said(tokenizer, model, mo
     """A stand-in model: greedy it answers by the trained rule, sampled by the prompt's, right at the second attempt."""
     seen = []
 
-    def rollout(model, tokenizer, problems, group, max_new_tokens, temperature, generator, rows):
-        groups = []
+    def rollout(model, tokenizer, problems, group, sampling, forced=False):
+        groups, temperature = [], sampling.temperature
         for i, p in enumerate(problems):
             seen.append((str(p.rule), temperature))
             episode, p = E.Episode(p), copy.copy(p)
@@ -755,14 +817,14 @@ def test_evaluation_reports_what_was_said_where_it_was_said(tokenizer, model, mo
             assert like.hand == p.hand
             right = like.expert()
             for text in ("no", right):
-                episode.respond(tokenizer.encode(text) + [tokenizer.eot])
+                episode.append_response(tokenizer.encode(text) + [tokenizer.eot])
                 episode.problem = p
-                if episode.judge(tokenizer, text):
+                if episode.verify(tokenizer, text):
                     break
             groups.append([episode])
         return groups
     monkeypatch.setattr(E, "rollout", rollout)
-    result = E.evaluate(model, tokenizer, "gp-l", 5, attempts=2, split="val")
+    result = E.evaluate(model, tokenizer, E.EvalSettings("gp-l", 5, attempts=2, split="val"))
     share = E.summary(result)
     assert sorted(set(seen)) == [("10", 0.0), ("10", 1.0), ("11,12,13", 0.0), ("11,12,13", 1.0)]
     assert all(share[f"{row}/{mode}/first"] == 0 for row in E.ROWS for mode in E.MODES)
@@ -771,8 +833,8 @@ def test_evaluation_reports_what_was_said_where_it_was_said(tokenizer, model, mo
 
 
 def test_pass_at_k_samples_k_answers_at_temperature_1(tokenizer, model, monkeypatch):
-    def rollout(model, tokenizer, problems, group, max_new_tokens, temperature, generator, rows):
-        assert (group, temperature, rows) == (4, 1.0, 9) and len(problems) <= 2  # 9 rows hold two groups of 4
+    def rollout(model, tokenizer, problems, group, sampling, forced=False):
+        assert (group, sampling.temperature, sampling.batch) == (4, 1.0, 9) and len(problems) <= 2  # 9 rows hold two groups of 4
         groups = [[E.Episode(copy.copy(p)) for _ in range(group)] for p in problems]
         for members in groups:
             for j, e in enumerate(members):
@@ -781,13 +843,13 @@ def test_pass_at_k_samples_k_answers_at_temperature_1(tokenizer, model, monkeypa
         return groups
     played = [0]
     monkeypatch.setattr(E, "rollout", rollout)
-    curve = E.pass_at_1_to_k(model, tokenizer, "gp-l", 3, 4, "val", 5, 9)["id"]
+    curve = E.pass_at_1_to_k(model, tokenizer, E.EvalSettings("gp-l", 3, split="val", max_new_tokens=5, batch=9), 4)["id"]
     assert curve == pytest.approx([(0 + 1 / 4 + 1 / 2) / 3, (0 + 1 / 2 + 5 / 6) / 3, (0 + 3 / 4 + 1) / 3, 2 / 3])
 
 
 def test_every_probe_has_intervals_over_its_own_classes(tokenizer, model):
-    result = E.evaluate(model, tokenizer, "gp-l-probes", 6, max_new_tokens=2)
-    for row in tasks.SUITES["gp-l-probes"]:
+    result = E.evaluate(model, tokenizer, E.EvalSettings("gp-l-probes", 6, max_new_tokens=2))
+    for row in tasks.suite_rows("gp-l-probes"):
         assert result["row_classes"][row.name] == [tasks.make("gp-l", row.rule, split="test", index=i).cls for i in range(6)]
     assert len({tuple(classes) for classes in result["row_classes"].values()}) > 1
 
@@ -834,7 +896,7 @@ def test_sft_run_directory(tiny_run):
 @pytest.mark.parametrize("script, extra", [
     (SFT, "--batch 8 --steps 6 --eval-rows id rule fake --train decoder"),
     (SFT, "--batch 8 --steps 6 --lora-rank 2 --recompute"),
-    (SFT, "--batch 8 --steps 6 --optimizer muon"),
+    (make_base, "--batch 8 --steps 6 --optimizer muon"),
     (SFT, "--batch 8 --steps 6 --optimizer adamw16"),
     (RL, "--problems 2 --group 3 --attempts 2 --max-new-tokens 6 --steps 6 --estimator reinforce --kl-coef 0.1"),
     (RL, "--problems 2 --group 3 --max-new-tokens 6 --steps 6 --estimator reinforce --lora-rank 2 --epochs 2 --clip-eps 0.2"),
@@ -865,16 +927,16 @@ def test_resumed_equals_uninterrupted(script, extra, tiny_run, tmp_path, uneven_
 
 def stop_after(script, steps, run):
     """Run a script whose Run asks it to stop after so many steps, as Ctrl-C does."""
-    original = SFT.Run.log
+    original = SFT.Run.finish_step
 
-    def log(self, record):
-        original(self, record)
-        self.stopping = record["step"] >= steps
-    SFT.Run.log = log
+    def finish_step(self, *step):
+        original(self, *step)
+        self.stopping = self.step >= steps
+    SFT.Run.finish_step = finish_step
     try:
         run()
     finally:
-        SFT.Run.log = original
+        SFT.Run.finish_step = original
 
 
 def test_training_sees_training_problems_only(tiny_run, tmp_path, monkeypatch, uneven_rewards):
@@ -882,11 +944,11 @@ def test_training_sees_training_problems_only(tiny_run, tmp_path, monkeypatch, u
     real, seen = tasks.make, []
     monkeypatch.setattr(tasks, "make", lambda *a, **k: seen.append(k.get("split") or a[3]) or real(*a, **k))
     common = f"--init {tiny_run} --steps 2 --eval-n 3 --evals 1"
-    for script, flags, wanted in ((SFT, "--batch 4 --eval-split test", ["train"] * 10 + ["test"] * 9),
+    for script, flags, wanted in ((SFT, "--batch 4 --eval-split test", ["train"] * 11 + ["test"] * 9),
                                   (RL, "--problems 3 --group 2 --max-new-tokens 4", ["train"] * 8 + ["val"] * 9)):
         seen.clear()
         script.main(f"{common} {flags} --out {tmp_path / script.__name__}".split())
-        assert sorted(seen) == sorted(wanted)  # the first two of train check --rule and --visual
+        assert sorted(seen) == sorted(wanted)  # the first two or three of train check --rule, --rules and --visual
 
 
 @pytest.mark.parametrize("estimator", RL.ESTIMATORS)
@@ -906,7 +968,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     chosen = torch.ones_like(ids, dtype=torch.bool)
     start = model.log_probs(ids, chosen, 0.8).detach()
     M.add_lora(model, 2, 4.0)
-    reference = RL.make_reference(model, rl_args(lora_rank=2, temperature=0.8))
+    reference = RL.make_reference(model, rl_args(lora_rank=2, temperature=0.8, kl_every=1))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -914,7 +976,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     assert torch.allclose(reference([], ids, chosen), start, atol=1e-5)
     assert not torch.allclose(model.log_probs(ids, chosen, 0.8), start, atol=1e-2)
     loaded, _ = M.load_model(E.find_model(str(tiny_run), "gp-l"))
-    reference = RL.make_reference(loaded, rl_args(temperature=0.8))
+    reference = RL.make_reference(loaded, rl_args(temperature=0.8, kl_every=1))
     before = reference([], ids, chosen)
     with torch.no_grad():
         loaded.language_model.lm_head.weight.mul_(1.5)
@@ -945,7 +1007,7 @@ def test_an_adapter_given_as_the_start_is_merged_into_it(tiny_run, tmp_path, une
 
 def test_the_shipped_base_reads_pictures_and_not_those_of_other_hands():
     model, tokenizer = M.load_model(E.find_model("tiny", "gp-vl"))
-    result = E.evaluate(model, tokenizer, "gp-vl", 24, split="val", only=("id", "red", "words", "shuffled", "text"))
+    result = E.evaluate(model, tokenizer, E.EvalSettings("gp-vl", 24, split="val", rows=("id", "red", "words", "shuffled", "text")))
     read = {row: sum(share == 1 for share in modes["greedy"]["read"]) for row, modes in result["rows"].items()}
     assert min(read["id"], read["red"], read["words"], read["text"]) >= 22 and read["shuffled"] <= 2, read
     assert {s["row"] for s in result["samples"] if "picture" in s} == {"id", "red", "words", "shuffled"}
@@ -961,17 +1023,15 @@ def test_a_question_about_a_picture(tiny_run, tmp_path, capsys):
             E.main([str(tiny_run), *flags])
 
 
-def test_the_kl_pulls_back_to_the_reference(model, tokenizer, tiny_run):
+def test_the_kl_pulls_back_to_the_reference(model, tokenizer):
     """With no advantage at all, a step against the gradient brings the policy nearer to where the reference is."""
-    rl_args.run = tiny_run
     start = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    episodes = [e for g in random_rollout(model, tokenizer, group=8) for e in g]
+    groups, settings = random_rollout(model, tokenizer, group=8), loss_settings(kl_coef=1.0, estimator="grpo")
     reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8).detach()
-    distance = lambda: RL.rl_backward(model, episodes, [0.0] * len(episodes), rl_args(kl_coef=1.0, estimator="grpo", group=8),
-                                      tokenizer.pad, reference)["kl"]
+    distance = lambda: RL.rl_backward(model, groups, torch.zeros(4, 8), settings, tokenizer.pad, reference)["kl"]
     before = distance()
     with torch.no_grad():
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
@@ -993,8 +1053,8 @@ def test_returns_are_discounted_and_repeats_are_counted(tiny_run, tmp_path, monk
 
     def answers(*texts):
         e = E.Episode(problem())
-        e.read([1])
-        e.respond([2], [-0.5])
+        e.append_context([1])
+        e.append_response([2], [-0.5])
         e.turns = [{"response": text, "outcome": "illegal", "reward": -3.0, "read": 0.5} for text in texts]
         return e
     groups = [[answers("a", "a", "b"), answers("a")], [answers("a", "b", "a"), answers("c", "c")]]
@@ -1042,7 +1102,7 @@ def test_evaluate_and_report_from_the_command_line(tiny_run, tmp_path, capsys):
 ])
 def test_bad_arguments_are_one_sentence(argv, words, tmp_path):
     with pytest.raises(ValueError, match=words) as caught:
-        SFT.main([*argv.split(), *([] if "--init" in argv or "--resume" in argv else ["--fresh"]), "--out", str(tmp_path / "r")])
+        SFT.main([*argv.split(), "--out", str(tmp_path / "r")])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "r").exists()
 
@@ -1050,5 +1110,5 @@ def test_bad_arguments_are_one_sentence(argv, words, tmp_path):
 def test_a_run_is_never_overwritten(tiny_run):
     before = sorted(p.name for p in tiny_run.iterdir())
     with pytest.raises(ValueError, match="not empty"):
-        SFT.main(f"--fresh --steps 1 --batch 4 --eval-n 2 --out {tiny_run}".split())
+        SFT.main(f"--steps 1 --batch 4 --eval-n 2 --out {tiny_run}".split())
     assert before == sorted(p.name for p in tiny_run.iterdir())
