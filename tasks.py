@@ -1,37 +1,34 @@
 """The tasks: what is asked, what an expert answers, and how an answer is judged.
 
-GeneralPoints in text, "gp-l": some playing cards are dealt, and a formula that uses each card once must equal a target. The
-rule says what J, Q and K count as. V-IRL in text, "virl-l": a walk through a city by instructions, one action at a time. The rule
-says how a turn is called. Training sees one rule, the test asks for another, so memory and understanding part ways. In pictures,
-"gp-vl" and "virl-vl": the cards, or the streets, have to be seen first, and the test changes their look too.
+GeneralPoints ("gp-l" in text, "gp-vl" in pictures): a formula that uses each of some playing cards
+once must equal a target. The rule says what J, Q and K count as. V-IRL ("virl-l", "virl-vl"): a walk
+through a city by instructions, one action at a time. The rule says how a turn is called. Training
+sees one rule and the test asks for another: there memory and understanding part ways. In pictures
+the test also changes how the cards or the streets look.
 
     problem = make("gp-l", rule="11,12,13", split="test", index=0, attempts=5)
     problem.prompt, problem.image           the first user turn; the picture, None in text
     problem.expert()                        a right response
     problem.step(response)                  Step(reward, done, feedback, outcome, read)
 
-Contents
-    1. Cards and rules       Rule, parse_rule, fill_rule (wildcards), values
-    2. Exact arithmetic      rational numbers as integer pairs
-    3. Formulas              one notation for all formulas that differ only in the order of their operands
-    4. Solver                solve (3 to 6 cards), solutions (all of them, up to 4 cards)
-    5. Splits and deals      problem_class, split_of, deal
-    6. Reading an answer     parse_answer (JSON and near-JSON), parse_formula: nothing is ever executed
-    7. The verifier          judge, REWARD, FEEDBACK, read_share (the cards that were recognized)
-    8. Looks                 Options (as text, with wildcards), Look, parse_look, fill_look, legible_from
-    9. Pictures of cards     picture
-    10. GeneralPoints        GeneralPoints
-    11. V-IRL: a city        City: streets, fronts and landmarks; words for bearings and turns
-    12. V-IRL: routes        Position, Route, routes
-    13. V-IRL: words         TurnRule, WORDING, parse_action, judge_walk
-    14. V-IRL: a walk        Navigation
-    16. V-IRL: views         Scene, parse_scene, draw_grid (what the model sees), draw_map (a route for people)
-    17. V-IRL: released data read_plain_pickle, released_routes, panorama_view
-    18. Problems and suites  make, Row, SUITES
+Contents, up to 5 the reading path
+    1. What a task is        Step, Row, Problem (the protocol), make
+    2. Cards and rules       Rule, values
+    3. Splits and deals      problem_class, split_of, deal
+    4. The verifier          judge, REWARD
+    5. GeneralPoints         prompts, GeneralPoints
+    6. Rules as text         parse_rule, fill_rule (wildcards)
+    7. Reading an answer     parse_answer (JSON and near-JSON), parse_formula, misused, read_share
+    8. Formulas and solver   exact arithmetic, one notation; solve, solutions
+    9. Looks                 Options (as text, with wildcards), Look
+    10. Pictures of cards    picture
+    11. - 17. V-IRL          a city, routes, words, a walk, views, released data
+    18. Tasks and suites     TASKS, task_of, suite_rows, suite_names
     19. Command line         python tasks.py --task gp-l
 
-Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where the released code is weak:
-exact rationals, a split by class, one outcome per answer, exactly `attempts` answers, and feedback that is true.
+Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where
+the released code is weak: exact rationals, a split by class, one outcome per answer, exactly
+`attempts` answers, and feedback that is true.
 """
 import argparse
 import copy
@@ -46,34 +43,39 @@ import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import combinations, pairwise, product
 from math import ceil, cos, gcd, pi, sin
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 ASSETS = Path(__file__).parent / "assets"
 
 
 def _tuples(data):
-    """What a JSON file holds, with tuples for its lists."""
+    """The content of a JSON file with tuples for its lists."""
     if isinstance(data, dict):
         return {key: _tuples(value) for key, value in data.items()}
     return tuple(map(_tuples, data)) if isinstance(data, list) else data
 
 
-CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8"))) for name in ("cards.json", "virl.json"))
+CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8")))
+               for name in ("cards.json", "virl.json"))  # wordings, names, drawings
 
 
-# ---- 0. What a task is -----------------------------------------------------------------------------------------------
+# ---- 1. What a task is ---------------------------------------------------------------------------
+
+SPLITS = ("base", "train", "val", "test")  # "base" stands in for pretraining
+STYLES = ("full", "short")  # prompts and feedback for an instruct model, or of few tokens for `tiny`
+
 
 class Step(NamedTuple):
-    """What one answer brings: the reward, whether the episode is over, the verifier's text, and the outcome. "correct" solves the
-    problem, "right_action" is right and leads on to the next question, every other outcome is wrong. `read` is the share (0 to 1)
-    of what there is to see that the answer names rightly."""
+    """One judged answer. The outcome "correct" solves the problem, "right_action" is right and leads
+    on to the next question, all others are wrong. The feedback is the next user turn. `read` is the
+    share (0 to 1) of the things in the picture that the answer names rightly."""
     reward: float
     done: bool
     feedback: str
@@ -82,14 +84,14 @@ class Step(NamedTuple):
 
 
 def solved(outcomes: list[str], attempts: int | None = None) -> bool:
-    """Whether one of the first `attempts` answers (None: any) of an episode was right. Right actions on the way to the last
-    question are no attempts."""
+    """Whether one of the first `attempts` answers (None: any) of an episode was correct. A right action
+    on the way is no attempt at the last question."""
     return "correct" in [outcome for outcome in outcomes if outcome != "right_action"][:attempts]
 
 
 class Row(NamedTuple):
-    """One test of a suite: its name, the rule of the prompt, the rule of the verifier where that is another one ("fake rule"),
-    the visual of the pictures (None: the trained one)."""
+    """One row of a suite. judged_by: the verifier's rule where it is not the prompt's ("fake rule").
+    visual: the look of the pictures; None for the trained look, and in text."""
     name: str
     rule: str
     judged_by: str | None = None
@@ -97,8 +99,7 @@ class Row(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What tables and reports call a task's problems, its trained rule, its other rule and a class of problems; and the sentence
-    about reading, with {} for a share."""
+    """Words of tables and reports: problems, the trained rule, the other one, problems of one class."""
     things: str = "problems"
     trained: str = "the trained one"
     other: str = "another"
@@ -107,382 +108,389 @@ class Words(NamedTuple):
 
 
 class Problem:
-    """The protocol: what the class of a task has to have. One instance is one problem for one episode.
-
-    A class of its own has to define `make`, `expert`, `step` and, on its instances, `prompt` (str, the first user turn) and `cls`
-    (str: problems of one class are drawn together for an interval). It may define everything else below. `step` sets `done`.
-    A *turn* is a dict of a judged answer: response, outcome, reward, feedback, read, and position where `leads_on`."""
-    image = None        # the picture beside the prompt or the latest feedback (PIL), None in text
-    rule = None         # the prompt's rule
-    attempts = 1        # answers per question
+    """The protocol: the class of a task. One instance is one problem, for one episode. A new task is a
+    row of TASKS and a class whose instances have `prompt` and `cls`, and that defines
+        make(**)        class method: the problem that the function `make` was asked for
+        expert()        a right response (str) to the open question, by the rule of the prompt
+        step(response)  the Step of the next answer; sets `done`; RuntimeError after that
+    All else can stay as it is here. A turn is a dict with the keys response, outcome, reward,
+    feedback, read and, where `leads_on`, position."""
+    prompt: str         # the first user turn
+    cls: str            # problems of one class are alike: intervals draw them together
+    image = None        # the picture of the open question (PIL), None in text
     done = False        # whether the episode is over
-    position = 0        # which question is open
-    leads_on = False    # whether a right answer leads to another question; then there is `advance`
-    DEMONSTRATORS = {"expert": lambda problem, rng: [problem.expert()]}  # name: function -> [response, feedback, response, ...]
-    SCORES = {"first": "first attempt", "episode": "whole episode", "read": "read rightly"}  # name: title in tables
+    position = 0        # the number of the open question
+    leads_on = False    # whether a right answer leads to another question: then `advance` answers by
+                        # the expert, whatever rule the verifier has, and returns (response, Step)
+    asks = ""           # the key of an answer that a person may give without JSON around it
+    DEMONSTRATORS = {"expert": lambda problem, rng: [problem.expert()]}
+    SCORES = {"first": "first attempt", "episode": "whole episode", "read": "read rightly"}
     WORDS = Words()
 
-    @classmethod
-    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data) -> "Problem":
-        """The problem of these names (see the function `make`); visual is None in text, judged_by where it is the rule."""
-        raise NotImplementedError
-
-    @classmethod
-    def legible(cls, row: Row, tile: int) -> bool:
-        """Whether a row's pictures, if it has any, can be read at tiles of so many pixels."""
-        return True
-
-    def expert(self) -> str:
-        """A right response to the open question, by the rule of the prompt."""
-        raise NotImplementedError
-
-    def step(self, response: str) -> Step:
-        """Judge the next answer to the open question. RuntimeError where the episode is over."""
-        raise NotImplementedError
-
-    def advance(self) -> tuple[str, Step]:
-        """Move on by the expert's response, whatever rule answers are judged by: (response, its Step)."""
-        raise NotImplementedError
-
     def demonstrate(self, kind: str, rng: random.Random) -> list[str]:
-        """What the demonstrator `kind` writes: [response, feedback, response, ...]. ValueError for an unknown one."""
+        """[response, feedback, response, ...] of a demonstrator. ValueError for an unknown kind."""
         if kind not in self.DEMONSTRATORS:
-            raise ValueError(f"Unknown demonstrator {kind!r}: choose one of {', '.join(self.DEMONSTRATORS)}.")
+            raise ValueError(f"{kind!r} is no demonstrator: choose one of {', '.join(self.DEMONSTRATORS)}.")
         return self.DEMONSTRATORS[kind](self, rng)
 
     def scores(self, turns: list[dict], forced: list[dict] | None = None) -> dict:
-        """The SCORES of an episode, each from 0 to 1; `forced` are the turns of its teacher-forced twin, where `leads_on`."""
+        """The value (0 to 1) of every name in SCORES. forced: the turns under teacher forcing."""
         outcomes = [turn["outcome"] for turn in turns]
-        read = round(turns[0]["read"], 4)
-        return {"first": int(solved(outcomes, 1)), "episode": int(solved(outcomes)), "read": read}
+        first, episode = int(solved(outcomes, 1)), int(solved(outcomes))
+        return {"first": first, "episode": episode, "read": round(turns[0]["read"], 4)}
 
     def figures(self, turns: list[dict]) -> dict:
-        """What a report shows of an episode: {"picture": image} or {"pictures": [image, ...], "map": image}, or part of it."""
+        """Pictures for a report: {"picture": image}, or {"pictures": [image, ...], "map": image}."""
         return {} if self.image is None else {"picture": self.image}
 
     @classmethod
     def parsed(cls, response: str) -> list[tuple[str, str]]:
-        """What a report says of a response, as (label, text)."""
+        """The parts of a response that a report names, as (label, text)."""
         return []
 
+    @classmethod
+    def legible(cls, row: Row, tile: int) -> bool:
+        """Whether the pictures of a row can be read at tiles of so many pixels."""
+        return True
 
-# ---- 1. Cards and rules ----------------------------------------------------------------------------------------------
+
+TASKS = {}  # name: Task, the table of section 18
+
+
+def make(name: str, rule: str | None = None, visual: str | None = None, split: str = "train",
+         index: int = 0, attempts: int = 1, style: str = "full", judged_by: str | None = None,
+         seed: int = 0, tile: int | None = None, data: str | None = None) -> Problem:
+    """Make the problem (name, rule, visual, split, index): the same five give the same problem on
+    every machine. ValueError, in one sentence, for anything unknown or out of range.
+
+    rule, visual: texts, None for the trained ones; their wildcards are drawn anew for every index.
+    index: from 0. The run's `seed` shifts it in "base" and "train" only.
+    attempts: answers per question; a walk asks one question at every position.
+    judged_by: the face values, or the rule for turns, of the verifier ("fake rule"; None: the
+        prompt's). Target and number of cards are the prompt's, and the expert follows the prompt.
+    style: the walks of "short" are others than those of "full", and shorter.
+    tile: pixels of the model's image tiles (None: 32; street views in style "full" 560).
+    data: for V-IRL, a folder of released routes to take, over and over, in place of a city's."""
+    for value, known in ((name, TASKS), (split, SPLITS), (style, STYLES)):
+        if value not in known:
+            raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
+    if index < 0 or seed < 0 or attempts < 1:
+        raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
+    task = TASKS[name]
+    if visual is not None and not task.pictures:
+        raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
+    index += seed * 10**9 if split in ("base", "train") else 0
+    rule = task.rule if rule is None else rule
+    return task.problem.make(rule=rule, visual=visual or task.visual, split=split, index=index,
+                             attempts=attempts, style=style, judged_by=judged_by, tile=tile, data=data)
+
+
+# ---- 2. Cards and rules --------------------------------------------------------------------------
 
 RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
-DECK = tuple((rank, suit) for suit in "SHDC" for rank in range(1, 14))  # a card is (rank 1..13, suit)
-ID_RULE, OOD_RULE = "10", "11,12,13"
+DECK = tuple((rank, suit) for suit in "SHDC" for rank in range(1, 14))  # a card: (rank 1..13, suit)
+ID_RULE, OOD_RULE = "10", "11,12,13"  # the trained rule and the other one
+TARGETS = (10, 40)  # lowest and highest target that is drawn
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What counts as right: `faces` are the values of J, Q and K (1..99), `target` 1..999 (0, written `*`: drawn from TARGETS
-    with every hand), `cards` 3..6; and `courts`, at least how many face cards are dealt. ValueError otherwise."""
-    faces: tuple[int, int, int] = (10, 10, 10)
-    target: int = 24
-    cards: int = 4
-    courts: int = 0
+    """The rule of a hand; section 6 reads it from text. ValueError for values out of range."""
+    faces: tuple[int, ...] = (10, 10, 10)  # the values of J, Q and K, 1 to 99 each
+    target: int = 24                       # 1 to 999; 0, written *: drawn from TARGETS for every hand
+    cards: int = 4                         # 3 to 6
+    courts: int = 0                        # a hand has at least so many face cards
 
     def __post_init__(self):
-        if len(self.faces) != 3 or not all(1 <= face <= 99 for face in self.faces):
-            raise ValueError(f"J, Q and K need one value or three, each from 1 to 99, not {self.faces}.")
-        if not 0 <= self.target <= 999:
-            raise ValueError(f"The target must lie from 1 to 999, not at {self.target}.")
-        if not 3 <= self.cards <= 6:
-            raise ValueError(f"A hand has 3 to 6 cards, not {self.cards}.")
-        if not 0 <= self.courts <= self.cards:
-            raise ValueError(f"A hand of {self.cards} cards cannot have {self.courts} face cards or more.")
+        faces_fit = len(self.faces) == 3 and all(1 <= face <= 99 for face in self.faces)
+        hand_fits = 3 <= self.cards <= 6 and 0 <= self.courts <= self.cards
+        if not (faces_fit and hand_fits and 0 <= self.target <= 999):
+            raise ValueError(f"The rule {self} is out of range: one value or three of 1 to 99 for J, Q "
+                             "and K, a target of 1 to 999, 3 to 6 cards, at most so many face cards.")
 
     def __str__(self):
         faces = self.faces[:1] if len(set(self.faces)) == 1 else self.faces
-        target = "" if self.target == 24 else f"/target={self.target or '*'}"
-        cards = "" if self.cards == 4 else f"/cards={self.cards}"
-        courts = f"/courts={self.courts}" if self.courts else ""
-        return ",".join(map(str, faces)) + target + cards + courts
+        others = {name: value for name, value in vars(self).items() if value != getattr(Rule, name)}
+        others.pop("faces", None)
+        return ",".join(map(str, faces)) + "".join(f"/{name}={n or '*'}" for name, n in others.items())
 
 
-def parse_rule(text):
-    """Read a Rule from "10" (J, Q and K alike) or "11,12,13", then "/target=36" or "/target=*", "/cards=5" and "/courts=2" in
-    any order; str() undoes it, a Rule passes through. Any other text is a ValueError that says what is wrong."""
-    if isinstance(text, Rule):
-        return text
-    faces, *options = text.split("/")
-    found = {}
-    for option in options:
-        name, _, value = option.partition("=")
-        if name not in ("target", "cards", "courts") or name in found:
-            raise ValueError(f"{text[:60]!r} is not a rule: after the faces only /target=N, /cards=N and /courts=N may follow, "
-                             "each once.")
-        found[name] = 0 if option == "target=*" else _small_int(value, text)
-    face_values = tuple(_small_int(face, text) for face in faces.split(","))
-    return Rule(face_values * 3 if len(face_values) == 1 else face_values, **found)
-
-
-TARGETS = (10, 40)  # from which `target=*` is drawn, anew for every hand
-
-
-def fill_rule(text, rng):
-    """Rule text with the wildcards among its faces drawn: `*` from 1..13, `?` from 10..13."""
-    faces, slash, rest = str(text).partition("/")
-    lowest = {"*": 1, "?": 10}
-    faces = (str(rng.randint(lowest[face], 13)) if face in lowest else face for face in faces.split(","))
-    return ",".join(faces) + slash + rest
-
-
-def _small_int(digits, text):
-    if not re.fullmatch("[1-9][0-9]{0,2}", digits):
-        raise ValueError(f"{text[:60]!r} is not a rule: write 10, or 11,12,13, or 10/target=36/cards=5.")
-    return int(digits)
-
-
-def values(hand, rule):
-    """The numbers that a hand stands for: ace 1, number cards as printed, J, Q, K by the rule; in dealt order."""
+def values(hand, rule: Rule) -> tuple[int, ...]:
+    """The numbers of a hand's cards: the ace 1, J, Q and K by the rule, the others as printed."""
     return tuple(rank if rank <= 10 else rule.faces[rank - 11] for rank, _ in hand)
 
 
-def rank_names(hand):
+def rank_names(hand) -> list[str]:
     """The ranks of a hand as people write them, such as ["K", "7", "2", "A"]."""
     return [RANKS[rank - 1] for rank, _ in hand]
 
 
-# ---- 2. Exact arithmetic ---------------------------------------------------------------------------------------------
-# A value is a pair (numerator, denominator) in lowest terms, the denominator positive. Floats would refuse 8/(3-8/3) = 24;
-# fractions.Fraction would do, but is several times slower, and every deal runs the solver.
+# ---- 3. Splits and deals -------------------------------------------------------------------------
+# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are
+# held out: their hands from every stage and every rule, their numbers from all but "base", which
+# stands in for pretraining (under J=3 it may show J-10-2-A as 3-10-2-A, the numbers of 3-K-2-A).
+# A class is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25 trained. A face card and
+# a solution under both rules is a lot to ask: 57 classes of four cards that make 24 are left for test.
 
-class Illegal(ValueError):
-    """The answer is no legal formula; the message says why, as the end of a sentence."""
-
-
-def _ratio(top, bottom):
-    shared = gcd(top, bottom) if bottom > 0 else -gcd(top, bottom)
-    return top // shared, bottom // shared
-
-
-def _apply(op, x, y):
-    """x op y. Raises Illegal for a division by zero."""
-    (a, b), (c, d) = x, y
-    if op == "+":
-        return _ratio(a * d + c * b, b * d)
-    if op == "-":
-        return _ratio(a * d - c * b, b * d)
-    if op == "*":
-        return _ratio(a * c, b * d)
-    if c == 0:
-        raise Illegal("it divides by zero")
-    return _ratio(a * d, b * c)
-
-
-# ---- 3. Formulas -----------------------------------------------------------------------------------------------------
-
-class Formula(NamedTuple):
-    """A formula in the one notation used here: sums and products are flat lists, so a-(b-c) and a+c-b are one formula.
-
-    `ups` are added (multiplied), `downs` subtracted (divided by); each is sorted, larger values first. `kind` is "+" for a sum,
-    "*" for a product, "" for a number. Texts are equal just where formulas are, up to commutativity and associativity."""
-    value: tuple
-    text: str
-    kind: str = ""
-    ups: tuple = ()
-    downs: tuple = ()
-
-
-def join_formulas(op, left, right):
-    """The Formula `left op right`, flattened, in order, with as few brackets as possible."""
-    kind, inverse = ("+", "-") if op in "+-" else ("*", "/")
-    ups, downs = (left.ups, left.downs) if left.kind == kind else ((left,), ())
-    more, fewer = (right.ups, right.downs) if right.kind == kind else ((right,), ())
-    if op == inverse:
-        more, fewer = fewer, more
-    ups, downs = sorted(ups + more, key=_order), sorted(downs + fewer, key=_order)
-    text = kind.join(map(_bracketed, ups)) + "".join(inverse + _bracketed(part) for part in downs)
-    return Formula(_apply(op, left.value, right.value), text, kind, tuple(ups), tuple(downs))
-
-
-def _order(part):
-    # What must be worked out comes first, so that its value is there when the rest is chosen; then the larger.
-    return part.kind == "", -part.value[0] / part.value[1], part.text  # the float only sorts: equal values give equal floats
-
-
-def _bracketed(part):
-    return f"({part.text})" if part.kind == "+" else part.text  # only a product can have a sum as its part
-
-
-# ---- 4. Solver -------------------------------------------------------------------------------------------------------
-# No partial result is ever negative: (7-13)*(2-6) is (13-7)*(6-2) with two signs flipped, and any formula of a positive value
-# can be turned so. That halves the search, and keeps the unary minus and its look-alikes out of the experts' answers.
-
-@lru_cache(maxsize=4096)
-def _splits(numbers):
-    """All ways to part a sorted tuple into two non-empty sorted tuples (few, many), each once."""
-    found = {}
-    for size in range(1, len(numbers) // 2 + 1):
-        for chosen in combinations(range(len(numbers)), size):
-            few = tuple(numbers[i] for i in chosen)
-            many = tuple(n for i, n in enumerate(numbers) if i not in chosen)
-            if len(few) < len(many) or few <= many:
-                found[few, many] = None
-    return tuple(found)
-
-
-@lru_cache(maxsize=600)  # four of six cards have about a thousand values: 600 entries stay below 100 MB
-def _reachable(numbers):
-    """Every value that a formula of exactly these numbers can have (a dict used as an ordered set)."""
-    if len(numbers) == 1:
-        return {(numbers[0], 1): None}
-    found = {}
-    for few, many in _splits(numbers):
-        for a, b in _reachable(few):
-            for c, d in _reachable(many):
-                bottom, p, q = b * d, a * d, c * b
-                found[_ratio(p + q, bottom)] = found[_ratio(abs(p - q), bottom)] = found[_ratio(a * c, bottom)] = None
-                if c:
-                    found[_ratio(p, q)] = None
-                if a:
-                    found[_ratio(q, p)] = None
-    return found
-
-
-def _partners(x, target):
-    """All (op, y, y_first) for which x op y, or y op x when y_first, is the target.
-
-    For x = target = 0 any y would do, and is left out: the same numbers give 0 with a single card, which is never 0, as x."""
-    (a, b), (c, d) = x, target
-    difference, bottom = c * b - a * d, b * d  # target - x
-    found = [("-", _ratio(c * b + a * d, bottom), True)]
-    if difference >= 0:
-        found.append(("+", _ratio(difference, bottom), False))
-    if difference <= 0:
-        found.append(("-", _ratio(-difference, bottom), False))
-    if a:
-        found += [("*", _ratio(c * b, a * d), False), ("/", _ratio(c * a, bottom), True)]
-    if a and c:
-        found.append(("/", _ratio(a * d, b * c), False))
-    return found
-
-
-def _formulas(numbers, target, depth):
-    """Yield the Formulas of exactly these numbers that equal the target; some come more than once.
-
-    Meet in the middle: one side of the top operation is enumerated, the partner it needs is looked up. Values are listed for up
-    to `depth` numbers (two fewer than the hand): a list for the largest part would cost more than all the others."""
-    if len(numbers) == 1:
-        if target == (numbers[0], 1):
-            yield Formula(target, str(numbers[0]))
-        return
-    for few, many in _splits(numbers):
-        listed = _reachable(many) if len(many) <= depth else None
-        for x in _reachable(few):
-            for op, y, y_first in _partners(x, target):
-                if listed is not None and y not in listed:
-                    continue
-                for right in _formulas(many, y, depth):
-                    for left in _formulas(few, x, depth):
-                        yield join_formulas(op, right, left) if y_first else join_formulas(op, left, right)
-
-
-def solve(numbers, target):
-    """One formula (text) of 3 to 6 positive numbers, each used once, that equals the target; None where there is none."""
-    return _solve(tuple(sorted(numbers)), target)
-
-
-@lru_cache(maxsize=1 << 16)
-def _solve(numbers, target):
-    formula = next(_formulas(numbers, (target, 1), len(numbers) - 2), None)
-    return formula.text if formula else None
-
-
-def solutions(numbers, target):
-    """All distinct formulas (texts) of up to 4 positive numbers that equal the target, the simplest first.
-
-    Distinct up to commutativity, associativity and flipped signs (no partial result is negative). ValueError for more numbers."""
-    if len(numbers) > 4:
-        raise ValueError(f"All solutions are listed for up to 4 numbers, not for {len(numbers)}: use solve.")
-    return _solutions(tuple(sorted(numbers)), target)
-
-
-@lru_cache(maxsize=1 << 13)
-def _solutions(numbers, target):
-    texts = {formula.text for formula in _formulas(numbers, (target, 1), len(numbers) - 2)}
-    # few brackets first, then few - and /, then by the text itself, so that the order is the same everywhere
-    return tuple(sorted(texts, key=lambda text: (text.count("("), text.count("-") + text.count("/"), text)))
-
-
-# ---- 5. Splits and deals ---------------------------------------------------------------------------------------------
-# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are held out, their hands
-# from every stage and every rule, their numbers from all but "base", which stands in for pretraining (under J=3 it may show
-# J-10-2-A as 3-10-2-A, the numbers of 3-K-2-A). A class is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25
-# trained. A face card and a solution under both rules is a lot to ask: of the classes of four cards that make 24, 57 are left
-# for test, 15 for val.
-
-SPLITS = ("base", "train", "val", "test")
 TRIES = 10_000
 
 
-def problem_class(numbers, target):
-    """What a problem is whatever cards it came from: its numbers, sorted, those above 10 as 10, and its target: "1-2-7-10=24".
-
-    By its ranks a hand has one class under every rule; by its values under ID_RULE and OOD_RULE it has that class too, by those
-    under another rule (J=3) it may have a second one, and `deal` looks at both (for "base" at the first)."""
+def problem_class(numbers, target: int) -> str:
+    """The numbers, sorted, those above 10 as 10, and the target: "1-2-7-10=24". By its ranks a hand has
+    one class under every rule; by its values another rule than ID_RULE and OOD_RULE may give a second."""
     return "-".join(map(str, sorted(min(n, 10) for n in numbers))) + f"={target}"
 
 
 @lru_cache(maxsize=1 << 16)
-def split_of(cls):
-    """The split a class belongs to: train (60 %), val (10 %) or test (30 %), by a hash that is the same on every machine."""
+def split_of(cls: str) -> str:
+    """The split of a class: train (60 %), val (10 %) or test (30 %), the same on every machine."""
     percent = int.from_bytes(hashlib.sha256(f"gp/{cls}".encode()).digest()[:8], "big") % 100
     return "train" if percent < 60 else "val" if percent < 70 else "test"
 
 
-def deal(rule, split, index, suits=4):
-    """(hand, rule with its target): the first of the index's stream of hands, dealt without replacement, and of targets, where
-    the rule leaves them open, that fits the split and the rule. ValueError when TRIES deals bring none.
+def deal(rule: Rule, split: str, index: int, suits: int = 4) -> tuple[tuple, Rule]:
+    """(hand, rule with its target drawn): the first fitting hand in the stream of hands of an index.
 
-    "train" and "base": solvable under the rule. "val" and "test": at least one face card, and solvable under the rule and under
-    ID_RULE and OOD_RULE faces, so these two rules are tested on the same hands; for a third rule they may differ. Except in
-    "base", no face value turns a hand of train into the numbers of a held-out class, or the reverse (J=3 would make J-7-2-A a
-    3-7-2-A). No rank is dealt more than `suits` times: a picture in one colour has two suits."""
+    Every hand is solvable under its rule. In "val" and "test" it has a face card and is solvable
+    under ID_RULE and OOD_RULE too, so both test the same hands; a third rule may get others. No rank
+    is dealt more than `suits` times. ValueError where TRIES deals bring no such hand."""
     held_out = split in ("val", "test")
     faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
-    rng = random.Random(f"gp/{split}/{index}")  # a text seed is hashed the same way everywhere
+    rng = random.Random(f"gp/{split}/{index}")  # a text as seed gives the same stream everywhere
     for _ in range(TRIES):
-        hand, dealt = tuple(rng.sample(DECK, rule.cards)), replace(rule, target=rule.target or rng.randint(*TARGETS))
-        if split_of(problem_class([rank for rank, _ in hand], dealt.target)) != ("train" if split == "base" else split):
+        hand = tuple(rng.sample(DECK, rule.cards))
+        dealt = replace(rule, target=rule.target or rng.randint(*TARGETS))
+        ranks = [rank for rank, _ in hand]
+        by_rank, by_value = (split_of(problem_class(numbers, dealt.target))
+                             for numbers in (ranks, values(hand, rule)))
+        # J=3 would make J-7-2-A of train a 3-7-2-A of test, or the reverse
+        leaks = split != "base" and (by_value == "train") == held_out
+        if leaks or by_rank != ("train" if split == "base" else split):
             continue
-        if sum(rank > 10 for rank, _ in hand) < max(rule.courts, held_out):
-            continue
-        if max(Counter(rank for rank, _ in hand).values()) > suits:
-            continue
-        if split != "base" and (split_of(problem_class(values(hand, rule), dealt.target)) != "train") != held_out:
+        courts = sum(rank > 10 for rank in ranks)
+        if courts < max(rule.courts, held_out) or max(map(ranks.count, ranks)) > suits:
             continue
         if all(solve(values(hand, replace(rule, faces=each)), dealt.target) for each in faces):
             return hand, dealt
-    raise ValueError(f"No solvable {split} hand in {TRIES} deals for rule {rule}: choose another target or number of cards.")
+    raise ValueError(f"No solvable {split} hand in {TRIES} deals for rule {rule}: choose another target "
+                     "or number of cards.")
 
 
-# ---- 6. Reading an answer --------------------------------------------------------------------------------------------
-# Bound first, then read; the text is never executed or evaluated. One reader takes JSON and what a person would still call
-# JSON: text or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers stay text, so 1e999, NaN
-# or five thousand digits do no harm. Tokens are matched once and counted (six cards need 36), so the time is short.
+# ---- 4. The verifier -----------------------------------------------------------------------------
+# It never executes or evaluates a response: parse_answer and parse_formula read it within bounds.
 
-MAX_RESPONSE, MAX_TOKENS, MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 4000, 100, 200, 16, 4, 16
-JSON_TOKEN = re.compile(r"""\s*(?:(?P<double>"(?:[^"\\]|\\.)*")|(?P<single>'(?:[^'\\]|\\.)*')"""
-                        r"""|(?P<mark>[{}\[\],:])|(?P<word>[^\s{}\[\],:"']+))""", re.DOTALL)
+REWARD = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3}
+LAST_ATTEMPT = -1  # in addition, where the last attempt fails too
+MISREAD = -1.5     # in addition, where the answer lists the cards of a picture wrongly
+
+
+class Illegal(ValueError):
+    """The answer is no legal formula or action; the message says why, as the end of a sentence."""
+
+
+class Verdict(NamedTuple):
+    """The verifier's finding, which rests on the formula alone: a key of REWARD; the fault, empty where
+    there is none; the cards that the response lists; how much of that list is right (read_share)."""
+    outcome: str
+    fact: str = ""
+    cards: tuple[str, ...] | None = None
+    read: float = 0.0
+
+
+def judge(response: str, hand, rule: Rule) -> Verdict:
+    """Judge a response of any content, in under a millisecond; it never raises for a str.
+
+    One outcome per answer, the first that holds: "illegal", "wrong_numbers" (a number is not on the
+    cards, used too often, or missing), "wrong_value", "correct"."""
+    cards, read = None, 0.0
+    try:
+        answer = parse_answer(response)
+        if isinstance(answer.get("cards"), tuple):
+            cards, read = answer["cards"], read_share(answer["cards"], hand)
+        if not isinstance(answer.get("formula"), str):
+            raise Illegal("the JSON object has no key 'formula' with a string")
+        value, used = parse_formula(answer["formula"], rule.target)
+    except Illegal as error:
+        return Verdict("illegal", str(error), cards, read)
+    if fact := misused(used, values(hand, rule)):
+        return Verdict("wrong_numbers", fact, cards, read)
+    if value != (rule.target, 1):
+        shown = "/".join(map(str, value)).removesuffix("/1")
+        return Verdict("wrong_value", f"{shown}, not {rule.target}", cards, read)
+    return Verdict("correct", "", cards, read)
+
+
+# ---- 5. GeneralPoints ----------------------------------------------------------------------------
+
+def short_prompt(hand, rule: Rule, look=None) -> str:
+    """Few tokens, for `tiny`: "K 7 2 A, JQK=11,12,13, make 24"; without the cards if in a picture."""
+    cards = "" if look else " ".join(rank_names(hand)) + ", "
+    return f"{cards}JQK={','.join(map(str, rule.faces))}, make {rule.target}"
+
+
+def full_prompt(hand, rule: Rule, look=None) -> str:
+    """Plain words, for an instruct model; look: the Look of the picture with the cards."""
+    words, names = CARDS["wording"], json.dumps(rank_names(hand))
+    shown = look and words["shown"][look.scheme]
+    cards = words["seen" if look else "dealt"].format(count=len(hand), names=names, shown=shown)
+    faces = words["alike" if len(set(rule.faces)) == 1 else "unlike"].format(*rule.faces)
+    order = "in the picture" if look else "as dealt"
+    return words["prompt"].format(cards=cards, faces=faces, target=rule.target, order=order)
+
+
+@dataclass(eq=False)
+class GeneralPoints(Problem):
+    """One hand of cards, see Problem. `numbers` are its values under the rule of the prompt."""
+    hand: tuple
+    rule: Rule
+    attempts: int
+    style: str
+    judged_by: Rule             # the verifier's rule
+    look: "Look | None" = None  # of the picture, None in text
+    tile: int = 32              # pixels
+    stream: str = ""            # names the random numbers of the picture
+    attempt = 0                 # answers judged so far
+    asks = "formula"
+    DEMONSTRATORS = Problem.DEMONSTRATORS | {"careful": lambda problem, rng: [problem.expert(rng)]}
+    SCORES = Problem.SCORES | {"read": "cards read"}
+    WORDS = Words("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13", "problems with the same numbers",
+                  "All cards are read in {} of the hands")
+
+    def __post_init__(self):
+        self.numbers = values(self.hand, self.rule)
+        self.cls = problem_class([rank for rank, _ in self.hand], self.rule.target)
+        write = short_prompt if self.style == "short" else full_prompt
+        self.prompt = write(self.hand, self.rule, self.look)
+
+    @classmethod
+    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
+        if data:
+            raise ValueError("The hands of GeneralPoints are dealt: only V-IRL takes released data.")
+        name = f"gp/{split}/{index}"
+        rule = parse_rule(rule, random.Random(f"{name}/rule"))
+        tile = 32 if tile is None else tile
+        look = visual and Look.drawn(visual, f"{name}/look", rule.cards, tile)
+        hand, rule = deal(rule, split, index, 2 if visual else 4)  # a picture may have two suits only
+        judged_by = replace(rule, faces=parse_rule(judged_by or rule).faces)
+        return cls(hand, rule, attempts, style, judged_by, look, tile, f"{name}/picture")
+
+    @classmethod
+    def legible(cls, row, tile):
+        return row.visual is None or Look.legible(row.visual, parse_rule(row.rule).cards, tile)
+
+    @cached_property
+    def image(self):
+        """Drawn when first asked for, and then kept; a control may set it to another hand's picture."""
+        return picture(self.hand, self.look, self.tile, self.stream) if self.look else None
+
+    def step(self, response):
+        if self.done:
+            raise RuntimeError("This episode is over: make the problem anew.")
+        verdict = judge(response, self.hand, self.judged_by)
+        self.attempt += 1
+        right, last = verdict.outcome == "correct", self.attempt == self.attempts
+        self.done = right or last
+        reward, feedback = REWARD[verdict.outcome], self.feedback(verdict)
+        if last and not right:
+            reward += LAST_ATTEMPT
+        if self.look and verdict.read < 1:
+            reward, feedback = reward + MISREAD, feedback + CARDS["wording"]["misread"][self.style]
+        return Step(float(reward), self.done, feedback, verdict.outcome, verdict.read)
+
+    def feedback(self, verdict: Verdict) -> str:
+        """The verifier's text about the formula."""
+        return CARDS["wording"]["feedback"][self.style][verdict.outcome].format(fact=verdict.fact)
+
+    def expert(self, rng: random.Random | None = None):
+        return self.response(self.rule, self.solution(self.rule, rng))
+
+    def solution(self, rule: Rule, rng: random.Random | None = None) -> str | None:
+        """The simplest formula of the hand under a rule, or with rng a random one; None where there is
+        none. For five and six cards it is the one that the solver finds first."""
+        numbers = values(self.hand, rule)
+        if rule.cards > 4:
+            return solve(numbers, rule.target)
+        found = solutions(numbers, rule.target)
+        return (rng.choice(found) if rng else found[0]) if found else None
+
+    def response(self, rule: Rule, formula: str) -> str:
+        """A response with a formula, and with the values of the cards under a rule."""
+        numbers = values(self.hand, rule)
+        return json.dumps({"cards": rank_names(self.hand), "number": numbers, "formula": formula})
+
+
+# ==== The reading path ends here. Everything below can be skipped. ====
+
+
+# ---- 6. Rules as text ----------------------------------------------------------------------------
+
+def parse_rule(text: str | Rule, rng: random.Random | None = None) -> Rule:
+    """Read "10" (J, Q and K alike) or "11,12,13", then "/target=36" or "/target=*", "/cards=5" and
+    "/courts=2" in any order; str() undoes it. With rng the wildcards of fill_rule are drawn first.
+    ValueError, in one sentence, for other texts."""
+    if rng:
+        text = fill_rule(text, rng)
+    if isinstance(text, Rule):
+        return text
+    head, options = split_options(text, ("target", "cards", "courts"), "11,12,13/target=36/cards=5")
+    faces = tuple(_small_int(face, text) for face in head.split(","))
+    numbers = {name: 0 if (name, value) == ("target", "*") else _small_int(value, text)
+               for name, value in options.items()}
+    return Rule(faces * 3 if len(faces) == 1 else faces, **numbers)
+
+
+def _small_int(digits, text):
+    if not re.fullmatch("[1-9][0-9]{0,2}", digits):
+        raise ValueError(f"{printable(text)!r} is no rule: write 10, or 11,12,13, or 10/target=36/cards=5.")
+    return int(digits)
+
+
+def fill_rule(text: str | Rule, rng: random.Random) -> str:
+    """The text of a rule with the wildcards among its faces drawn: * from 1..13, ? from 10..13."""
+    faces, slash, options = str(text).partition("/")
+    lowest = {"*": 1, "?": 10}
+    drawn = [str(rng.randint(lowest[face], 13)) if face in lowest else face
+             for face in faces.split(",")]
+    return ",".join(drawn) + slash + options
+
+
+def split_options(text: str, names, example: str) -> tuple[str, dict[str, str]]:
+    """Take "head/name=value/name=value" apart: (head, {name: value}). ValueError where a name is not
+    one of `names` or stands twice."""
+    head, *parts = text.split("/")
+    options = dict(part.partition("=")[::2] for part in parts)
+    if len(options) < len(parts) or not options.keys() <= set(names):
+        raise ValueError(f"{printable(text)!r} cannot be read: only {', '.join(names)} may follow the "
+                         f"first value, each once, as in {example}.")
+    return head, options
+
+
+def printable(text: str, limit: int = 60) -> str:
+    """Text of unknown origin made fit for a terminal: its printable characters, at most `limit`."""
+    return "".join(ch for ch in text[:limit] if ch.isprintable())
+
+
+# ---- 7. Reading an answer ------------------------------------------------------------------------
+# Bound first, then read; nothing is ever executed or evaluated. One reader takes JSON and everything
+# that a person would still call JSON: text or a ```json fence around the object, single quotes, bare
+# words, a trailing comma. Numbers stay text, so 1e999, NaN or five thousand digits do no harm. Every
+# token is matched once and counted (six cards need 36), so the time is short.
+
+MAX_RESPONSE, MAX_TOKENS = 4000, 100  # characters; parts of the JSON object
+MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 200, 16, 4, 16
+JSON_TOKEN = re.compile(
+    r"""\s*(?:(?P<double>"(?:[^"\\]|\\.)*")|(?P<single>'(?:[^'\\]|\\.)*')"""
+    r"""|(?P<mark>[{}\[\],:])|(?P<word>[^\s{}\[\],:"']+))""", re.DOTALL)
 FORMULA_TOKEN = re.compile(r"[0-9]+|\S", re.ASCII)
 SIGNS = str.maketrans("×÷−", "*/-")
 
 
-def printable(text, limit=60):
-    """Text of unknown origin made fit for a terminal or a sentence: printable characters only, at most `limit` of them."""
-    return "".join(ch for ch in text[:limit] if ch.isprintable())
+def parse_answer(text: str) -> dict:
+    """Read the one flat object in a response: {key: str, tuple of str (a list), or None (a bare number
+    or word)}.
 
-
-def _quoted(text):
-    return f"'{printable(text)}'" if printable(text) else "an unprintable character"
-
-
-def parse_answer(text):
-    """Read the one flat object in a response: a dict of str, tuple of str (a list), or None (a bare number or word).
-
-    Raises Illegal for anything else: no object or two, nested ones, a key given twice, more than MAX_TOKENS tokens."""
+    Raises Illegal for anything else: no object or two, nested ones, a key given twice, more than
+    MAX_TOKENS tokens."""
     if len(text) > MAX_RESPONSE:
         raise Illegal(f"the response is longer than {MAX_RESPONSE} characters")
     start = text.find("{")
@@ -497,24 +505,31 @@ def parse_answer(text):
 
 
 def _json_tokens(text, position):
-    """Yield (kind, text, end): kind is the mark itself for { } [ ] , : and otherwise "string" or "word"."""
+    """Yield (kind, text, end). The kind of { } [ ] , : is the mark itself, of others "string", "word"."""
     for _ in range(MAX_TOKENS):
         if not (match := JSON_TOKEN.match(text, position)):
             break
-        position, kind, token = match.end(), match.lastgroup, match[match.lastgroup]
-        if kind == "double":
-            try:
-                kind, token = "string", json.loads(token, strict=False)  # one string, bounded: nothing but its escapes is read
-            except ValueError:
-                raise Illegal("a string in the JSON object has a wrong escape") from None
+        position, kind = match.end(), match.lastgroup
+        token = match[kind]
+        if kind == "mark":
+            kind = token
+        elif kind == "double":
+            kind, token = "string", _unescaped(token)
         elif kind == "single":
             kind, token = "string", token[1:-1].replace("\\'", "'")
-        yield token if kind == "mark" else kind, token, position
+        yield kind, token, position
     raise Illegal(f"the JSON object is broken, does not end or has more than {MAX_TOKENS} parts")
 
 
+def _unescaped(token):
+    try:
+        return json.loads(token, strict=False)  # one string, bounded: only its escapes are read
+    except ValueError:
+        raise Illegal("a string in the JSON object has a wrong escape") from None
+
+
 def _items(tokens, close, read):
-    """The items of an object or a list up to its closing mark, each read by `read`, and where the mark ends."""
+    """The items of an object or a list, each read by `read`, and the end of its closing mark."""
     items = []
     token = next(tokens)
     while token[0] != close:
@@ -544,11 +559,12 @@ def _scalar(token, tokens):
     return token[1]
 
 
-def parse_formula(text, target):
-    """Read a formula: returns its exact value (numerator, denominator) and the numbers it uses, in order.
+def parse_formula(text: str, target: int) -> tuple[tuple[int, int], list[int]]:
+    """Read a formula: its exact value (numerator, denominator), and the numbers in it, in order.
 
-    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional `=target` at the end.
-    Raises Illegal, also for a division by zero, a sign before a number, a missing operator, and whatever passes the bounds."""
+    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional
+    `=target` at the end. Raises Illegal for anything else, such as a division by zero, a sign before a
+    number, a missing operator, and texts past the bounds."""
     if len(text) > MAX_FORMULA:
         raise Illegal(f"the formula is longer than {MAX_FORMULA} characters")
     tokens = FORMULA_TOKEN.findall(text.translate(SIGNS))
@@ -578,12 +594,18 @@ def _check_tokens(tokens, target):
             raise Illegal(f"it has more than {MAX_NUMBERS} numbers or brackets more than {MAX_DEPTH} deep")
 
 
-def _sum(stack, operators="+-"):
-    """A sum of products of atoms, worked out from left to right; with operators "*/" one product of atoms."""
-    operand = _atom if operators == "*/" else lambda stack: _sum(stack, "*/")
-    value = operand(stack)
-    while stack and stack[-1] in operators:
-        value = _apply(stack.pop(), value, operand(stack))
+def _sum(stack):
+    """A sum of products, worked out from left to right."""
+    value = _product(stack)
+    while stack and stack[-1] in "+-":
+        value = _apply(stack.pop(), value, _product(stack))
+    return value
+
+
+def _product(stack):
+    value = _atom(stack)
+    while stack and stack[-1] in "*/":
+        value = _apply(stack.pop(), value, _atom(stack))
     return value
 
 
@@ -600,58 +622,13 @@ def _atom(stack):
     return value
 
 
-# ---- 7. The verifier -------------------------------------------------------------------------------------------------
-
-REWARD = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3}
-LAST_ATTEMPT = -1  # in addition, when the last attempt fails too
-MISREAD = -1.5  # in addition, when the cards are in a picture and the answer's list of them is not right
-STYLES = ("full", "short")  # prompts and feedback: for a large instruct model, or a handful of tokens for the tiny one
+def _quoted(text):
+    return f"'{printable(text)}'" if printable(text) else "an unprintable character"
 
 
-class Verdict(NamedTuple):
-    """What the verifier found: a key of REWARD, what is wrong (empty when nothing is), the cards that the response lists (None
-    where it does not), and how much of that is right (see read_share). The outcome rests on the formula alone."""
-    outcome: str
-    fact: str = ""
-    cards: tuple[str, ...] | None = None
-    read: float = 0.0
-
-
-def judge(response, hand, rule):
-    """Judge a response (text of a model, of any content) to a hand under a rule, in under a millisecond; never raises for a str.
-    One outcome per answer, the first that holds: "illegal", "wrong_numbers" (not on the cards, used too often, or missing),
-    "wrong_value", "correct"."""
-    cards, read = None, 0.0
-    try:
-        answer = parse_answer(response)
-        if isinstance(answer.get("cards"), tuple):
-            cards, read = answer["cards"], read_share(answer["cards"], hand)
-        if not isinstance(answer.get("formula"), str):
-            raise Illegal("the JSON object has no key 'formula' with a string")
-        value, used = parse_formula(answer["formula"], rule.target)
-    except Illegal as error:
-        return Verdict("illegal", str(error), cards, read)
-    if fact := _misused(used, values(hand, rule)):
-        return Verdict("wrong_numbers", fact, cards, read)
-    if value != (rule.target, 1):
-        shown = "/".join(map(str, value)).removesuffix("/1")
-        return Verdict("wrong_value", f"{shown}, not {rule.target}", cards, read)
-    return Verdict("correct", "", cards, read)
-
-
-RANK_WORDS = ("ACE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE", "TEN", "JACK", "QUEEN", "KING")
-NAMES = {name: rank for names in (RANKS, RANK_WORDS, map(str, range(1, 14))) for rank, name in enumerate(names, 1)}
-
-
-def read_share(named, hand):
-    """The share of a hand that a list of card names (str) gets right, 0 to 1: the number of cards in both, divided by the length
-    of the longer one. In any order and case; "K", "KING" and "13" are one rank, whatever it counts as."""
-    right = Counter(NAMES.get(name.strip().upper()) for name in named) & Counter(rank for rank, _ in hand)
-    return right.total() / max(len(hand), len(named))
-
-
-def _misused(used, numbers):
-    """What is wrong with the numbers used, empty if nothing: the one used most in excess, and only then a missing one."""
+def misused(used, numbers) -> str:
+    """The fault in the numbers that an answer uses, empty where there is none: the number used most in
+    excess, and only then a missing one."""
     wrong = [n for n in (*used, *numbers) if used.count(n) != numbers.count(n)]
     if not wrong:
         return ""
@@ -666,11 +643,188 @@ def _misused(used, numbers):
     return f"{n} is used {words.get(times, f'{times} times')}{limit}"
 
 
-FEEDBACK, MISREAD_TEXT = CARDS["wording"]["feedback"], CARDS["wording"]["misread"]  # the verifier's words for the next turn
+RANK_WORDS = ("ACE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE", "TEN", "JACK",
+              "QUEEN", "KING")
+RANK_OF = {name: rank for names in (RANKS, RANK_WORDS, map(str, range(1, 14)))
+           for rank, name in enumerate(names, 1)}
 
 
-# ---- 8. Looks --------------------------------------------------------------------------------------------------------
-# What a picture of the cards may look like, as data: one look is trained, the others are the test.
+def read_share(named, hand) -> float:
+    """The share (0 to 1) of a hand that a list of card names (str) gets right: the cards in both,
+    divided by the longer of the two. Order and case do not matter; "K", "KING" and "13" are one."""
+    listed = Counter(RANK_OF.get(name.strip().upper()) for name in named)
+    right = listed & Counter(rank for rank, _ in hand)
+    return right.total() / max(len(hand), len(named))
+
+
+# ---- 8. Formulas and solver ----------------------------------------------------------------------
+# A value is a pair (numerator, denominator) in lowest terms, the denominator positive. Floats would
+# refuse 8/(3-8/3) = 24; fractions.Fraction would do, but is several times slower, and every deal runs
+# the solver.
+
+def _ratio(top, bottom):
+    shared = gcd(top, bottom) if bottom > 0 else -gcd(top, bottom)
+    return top // shared, bottom // shared
+
+
+def _apply(operator, x, y):
+    """The value x operator y. Raises Illegal for a division by zero."""
+    (a, b), (c, d) = x, y
+    if operator == "+":
+        return _ratio(a * d + c * b, b * d)
+    if operator == "-":
+        return _ratio(a * d - c * b, b * d)
+    if operator == "*":
+        return _ratio(a * c, b * d)
+    if c == 0:
+        raise Illegal("it divides by zero")
+    return _ratio(a * d, b * c)
+
+
+class Formula(NamedTuple):
+    """A formula in one notation: sums and products are flat lists, so a-(b-c) and a+c-b are the same.
+
+    `kind` is "+" for a sum, "*" for a product, "" for a number. The `ups` are added (multiplied), the
+    `downs` subtracted (divided by). Two texts are equal just where the formulas are, up to
+    commutativity and associativity."""
+    value: tuple[int, int]
+    text: str
+    kind: str = ""
+    ups: tuple = ()
+    downs: tuple = ()
+
+
+def join_formulas(operator: str, left: Formula, right: Formula) -> Formula:
+    """`left operator right`, flattened, in order, with as few brackets as possible."""
+    kind, inverse = ("+", "-") if operator in "+-" else ("*", "/")
+    ups, downs = (left.ups, left.downs) if left.kind == kind else ((left,), ())
+    more, fewer = (right.ups, right.downs) if right.kind == kind else ((right,), ())
+    if operator == inverse:
+        more, fewer = fewer, more
+    ups = tuple(sorted(ups + more, key=_order))
+    downs = tuple(sorted(downs + fewer, key=_order))
+    text = kind.join(map(_bracketed, ups)) + "".join(inverse + _bracketed(part) for part in downs)
+    return Formula(_apply(operator, left.value, right.value), text, kind, ups, downs)
+
+
+def _order(part):
+    """Parts that must be worked out come first: then their values are there when the rest is chosen.
+    Then the larger ones; the float only sorts, since equal values give equal floats."""
+    return part.kind == "", -part.value[0] / part.value[1], part.text
+
+
+def _bracketed(part):
+    return f"({part.text})" if part.kind == "+" else part.text  # only a product has sums as parts
+
+
+# No partial result is ever negative: (7-13)*(2-6) is (13-7)*(6-2) with two signs flipped, and every
+# formula of a positive value can be turned so. That halves the search, and keeps the unary minus and
+# its look-alikes out of the experts' answers.
+
+@lru_cache(maxsize=4096)
+def _splits(numbers):
+    """All ways to part a sorted tuple into two non-empty sorted tuples (few, many), each once."""
+    found = {}
+    for size in range(1, len(numbers) // 2 + 1):
+        for chosen in combinations(range(len(numbers)), size):
+            few = tuple(numbers[i] for i in chosen)
+            many = tuple(n for i, n in enumerate(numbers) if i not in chosen)
+            if len(few) < len(many) or few <= many:
+                found[few, many] = None
+    return tuple(found)
+
+
+@lru_cache(maxsize=600)  # four of six cards have about a thousand values: at most 100 MB
+def _reachable(numbers):
+    """Every value that a formula of exactly these numbers can have (a dict as an ordered set)."""
+    if len(numbers) == 1:
+        return {(numbers[0], 1): None}
+    found = {}
+    for few, many in _splits(numbers):
+        for (a, b), (c, d) in product(_reachable(few), _reachable(many)):
+            bottom, p, q = b * d, a * d, c * b
+            found[_ratio(p + q, bottom)] = None
+            found[_ratio(abs(p - q), bottom)] = None
+            found[_ratio(a * c, bottom)] = None
+            if c:
+                found[_ratio(p, q)] = None
+            if a:
+                found[_ratio(q, p)] = None
+    return found
+
+
+def _partners(x, target):
+    """All (operator, y, y_first) for which `x operator y`, or with y_first `y operator x`, is the target.
+
+    For x = target = 0 any y would do and is left out: the same numbers give 0 with a single card as x,
+    which is never 0."""
+    (a, b), (c, d) = x, target
+    difference, bottom = c * b - a * d, b * d  # target - x
+    found = [("-", _ratio(c * b + a * d, bottom), True)]
+    if difference >= 0:
+        found.append(("+", _ratio(difference, bottom), False))
+    if difference <= 0:
+        found.append(("-", _ratio(-difference, bottom), False))
+    if a:
+        found += [("*", _ratio(c * b, a * d), False), ("/", _ratio(c * a, bottom), True)]
+    if a and c:
+        found.append(("/", _ratio(a * d, b * c), False))
+    return found
+
+
+def _formulas(numbers, target, depth):
+    """Yield the Formulas of exactly these numbers that equal the target; some come more than once.
+
+    Meet in the middle: one side of the top operation is enumerated, the partner that it needs is
+    looked up. Values are listed for up to `depth` numbers, two fewer than the hand: a list for the
+    largest part would cost more than all the others."""
+    if len(numbers) == 1:
+        if target == (numbers[0], 1):
+            yield Formula(target, str(numbers[0]))
+        return
+    for few, many in _splits(numbers):
+        listed = _reachable(many) if len(many) <= depth else None
+        for x in _reachable(few):
+            for operator, y, y_first in _partners(x, target):
+                if listed is not None and y not in listed:
+                    continue
+                for right in _formulas(many, y, depth):
+                    for left in _formulas(few, x, depth):
+                        first, second = (right, left) if y_first else (left, right)
+                        yield join_formulas(operator, first, second)
+
+
+def solve(numbers, target: int) -> str | None:
+    """One formula of 3 to 6 positive numbers, each used once, that equals the target; None where
+    there is none."""
+    return _solve(tuple(sorted(numbers)), target)
+
+
+@lru_cache(maxsize=1 << 16)
+def _solve(numbers, target):
+    formula = next(_formulas(numbers, (target, 1), len(numbers) - 2), None)
+    return formula.text if formula else None
+
+
+def solutions(numbers, target: int) -> tuple[str, ...]:
+    """All distinct formulas of up to 4 positive numbers that equal the target, the simplest first.
+
+    Distinct up to commutativity, associativity and flipped signs (no partial result is negative).
+    ValueError for more numbers."""
+    if len(numbers) > 4:
+        raise ValueError(f"All solutions are listed for up to 4 numbers, not for {len(numbers)}: use solve.")
+    return _solutions(tuple(sorted(numbers)), target)
+
+
+@lru_cache(maxsize=1 << 13)
+def _solutions(numbers, target):
+    texts = {formula.text for formula in _formulas(numbers, (target, 1), len(numbers) - 2)}
+    # few brackets first, then few - and /, then by the text: the order is the same everywhere
+    return tuple(sorted(texts, key=lambda text: (text.count("("), text.count("-") + text.count("/"), text)))
+
+
+# ---- 9. Looks ------------------------------------------------------------------------------------
+# How a picture of the cards may look, as data: one look is trained, the others are the test.
 
 def _one_of(*known, default=None):
     """A field of Options: one of these values; the first is the default."""
@@ -678,128 +832,138 @@ def _one_of(*known, default=None):
 
 
 class Options:
-    """What can be chosen, as data: each field is _one_of some values. Its text is the first value, then the others that are not
-    the default, as in "red/layout=grid". ValueError for other values."""
+    """Choices as data: each field is _one_of some values. Its text is the first value, then every other
+    one that is not the default, as in "red/layout=grid". ValueError for other values."""
 
     def __post_init__(self):
         for name, known in self.options().items():
-            if getattr(self, name) not in known:
-                kind, value = type(self).__name__.lower(), printable(str(getattr(self, name)))
-                raise ValueError(f"A {kind} needs {name} {_any_of(known)}, not {value!r}.")
+            value = getattr(self, name)
+            if value not in known:
+                kind, value = type(self).__name__.lower(), printable(str(value))
+                raise ValueError(f"A {kind} needs {name} {any_of(known)}, not {value!r}.")
 
     def __str__(self):
-        first, *others = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
-        given = [f"/{name}={value}" for name, value, default in others if value != default and first[1] != "text"]
-        return first[1] + "".join(given)
+        first, *others = vars(self).items()
+        text = first[1]
+        for name, value in others if text != "text" else ():
+            text += f"/{name}={value}" if value != getattr(type(self), name) else ""
+        return text
 
     @classmethod
-    def options(cls):
-        """The known values of every field: {name: tuple}."""
+    def options(cls) -> dict[str, tuple]:
+        """The known values of every field."""
         return {each.name: each.metadata["known"] for each in fields(cls)}
 
     @classmethod
     def parse(cls, text):
-        """Read a text, its options in any order; str() undoes it, what is read already passes through, "text" ignores its
-        options. Any other text is a ValueError that says what is wrong."""
+        """Read a text, its options in any order; str() undoes it, an instance passes through. ValueError,
+        in one sentence, for other texts."""
         if isinstance(text, cls):
             return text
-        options, (first, *given) = cls.options(), text.split("/")
-        head, second, *more = options
-        found = {head: first}
-        for option in given:
-            name, _, value = option.partition("=")
-            if name not in options or name in found:
-                raise ValueError(f"{printable(text)!r} is not a {cls.__name__.lower()}: after the {head} only "
-                                 f"{', '.join([second, *more])} may "
-                                 f" follow, each once, as in {options[head][0]}/{second}={options[second][1]}.")
-            found[name] = int(value) if isinstance(options[name][0], int) and re.fullmatch("0|[1-9][0-9]{0,2}", value) else value
-        return cls(**found)
+        options = cls.options()
+        head, *others = options
+        example = f"{options[head][0]}/{others[0]}={options[others[0]][1]}"
+        first, given = split_options(text, others, example)
+        for name, value in given.items():  # a number where there is one of this text
+            given[name] = next((each for each in options[name] if str(each) == value), value)
+        return cls(first, **given)
 
     @classmethod
-    def fill(cls, text, rng):
+    def fill(cls, text, rng: random.Random) -> str:
         """The text with its wildcards drawn: `*` for any value but text, `a|b` for one of those named.
 
-        All of a list are read, so that a wrong one raises its ValueError at once and not when it happens to be drawn."""
+        All of a list are read, so that a wrong one raises its ValueError at once, not when it is drawn."""
         parts, options = str(text).split("/"), cls.options()
         head, *_ = options
         for i, part in enumerate(parts):
             name, equals, value = part.rpartition("=")
-            known = options.get(name or head, ())
-            choices = [each for each in known if each != "text"] if value == "*" else value.split("|")
-            if len(choices) > 1:
-                filled = [f"{name}{equals}{each}" for each in choices]
-                for each in filled if value != "*" else ():
-                    cls.parse(f"{options[head][0]}/{each}" if i else each)
-                parts[i] = rng.choice(filled)
+            choices = value.split("|")
+            if value == "*":
+                choices = [each for each in options.get(name or head, ()) if each != "text"]
+            if len(choices) < 2:
+                continue
+            start = f"{options[head][0]}/" if i else ""
+            for each in choices if value != "*" else ():
+                cls.parse(f"{start}{name}{equals}{each}")
+            parts[i] = f"{name}{equals}{rng.choice(choices)}"
         return "/".join(parts)
 
 
-def _any_of(known):
+def any_of(known) -> str:
+    """A few values by name, or the lowest and the highest of many."""
     return f"from {known[0]} to {known[-1]}" if len(known) > 4 else "one of " + ", ".join(map(str, known))
 
 
 @dataclass(frozen=True)
 class Look(Options):
-    """What the cards look like, as in "red/layout=grid/light=60"."""
-    suits: str = _one_of("black", "red", "both", "text")  # black: S and C only; red: H and D only; both: as dealt
-    layout: str = _one_of("row", "grid", "scattered", "shuffled")  # scattered: a tilted grid; shuffled: not in dealt order
-    scheme: str = _one_of("index", "numbers", "words", "pips")  # how a rank is shown: K, 13, KING, or 13 suit signs
-    style: str = _one_of("plain", "framed", "dark")  # the card
+    """How the cards look, as in "red/layout=grid/light=60"."""
+    suits: str = _one_of("black", "red", "both", "text")  # S and C only; H and D only; as dealt
+    layout: str = _one_of("row", "grid", "scattered", "shuffled")  # shuffled: not in dealt order
+    scheme: str = _one_of("index", "numbers", "words", "pips")  # K, 13, KING, or 13 suit signs
+    style: str = _one_of("plain", "framed", "dark")  # of a card
     glyphs: str = _one_of("sans", "serif", "mono", "italic")  # the typeface
     table: str = _one_of("green", "blue", "wood", "grey")
     light: int = _one_of(*range(40, 141), default=100)  # brightness in percent
     noise: int = _one_of(*range(41))  # standard deviation in grey levels
     tiles: int = _one_of(4, 1)  # how many of the model's tiles the picture takes
 
+    @classmethod
+    def drawn(cls, visual: str, stream: str, cards: int, tile: int) -> "Look | None":
+        """The look of a problem, wildcards drawn from a stream; None for text. ValueError where so many
+        cards cannot be read at tiles of so many pixels."""
+        look = cls.parse(cls.fill(visual, random.Random(stream)))
+        if look.suits != "text" and tile < (smallest := look.legible_from(cards)):
+            raise ValueError(f"{cards} cards of the look {str(look)!r} need tiles of at least {smallest} "
+                             f"pixels, not {tile}.")
+        return look if look.suits != "text" else None
 
-parse_look, fill_look = lru_cache(maxsize=1 << 12)(Look.parse), Look.fill
+    @classmethod
+    def legible(cls, visual: str, cards: int, tile: int) -> bool:
+        """Whether so many cards of a look can be read at tiles of so many pixels."""
+        look = cls.parse(cls.fill(visual, random.Random(0)))
+        return look.suits == "text" or look.legible_from(cards) <= tile
 
+    def legible_from(self, cards: int) -> int:
+        """The smallest tile, in pixels, at which so many cards can be read."""
+        noise = 100 * self.noise / self.light
+        need = 32 + 8 * (noise > 80) + 8 * (noise > 40 and self.scheme in ("words", "pips"))
+        return ceil(need / min(self.sizes(cards, 1)[1]))
 
-def _canvas(look, cards, tile):
-    """The (width, height) in pixels of a picture, and of the place of each of so many cards in it."""
-    columns, rows = (cards, 1) if look.layout == "row" else ((cards + 1) // 2, 2)
-    across, down = (1, 1) if look.tiles == 1 else (4, 1) if look.layout == "row" else (2, 2)
-    return (across * tile, down * tile), (across * tile / columns, down * tile / rows)
-
-
-def legible_from(look, cards):
-    """The smallest tile, in pixels, at which so many cards of a look can be read."""
-    noise = 100 * look.noise / look.light
-    need = 32 + 8 * (noise > 80) + 8 * (noise > 40 and look.scheme in ("words", "pips"))
-    return ceil(need / min(_canvas(look, cards, 1)[1]))
-
-
-# ---- 9. Pictures of cards --------------------------------------------------------------------------------------------
-# Drawn two or four times too large and reduced, which smooths all edges. A card whose place is below LARGE pixels is another
-# drawing: its rank fills it. A picture is a pure function of the problem: noise, places and angles come from its own stream.
-
-LARGE, GRAIN, ANGLES = 100, 1 << 20, (-10, -4, 4, 10)  # few angles (degrees), so that most cards have been drawn before
-# pyftsubset DejaVuSerif-Bold.ttf --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting --name-IDs=0,1,2,13
-TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf", "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
-STYLE_COLOURS = {  # paper, edge, black ink, red ink
-    "plain": ((255, 255, 255), (150, 150, 150), (20, 20, 26), (205, 18, 34)),
-    "framed": ((250, 242, 222), (120, 96, 60), (22, 34, 84), (176, 26, 40)),
-    "dark": ((40, 42, 52), (14, 14, 18), (236, 238, 244), (255, 112, 104))}
-TABLE_COLOURS = {"green": (32, 104, 66), "blue": (36, 72, 128), "wood": (140, 92, 52), "grey": (128, 130, 134)}
-
-
-def _circle(x, y, r):
-    return [(x + r * cos(k * pi / 24), y + r * sin(k * pi / 24)) for k in range(48)]
+    def sizes(self, cards: int, tile: int):
+        """(width, height) in pixels of a picture, and of the place of each of so many cards in it."""
+        columns, rows = (cards, 1) if self.layout == "row" else ((cards + 1) // 2, 2)
+        across, down = (4, 1) if self.layout == "row" else (2, 2)
+        if self.tiles == 1:
+            across, down = 1, 1
+        return (across * tile, down * tile), (across * tile / columns, down * tile / rows)
 
 
-HEART = [(.5 + .48 * sin(t) ** 3, .42 - (13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 32)
-         for t in (k * pi / 32 for k in range(64))]
-STEM = [(.5, .5), (.56, .8), (.72, .97), (.28, .97), (.44, .8)]
-SUIT_SHAPES = {  # polygons in a square of side 1
-    "H": [HEART], "S": [[(x, .84 - .86 * (y - .04)) for x, y in HEART], STEM],
-    "D": [[(.5, .01), (.68, .27), (.89, .5), (.68, .73), (.5, .99), (.32, .73), (.11, .5), (.32, .27)]],
-    "C": [_circle(.5, .25, .225), _circle(.25, .59, .225), _circle(.75, .59, .225), _circle(.5, .5, .12), STEM]}
+CHANGED_LOOKS = {
+    "grid": "layout=grid", "scattered": "layout=scattered", "serif": "glyphs=serif",
+    "dark": "style=dark", "dim": "light=50/noise=15", "numbers": "scheme=numbers",
+    "words": "scheme=words", "pips": "scheme=pips"}  # rows of the suite, one change each
+ANY_LOOK = "*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15"
 
 
-def picture(hand, look, tile, stream):
-    """A hand as an RGB image of a Look, its sides multiples of `tile` pixels; what is random comes from `stream`, a text."""
+# ---- 10. Pictures of cards -----------------------------------------------------------------------
+# Cards are drawn two or four times too large and reduced, which smooths all edges. A picture is a pure
+# function of the problem: noise, places and angles come from its own stream.
+
+LARGE = 100                # pixels; a card in a smaller place is another drawing: its rank fills it
+ANGLES = (-10, -4, 4, 10)  # degrees; few, so that most cards have been drawn before
+GRAIN = 1 << 20            # as many places at which the noise of a picture may begin
+# Made by pyftsubset with --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting
+TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf",
+             "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
+STYLE_COLOURS = CARDS["styles"]  # of each style paper, edge, black ink, red ink
+TABLE_COLOURS = CARDS["tables"]
+
+
+def picture(hand, look: Look, tile: int, stream: str) -> Image.Image:
+    """A hand as an RGB image, its sides multiples of `tile` pixels; random numbers are `stream`'s."""
     rng = random.Random(stream)
-    noise_seed, (size, place) = rng.getrandbits(64), _canvas(look, len(hand), tile)
+    noise_seed = rng.getrandbits(64)  # drawn whether needed or not: places are the same without noise
+    size, place = look.sizes(len(hand), tile)
     dealt, columns = _shown(hand, look.suits), round(size[0] / place[0])
     cards = list(dealt)
     while look.layout == "shuffled" and cards == dealt:
@@ -808,45 +972,20 @@ def picture(hand, look, tile, stream):
     for k, card in enumerate(cards):
         _lay(image, card, look, place, (k % columns, k // columns), rng)
     if look.light != 100:
-        image = image.point([min(255, round(level * look.light / 100)) for level in range(256)] * 3)
+        levels = [min(255, round(level * look.light / 100)) for level in range(256)]
+        image = image.point(levels * 3)
     return _noisy(image, look.noise, noise_seed) if look.noise else image
 
 
-def _lay(image, card, look, place, at, rng):
-    """Put a card in the middle of its place, or anywhere in it if scattered: the place `at` (column, row), of `place` pixels."""
-    scattered = look.layout == "scattered"
-    draw, share = _small_card if min(place) < LARGE else _large_card, .84 if scattered else 1
-    width = share * min(.84 * place[0], place[1] if draw is _small_card else .63 * place[1])
-    height = min(1.4 * width, .94 * share * place[1])
-    angle = rng.choice(ANGLES) if scattered else 0
-    sprite = draw(*card, round(width), round(height), look.scheme, look.style, look.glyphs, angle)
-    shares = [rng.random() if scattered else .5 for _ in range(2)]
-    corner = (round(n * room + (room - side) * share) for n, room, side, share in zip(at, place, sprite.size, shares))
-    image.paste(sprite, tuple(corner), sprite)
-
-
-def _noisy(image, deviation, seed):
-    start, count = seed % GRAIN, image.width * image.height
-    grain = Image.frombytes("L", image.size, _grain(count)[start:start + count])
-    grain = grain.point([max(0, min(255, round(128 + (level - 128) / 30 * deviation))) for level in range(256)])
-    return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
-
-
-@lru_cache(maxsize=4)
-def _grain(count):
-    """Normal noise as bytes, mean 128, deviation 30. Any `count` in a row serve a picture, as new ones would take long."""
-    noise = np.random.default_rng(0).standard_normal(count + GRAIN, np.float32)
-    return (noise * 30 + 128.5).clip(0, 255).astype(np.uint8).tobytes()
-
-
 def _shown(hand, suits):
-    """The cards of a picture. In one colour S and H are its one suit, C and D the other, but no card is shown twice."""
+    """The cards of a picture. One colour has two suits, the first for S and H, the second for D and C;
+    a card that is there already takes the other one."""
     if suits == "both":
         return list(hand)
     pair, shown = {"black": "SC", "red": "HD"}[suits], []
     for rank, suit in hand:
-        first = pair[suit in "CD"]
-        shown.append((rank, first if (rank, first) not in shown else pair[suit not in "CD"]))
+        card = rank, pair[suit in "CD"]
+        shown.append(card if card not in shown else (rank, pair[suit not in "CD"]))
     return shown
 
 
@@ -857,37 +996,171 @@ def _table(name, width, height):
         return Image.new("RGB", (width, height), TABLE_COLOURS[name])
     x, y = np.meshgrid(np.linspace(0, 2, width), np.linspace(0, 6, height))
     board = np.floor(y)
-    shade = 1 + .05 * np.sin(13 * y + 3 * np.sin(2 * x + board)) + .05 * np.sin(7 * board) - .2 * (y - board < 9 / height)
+    grain = .05 * np.sin(13 * y + 3 * np.sin(2 * x + board))
+    shade = 1 + grain + .05 * np.sin(7 * board) - .2 * (y - board < 9 / height)
     return Image.fromarray((shade[..., None] * TABLE_COLOURS[name]).astype(np.uint8))
 
 
-def _card(paint, scale, rank, suit, width, height, scheme, style, glyphs, angle):
-    """One card with its shadow as an RGBA image, `width` x `height` pixels before it is turned by an angle in degrees."""
-    paper, edge, *inks = STYLE_COLOURS[style]
-    face = Image.new("RGB", (width * scale, height * scale), paper)
-    paint(face, rank, suit, inks[suit in "HD"], scheme, glyphs)
-    outline, shape = Image.new("L", face.size), dict(xy=(0, 0, face.width - 1, face.height - 1), radius=.09 * face.width)
-    ImageDraw.Draw(outline).rounded_rectangle(**shape, fill=255)
-    line = max(scale, round(.025 * face.width)) if style == "framed" else scale
-    ImageDraw.Draw(face).rounded_rectangle(**shape, outline=edge, width=line)
-    margin = max(2, round(.03 * height)) * scale
-    card = Image.new("RGBA", (face.width + 2 * margin, face.height + 2 * margin), (0, 0, 0, 0))
-    shadow = Image.new("L", (card.width // 4, card.height // 4))  # at a quarter of the size it is blurred sooner
+def _lay(image, card, look, place, at, rng):
+    """Put a card (rank, suit) into the place `at` (column, row), of `place` pixels: in its middle, or
+    scattered anywhere in it."""
+    scattered, small = look.layout == "scattered", min(place) < LARGE
+    share = .84 if scattered else 1
+    width = share * min(.84 * place[0], place[1] if small else .63 * place[1])
+    height = min(1.4 * width, .94 * share * place[1])
+    angle = rng.choice(ANGLES) if scattered else 0
+    draw = _small_card if small else _large_card
+    sprite = draw(Card(*card, round(width), round(height), look.scheme, look.style, look.glyphs, angle))
+    shares = [rng.random() if scattered else .5 for _ in range(2)]
+    corner = [round(n * room + (room - side) * share)
+              for n, room, side, share in zip(at, place, sprite.size, shares)]
+    image.paste(sprite, tuple(corner), sprite)
+
+
+def _noisy(image, deviation, seed):
+    start, count = seed % GRAIN, image.width * image.height
+    grain = Image.frombytes("L", image.size, _grain(count)[start:start + count])
+    levels = [round(128 + (level - 128) / 30 * deviation) for level in range(256)]
+    grain = grain.point([max(0, min(255, level)) for level in levels])
+    return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
+
+
+@lru_cache(maxsize=4)
+def _grain(count):
+    """Normal noise as bytes, mean 128, deviation 30. Any `count` in a row serve a picture: new ones
+    would take long."""
+    noise = np.random.default_rng(0).standard_normal(count + GRAIN, np.float32)
+    return (noise * 30 + 128.5).clip(0, 255).astype(np.uint8).tobytes()
+
+
+class Card(NamedTuple):
+    """One card to draw: its size in pixels before it is turned, choices of its Look, degrees."""
+    rank: int
+    suit: str
+    width: int
+    height: int
+    scheme: str
+    style: str
+    glyphs: str
+    angle: int
+
+
+def _draw_card(card, scale, stamps):
+    """A card with its shadow as an RGBA image, drawn `scale` times too large and reduced."""
+    paper, edge, *inks = STYLE_COLOURS[card.style]
+    ink = inks[card.suit in "HD"]
+    face = Image.new("RGB", (card.width * scale, card.height * scale), paper)
+    for stamp in stamps(card, *face.size):
+        _press(stamp, face, ink)
+    if stamps is _large_stamps and card.rank > 10 and card.scheme in ("index", "numbers"):
+        _draw_court(card, face, ink)
+    outline = Image.new("L", face.size)
+    edges = {"xy": (0, 0, face.width - 1, face.height - 1), "radius": .09 * face.width}
+    ImageDraw.Draw(outline).rounded_rectangle(**edges, fill=255)
+    line = max(scale, round(.025 * face.width)) if card.style == "framed" else scale
+    ImageDraw.Draw(face).rounded_rectangle(**edges, outline=edge, width=line)
+    image = _with_shadow(face, outline, max(2, round(.03 * card.height)) * scale)
+    if card.angle:
+        image = image.rotate(card.angle, Image.Resampling.BICUBIC, expand=True)
+    return image.reduce(scale)
+
+
+def _with_shadow(face, outline, margin):
+    image = Image.new("RGBA", (face.width + 2 * margin, face.height + 2 * margin), (0, 0, 0, 0))
+    shadow = Image.new("L", (image.width // 4, image.height // 4))  # so small it is blurred sooner
     shadow.paste(130, (margin // 4, margin // 3), outline.reduce(4))
-    card.putalpha(shadow.filter(ImageFilter.GaussianBlur(margin / 16)).resize(card.size))
-    card.paste(face, (margin, margin), outline)
-    return (card.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else card).reduce(scale)
+    image.putalpha(shadow.filter(ImageFilter.GaussianBlur(margin / 16)).resize(image.size))
+    image.paste(face, (margin, margin), outline)
+    return image
 
 
-def _stamp(face, mask, ink, x, y, turned=False):
-    """Paint a mask in ink with its centre at (x, y), in shares of the card; turned: upside down."""
-    mask = mask.transpose(Image.Transpose.ROTATE_180) if turned else mask
-    face.paste(ink, (round(x * face.width - mask.width / 2), round(y * face.height - mask.height / 2)), mask)
+class Stamp(NamedTuple):
+    """A mask to be painted in ink, with its centre at (x, y) in shares of the card."""
+    mask: Image.Image
+    x: float
+    y: float
+    upside_down: bool = False
 
 
-def _twice(face, mask, ink, x, y):
-    _stamp(face, mask, ink, x, y)
-    _stamp(face, mask, ink, 1 - x, 1 - y, turned=True)
+def _press(stamp, face, ink):
+    mask = stamp.mask.transpose(Image.Transpose.ROTATE_180) if stamp.upside_down else stamp.mask
+    left, top = stamp.x * face.width - mask.width / 2, stamp.y * face.height - mask.height / 2
+    face.paste(ink, (round(left), round(top)), mask)
+
+
+def _small_stamps(card, width, height):
+    """A card for a place of 32 pixels: the rank as large as it can be, the suit below it; or signs."""
+    if card.scheme == "pips":
+        return _pips(card, .19 * height, .21, .14)
+    label = _label(card, .88 * width, (.34 if card.scheme == "words" else .5) * height)
+    return [Stamp(label, .5, .34), Stamp(_sign(card.suit, .3 * height), .5, .8)]
+
+
+def _large_stamps(card, width, height):
+    """A card as from a real pack: indices in two corners, signs in the classic places."""
+    if card.scheme == "pips":
+        return _pips(card, .18 * width, .22, .13)
+    if card.scheme == "words":
+        label = Stamp(_label(card, .84 * width, .13 * height), .5, .5)
+        return [label, *_twice(_sign(card.suit, .26 * width), .5, .2)]
+    stamps = _twice(_label(card, .15 * width, .105 * height), .11, .095)
+    stamps += _twice(_sign(card.suit, .125 * width), .11, .205)
+    if card.rank <= 10:
+        stamps += _pips(card, .185 * width * (1 + (card.rank == 1)), .32, .16)
+    return stamps
+
+
+_small_card = lru_cache(maxsize=4096)(partial(_draw_card, scale=4, stamps=_small_stamps))  # 30 KB each
+_large_card = lru_cache(maxsize=256)(partial(_draw_card, scale=2, stamps=_large_stamps))  # up to 1 MB
+
+
+def _twice(mask, x, y):
+    return [Stamp(mask, x, y), Stamp(mask, 1 - x, 1 - y, True)]
+
+
+def _pips(card, size, left, top):
+    """As many suit signs as the rank, the outer ones at `left` and `top` in shares of the card, the
+    lower ones upside down."""
+    sign, (sides, middle) = _sign(card.suit, size), CARDS["pips"][str(card.rank)]
+    return [Stamp(sign, x, top + (1 - 2 * top) * (twelfths / 12), twelfths > 6)
+            for x, heights in ((left, sides), (1 - left, sides), (.5, middle)) for twelfths in heights]
+
+
+def _label(card, width, height):
+    """A rank's name as a mask, all of it `height` pixels tall, narrowed to `width` if it is wider."""
+    text = RANKS[card.rank - 1]
+    if card.scheme == "words":
+        text = RANK_WORDS[card.rank - 1]
+    elif card.scheme == "numbers" and card.rank > 10:
+        text = str(card.rank)
+    size, stroke = round(height * 1.37), 0
+    if card.glyphs == "sans":  # pillow's own typeface is thin
+        font, stroke = ImageFont.load_default(size), height / 18
+    else:
+        font = ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[card.glyphs], size)
+    left, top, right, bottom = font.getbbox(text, anchor="ls", stroke_width=stroke)
+    mask = Image.new("L", (ceil(right - left), ceil(bottom - top)))
+    ImageDraw.Draw(mask).text((-left, -top), text, 255, font, "ls", stroke_width=stroke)
+    return mask.resize((min(round(width), mask.width), round(height)))
+
+
+def _polygon(shape):
+    """The corners of a shape of assets/cards.json: itself, or of a circle given as x, y and radius."""
+    if isinstance(shape[0], tuple):
+        return shape
+    x, y, r = shape
+    return [(x + r * cos(k * pi / 24), y + r * sin(k * pi / 24)) for k in range(48)]
+
+
+def _heart(t):
+    height = 13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)
+    return .5 + .48 * sin(t) ** 3, .42 - height / 32
+
+
+HEART = [_heart(k * pi / 32) for k in range(64)]
+SUIT_SHAPES = {suit: [*map(_polygon, shapes)] for suit, shapes in CARDS["suits"].items()}
+SUIT_SHAPES["H"].append(HEART)
+SUIT_SHAPES["S"].append([(x, .84 - .86 * (y - .04)) for x, y in HEART])
 
 
 def _sign(suit, size):
@@ -898,183 +1171,28 @@ def _sign(suit, size):
     return mask
 
 
-def _label(rank, scheme, glyphs, width, height):
-    """A rank's name as a mask, all of it `height` pixels tall, narrowed to `width` where it is wider."""
-    text = RANK_WORDS[rank - 1] if scheme == "words" else str(rank) if scheme == "numbers" and rank > 10 else RANKS[rank - 1]
-    size, stroke = round(height * 1.37), height / 18 if glyphs == "sans" else 0  # pillow's own typeface is thin
-    font = ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[glyphs], size) if glyphs in TYPEFACES else ImageFont.load_default(size)
-    left, top, right, bottom = font.getbbox(text, anchor="ls", stroke_width=stroke)
-    mask = Image.new("L", (ceil(right - left), ceil(bottom - top)))
-    ImageDraw.Draw(mask).text((-left, -top), text, 255, font, "ls", stroke_width=stroke)
-    return mask.resize((min(round(width), mask.width), round(height)))
-
-
-def _small_face(face, rank, suit, ink, scheme, glyphs):
-    """A card for a place of 32 pixels: the rank as large as it can be, the suit below it; or signs only."""
-    width, height = face.size
-    if scheme == "pips":
-        return _pips(face, rank, suit, ink, .19 * height, .21, .14)
-    tall = .34 if scheme == "words" else .5
-    _stamp(face, _label(rank, scheme, glyphs, .88 * width, tall * height), ink, .5, .34)
-    _stamp(face, _sign(suit, .3 * height), ink, .5, .8)
-
-
-def _pips(face, rank, suit, ink, size, left, top):
-    """As many suit signs as the rank, the outer ones at `left` and `top` in shares of the card, the lower ones upside down."""
-    sides, middle = CARDS["pips"][str(rank)]
-    for x, heights in ((left, sides), (1 - left, sides), (.5, middle)):
-        for twelfths in heights:
-            _stamp(face, _sign(suit, size), ink, x, top + (1 - 2 * top) * (twelfths / 12), turned=twelfths > 6)
-
-
-def _large_face(face, rank, suit, ink, scheme, glyphs):
-    """A card as from a real pack: indices in two corners, signs in the classic places, a framed figure for J, Q and K."""
-    width, height = face.size
-    if scheme == "pips":
-        return _pips(face, rank, suit, ink, .18 * width, .22, .13)
-    if scheme == "words":
-        _stamp(face, _label(rank, scheme, glyphs, .84 * width, .13 * height), ink, .5, .5)
-        return _twice(face, _sign(suit, .26 * width), ink, .5, .2)
-    _twice(face, _label(rank, scheme, glyphs, .15 * width, .105 * height), ink, .11, .095)
-    _twice(face, _sign(suit, .125 * width), ink, .11, .205)
-    if rank <= 10:
-        return _pips(face, rank, suit, ink, .185 * width * (1 + (rank == 1)), .32, .16)
-    if scheme == "numbers":
-        return _framed(face, (), _label(rank, scheme, glyphs, .4 * width, .2 * height), (.5, .5), ink)
-    figure = CARDS["behind"][str(rank)] + CARDS["body"] + CARDS["before"][str(rank)]
-    _framed(face, figure, _sign(suit, .12 * width), (.14, .14), ink)
-
-
-def _framed(face, figure, mask, at, ink):
-    """A frame with a figure and a mask at (x, y) of its upper half, and the same upside down in the lower one."""
+def _draw_court(card, face, ink):
+    """A frame with the figure of J, Q or K, or with its number, and the same upside down below."""
     width, height = round(.58 * face.width), round(.37 * face.height)
-    half = Image.new("RGB", (width, height), face.getpixel((face.width // 2, face.height // 2)))
-    for colour, shape in figure:  # corners, or a circle's x, y and radius
-        points = shape if isinstance(shape[0], tuple) else _circle(*shape)
-        ImageDraw.Draw(half).polygon([(x * width, y * height) for x, y in points], CARDS["colours"].get(colour, ink))
-    _stamp(half, mask, ink, *at)
+    paper = face.getpixel((face.width // 2, face.height // 2))
+    half = Image.new("RGB", (width, height), paper)
+    stamp = Stamp(_sign(card.suit, .12 * face.width), .14, .14)
+    if card.scheme == "numbers":
+        stamp = Stamp(_label(card, .4 * face.width, .2 * face.height), .5, .5)
+    else:
+        _draw_figure(half, str(card.rank), ink)
+    _press(stamp, half, ink)
     left, top = (face.width - width) // 2, face.height // 2 - height
     face.paste(half, (left, top))
     face.paste(half.transpose(Image.Transpose.ROTATE_180), (left, top + height))
-    ImageDraw.Draw(face).rectangle((left, top, left + width, top + 2 * height), None, ink, max(1, face.width // 120))
+    frame = (left, top, left + width, top + 2 * height)
+    ImageDraw.Draw(face).rectangle(frame, None, ink, max(1, face.width // 120))
 
 
-_small_card = lru_cache(maxsize=4096)(partial(_card, _small_face, 4))  # at most 30 KB each
-_large_card = lru_cache(maxsize=256)(partial(_card, _large_face, 2))  # at most a MB each in a picture of 1,120 x 1,120 pixels
-
-
-# ---- 10. GeneralPoints -----------------------------------------------------------------------------------------------
-
-class GeneralPoints(Problem):
-    """One problem, for one episode. Attributes: hand, rule, numbers (values under the rule), cls (the class, which groups hands
-    for intervals), look (a Look; None in text), image, prompt, attempts, attempt (answers judged so far), verdict (the latest),
-    done. A picture is `tile` pixels a tile; what is random about it comes from `stream`, a text."""
-    asks = "formula"
-    SCORES = Problem.SCORES | {"read": "cards read"}
-    WORDS = Words("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13", "problems with the same numbers",
-                  "All cards are read in {} of the hands")
-
-    def __init__(self, hand, rule, attempts, style, judged_by, look=None, tile=32, stream=""):
-        self.hand, self.rule, self.attempts, self.style, self.judged_by = hand, rule, attempts, style, judged_by
-        self.look, self.tile, self.stream, self._image = look, tile, stream, None
-        self.numbers, self.cls = values(hand, rule), problem_class([rank for rank, _ in hand], rule.target)
-        self.prompt = short_prompt(hand, rule, look) if style == "short" else full_prompt(hand, rule, look)
-        self.attempt, self.verdict, self.done = 0, None, False
-
-    @property
-    def image(self):
-        """The hand as an RGB picture, None in text. Drawn when first asked for, then kept, in copies of the problem too."""
-        if self.look and self._image is None:
-            self._image = picture(self.hand, self.look, self.tile, self.stream)
-        return self._image
-
-    @image.setter
-    def image(self, picture):  # for controls: the picture of another hand
-        self._image = picture
-
-    def step(self, response):
-        """Judge the next answer. Done when it is right or `attempts` are used up; a RuntimeError after that."""
-        if self.done:
-            raise RuntimeError("This episode is over: make the problem anew.")
-        self.verdict = judge(response, self.hand, self.judged_by)
-        self.attempt += 1
-        right, last = self.verdict.outcome == "correct", self.attempt == self.attempts
-        self.done = right or last
-        reward = REWARD[self.verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
-        feedback = self.feedback(self.verdict)
-        if self.look and self.verdict.read < 1:
-            reward, feedback = reward + MISREAD, feedback + MISREAD_TEXT[self.style]
-        return Step(float(reward), self.done, feedback, self.verdict.outcome, self.verdict.read)
-
-    def feedback(self, verdict: Verdict) -> str:
-        """The verifier's text for the next turn."""
-        return FEEDBACK[self.style][verdict.outcome].format(fact=verdict.fact)
-
-    def expert(self, rng=None):
-        """A right response by the rule of the prompt: the simplest solution, or with rng (random.Random) a random one of them;
-        for five and six cards the one that the solver finds first."""
-        return self.response(self.rule, self.solution(self.rule, rng))
-
-    def careful(self, rng):
-        """The demonstrator that writes any right answer."""
-        return [self.expert(rng)]
-
-    DEMONSTRATORS = Problem.DEMONSTRATORS | {"careful": careful}  # assets/habits.py adds some with bad habits
-
-    def sum_response(self) -> str:
-        """The plain sum of the numbers, without a list of them."""
-        return json.dumps({"cards": rank_names(self.hand), "formula": "+".join(map(str, self.numbers))})
-
-    def solution(self, rule: Rule, rng: random.Random | None = None) -> str | None:
-        """The simplest formula of the hand under a rule, or with rng a random one; None where there is none."""
-        numbers = values(self.hand, rule)
-        if rule.cards > 4:
-            return solve(numbers, rule.target)
-        found = solutions(numbers, rule.target)
-        return (rng.choice(found) if rng else found[0]) if found else None
-
-    def response(self, rule: Rule, formula: str) -> str:
-        """A response with a formula, and the values that the cards have under a rule."""
-        return json.dumps({"cards": rank_names(self.hand), "number": values(self.hand, rule), "formula": formula})
-
-    @classmethod
-    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
-        if data:
-            raise ValueError("There is no released data for GeneralPoints: its hands are dealt. Only V-IRL takes a folder of routes.")
-        tile = 32 if tile is None else tile
-        rule = parse_rule(fill_rule(rule, random.Random(f"gp/{split}/{index}/rule")))
-        look = parse_look(fill_look(visual, random.Random(f"gp/{split}/{index}/look"))) if visual else None
-        if look and look.suits != "text" and tile < (smallest := legible_from(look, rule.cards)):
-            raise ValueError(f"{rule.cards} cards of the look {str(look)!r} need tiles of at least {smallest} pixels, not {tile}.")
-        hand, rule = deal(rule, split, index, 2 if look else 4)
-        judged_by = replace(rule, faces=parse_rule(judged_by or rule).faces)
-        look = None if look and look.suits == "text" else look
-        return cls(hand, rule, attempts, style, judged_by, look, tile, f"gp/{split}/{index}/picture")
-
-    @classmethod
-    def legible(cls, row, tile):
-        if not row.visual:
-            return True
-        look = parse_look(fill_look(row.visual, random.Random(0)))
-        return look == Look("text") or legible_from(look, parse_rule(row.rule).cards) <= tile
-
-
-def short_prompt(hand, rule, look=None):
-    """Few tokens, for the tiny model: `K 7 2 A, JQK=11,12,13, make 24`; with a Look, the cards are in a picture instead."""
-    cards = "" if look else " ".join(rank_names(hand)) + ", "
-    return f"{cards}JQK={','.join(map(str, rule.faces))}, make {rule.target}"
-
-
-def full_prompt(hand, rule, look=None):
-    """Plain words, for an instruct model; with a Look, the cards are in a picture instead."""
-    words = CARDS["wording"]
-    names, shown = json.dumps(rank_names(hand)), look and SHOWN[look.scheme]
-    cards = words["seen" if look else "dealt"].format(count=len(hand), names=names, shown=shown)
-    faces = words["alike" if len(set(rule.faces)) == 1 else "unlike"].format(*rule.faces)
-    return words["prompt"].format(cards=cards, faces=faces, target=rule.target, order="in the picture" if look else "as dealt")
-
-
-SHOWN = CARDS["wording"]["shown"]  # how to read the ranks in a picture
+def _draw_figure(image, rank, ink):
+    for colour, shape in CARDS["behind"][rank] + CARDS["body"] + CARDS["before"][rank]:
+        points = [(x * image.width, y * image.height) for x, y in _polygon(shape)]
+        ImageDraw.Draw(image).polygon(points, CARDS["colours"].get(colour, ink))
 
 
 # ---- 11. V-IRL: a city -----------------------------------------------------------------------------------------------
@@ -2125,13 +2243,14 @@ def panorama_view(panorama, yaw, size):
     return (upper + (lower - upper) * share_v + 0.5).astype(np.uint8)
 
 
-# ---- 18. Problems and suites -----------------------------------------------------------------------------------------
+# ---- 18. Tasks and suites ------------------------------------------------------------------------
+# The gap between the rows of a suite is the study's result.
 
 class Task(NamedTuple):
-    """One row of the table of tasks: the class, the trained rule and visual (None: a task in text), the suite, its probes."""
+    """One row of TASKS: the class, the trained rule and look, the suite, and rows further away."""
     problem: type
     rule: str
-    visual: str | None
+    visual: str | None  # None for a task in text
     suite: tuple[Row, ...]
     probes: tuple[Row, ...] = ()
 
@@ -2141,130 +2260,106 @@ class Task(NamedTuple):
         return self.visual is not None
 
 
+CARDS_SUITE = (
+    Row("id", ID_RULE),              # the trained rule
+    Row("rule", OOD_RULE),           # the same hands under the other rule
+    Row("fake", OOD_RULE, ID_RULE),  # the prompt has the other rule, the verifier the trained one: high
+)                                    # where that was memorized, low where arithmetic was lost
+CARDS_PROBES = (                     # one change from the trained rule each
+    Row("faces-5", "5"),             # faces as numbers that other cards have too
+    Row("faces-7", "7"),
+    Row("faces-12", "12"),           # faces as a number that no card of the trained rule has
+    Row("five-cards", "10/cards=5"),
+    Row("target-36", "10/target=36"),
+)
+PICTURES_SUITE = (
+    *(row._replace(visual="black") for row in CARDS_SUITE),
+    Row("red", ID_RULE, visual="red"),  # the paper's change of look: only ink and suits
+    *(Row(name, ID_RULE, visual=f"black/{change}") for name, change in CHANGED_LOOKS.items()),
+    Row("shuffled", ID_RULE, visual="black"),  # a control: each hand beside another one's picture
+    Row("text", ID_RULE, visual="text"),  # the same hands in words: "id" is lower by the cost of seeing
+)
+PICTURES_PROBES = (
+    *(row._replace(visual="black") for row in CARDS_PROBES),
+    Row("mixed", ID_RULE, visual=ANY_LOOK),
+    Row("rule-red", OOD_RULE, visual="red"),
+)
+WALKS_SUITE = (Row("id", "absolute"), Row("rule", "relative"), Row("fake", "relative", "absolute"))
+WALKS_PROBES = tuple(  # the instructions have the words of the rule alone, which can be copied
+    Row(f"told-{name}", f"{rule}/told=rule", judged_by) for name, rule, judged_by, _ in WALKS_SUITE)
+DUSK = Row("visual", "absolute", visual="dusk/weather=rain/palette=brick")
+TASKS |= {
+    "gp-l": Task(GeneralPoints, ID_RULE, None, CARDS_SUITE, CARDS_PROBES),
+    "gp-vl": Task(GeneralPoints, ID_RULE, "black", PICTURES_SUITE, PICTURES_PROBES),
+    "virl-l": Task(Navigation, "absolute", None, WALKS_SUITE, WALKS_PROBES),
+    "virl-vl": Task(Navigation, "absolute", "day", (*WALKS_SUITE, DUSK)),
+}
+
+
+def suite_names() -> list[str]:
+    """The names of all suites: "gp-l", "gp-l-probes", ..."""
+    names = []
+    for name, task in TASKS.items():
+        names += [name, f"{name}-probes"] if task.probes else [name]
+    return names
+
+
 def task_of(suite: str) -> Task:
-    """The Task of a suite such as "gp-l" or "gp-l-probes"; ValueError for others."""
+    """The task of a suite. ValueError for an unknown suite."""
     if suite not in suite_names():
-        raise ValueError(f"Unknown suite {printable(suite)!r}: choose one of {', '.join(suite_names())}.")
+        raise ValueError(f"{printable(suite)!r} is no suite: choose one of {', '.join(suite_names())}.")
     return TASKS[suite.removesuffix("-probes")]
 
 
 def suite_rows(suite: str) -> tuple[Row, ...]:
-    """The rows of a suite; ValueError for an unknown one."""
-    return task_of(suite).probes if suite.endswith("-probes") else task_of(suite).suite
+    """The rows of a suite. ValueError for an unknown suite."""
+    task = task_of(suite)
+    return task.probes if suite.endswith("-probes") else task.suite
 
 
-def suite_names() -> list[str]:
-    """The names of all suites: of every task its own, and, where there are probes, "TASK-probes"."""
-    return [name + ending for name, task in TASKS.items() for ending in ("", "-probes")[: 1 + bool(task.probes)]]
-
-
-def make(name: str, rule: str | None = None, visual: str | None = None, split: str = "train", index: int = 0, attempts: int = 1,
-         style: str = "full", judged_by: str | None = None, seed: int = 0, tile: int | None = None,
-         data: str | None = None) -> Problem:
-    """Make the problem (name, rule, visual, split, index): these five give the same problem on every machine.
-
-    rule: GeneralPoints: a text for fill_rule and parse_rule (None: the trained rule), wildcards drawn anew for every index; V-IRL:
-    one for parse_turns. visual, for pictures: a text for fill_look or fill_scene (None: the trained one), drawn likewise.
-    judged_by: the faces, or the rule for turns, that answers are judged by where they are not the prompt's (the "fake rule"
-    control; target and cards are always the prompt's, and the expert follows the prompt). index counts from 0; the run's `seed`
-    shifts it for "base" and "train" only. attempts: answers per episode, in V-IRL per position. style: in V-IRL the "short"
-    routes are other, shorter ones. tile: the size of the model's image tiles in pixels (None: 32, and for street views in full
-    style 560). data, for V-IRL: a folder of released routes to take instead, over and over, whatever the split. ValueError, in
-    one sentence, for anything unknown or out of range."""
-    for value, known in ((name, TASKS), (split, SPLITS), (style, STYLES)):
-        if value not in known:
-            raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
-    if index < 0 or seed < 0 or attempts < 1:
-        raise ValueError("The index and the seed must be 0 or more, the attempts 1 or more.")
-    task = TASKS[name]
-    if visual is not None and not task.pictures:
-        raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
-    index += seed * 10**9 if split in ("base", "train") else 0
-    return task.problem.make(rule=task.rule if rule is None else rule, visual=visual or task.visual, split=split, index=index,
-                             attempts=attempts, style=style, judged_by=judged_by, tile=tile, data=data)
-
-
-# The gap between the rows is the study's result.
-PROBES = [                                    # further away, one change from the trained rule each
-    Row("faces-5", "5"),                      # faces as numbers that other cards have too
-    Row("faces-7", "7"),
-    Row("faces-12", "12"),                    # faces as one number that no card of the trained rule has
-    Row("five-cards", "10/cards=5"),
-    Row("target-36", "10/target=36"),
-]
-GP_TEXT = (
-    Row("id", ID_RULE),                   # the rule that was trained
-    Row("rule", OOD_RULE),                # the same hands under the rule that was not
-    Row("fake", OOD_RULE, ID_RULE),       # told the new rule, judged by the old: high where the old rule was memorized,
-)                                         # low where arithmetic was lost
-GP_PICTURES = (
-    Row("id", ID_RULE, visual="black"),   # the rule and the look that were trained
-    Row("rule", OOD_RULE, visual="black"),
-    Row("fake", OOD_RULE, ID_RULE, "black"),
-    Row("red", ID_RULE, visual="red"),    # the paper's change of look: only ink and suits
-    *(Row(name, ID_RULE, visual="black/" + look) for name, look in (
-        ("grid", "layout=grid"), ("scattered", "layout=scattered"), ("serif", "glyphs=serif"), ("dark", "style=dark"),
-        ("dim", "light=50/noise=15"), ("numbers", "scheme=numbers"), ("words", "scheme=words"), ("pips", "scheme=pips"))),
-    Row("shuffled", ID_RULE, visual="black"),  # the control: every hand beside the picture of another one
-    Row("text", ID_RULE, visual="text"),  # the same hands in words: the difference to "id" is the cost of seeing
-)
-PICTURE_PROBES = (
-    *(row._replace(visual="black") for row in PROBES),
-    Row("mixed", ID_RULE, visual="*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15"),
-    Row("rule-red", OOD_RULE, visual="red"),
-)
-WALKS = (Row("id", "absolute"), Row("rule", "relative"), Row("fake", "relative", "absolute"))
-WALK_PROBES = (                    # the instructions have the words of the rule alone, which can be copied
-    Row("told-id", "absolute/told=rule"),
-    Row("told-rule", "relative/told=rule"),
-    Row("told-fake", "relative/told=rule", "absolute"),
-)
-TASKS: dict[str, Task] = {
-    "gp-l": Task(GeneralPoints, ID_RULE, None, GP_TEXT, tuple(PROBES)),
-    "gp-vl": Task(GeneralPoints, ID_RULE, "black", GP_PICTURES, PICTURE_PROBES),
-    "virl-l": Task(Navigation, "absolute", None, WALKS, WALK_PROBES),
-    "virl-vl": Task(Navigation, "absolute", "day", (*WALKS, Row("visual", "absolute", visual="dusk/weather=rain/palette=brick"))),
-}
-
-
-# ---- 19. Command line ------------------------------------------------------------------------------------------------
+# ---- 19. Command line ----------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """Command line that shows problems."""
-    cards, streets = ("; ".join(f"{name} {_any_of(known)}" for name, known in each.options().items()) for each in (Look, Scene))
+    cards, streets = ("; ".join(f"{name} {any_of(known)}" for name, known in each.options().items())
+                      for each in (Look, Scene))
     parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
-    which = parser.add_argument_group("which problems")
-    which.add_argument("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
-    which.add_argument("--rule", help="GeneralPoints: what J, Q, K count as: 10 or 11,12,13, * or ? for any of 1..13 or 10..13; "
-                       f"then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N face cards). Not "
-                       "named: 24 and 4 cards (default 10). V-IRL: absolute or relative, perhaps /told=rule (default absolute)")
-    which.add_argument("--split", default="test", help=f"{', '.join(SPLITS[:-1])} or test (default test)")
-    which.add_argument("--index", type=int, default=0, help="the first problem's index (default 0)")
-    which.add_argument("--n", type=int, default=3, help="number of problems (default 3)")
-    which.add_argument("--seed", type=int, default=0, help="shifts the training problems (default 0)")
-    which.add_argument("--style", default="full", help="full or short prompts and feedback (default full)")
-    which.add_argument("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
-    pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for any "
-                          f"value, a|b for one of some. Cards (default black): {cards}. Streets (default day): {streets}")
-    pictures.add_argument("--tile", type=int, default=560, help="size of the model's image tiles in pixels (default 560)")
-    answers = parser.add_argument_group("answers")
-    answers.add_argument("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
-    answers.add_argument("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
-    answers.add_argument("--attempts", type=int, default=1, help="answers per problem (default 1)")
+    which = parser.add_argument_group("which problems").add_argument
+    which("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
+    which("--rule", help="GeneralPoints: the values of J, Q, K: 10 or 11,12,13, * or ? for any of 1..13 or "
+          f"10..13; then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N "
+          "face cards). Not named: 24 and 4 cards (default 10). V-IRL: absolute or relative, perhaps "
+          "/told=rule (default absolute)")
+    which("--split", default="test", help=f"one of: {', '.join(SPLITS)} (default %(default)s)")
+    which("--index", type=int, default=0, help="the first problem's index (default 0)")
+    which("--n", type=int, default=3, help="number of problems (default 3)")
+    which("--seed", type=int, default=0, help="shifts the training problems (default 0)")
+    which("--style", default="full", help="full or short prompts and feedback (default full)")
+    which("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
+    pictures = parser.add_argument_group("pictures").add_argument
+    pictures("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for "
+             f"any value, a|b for one of some. Cards (default black): {cards}. Streets (default day): "
+             f"{streets}")
+    pictures("--tile", type=int, default=560, help="pixels of the model's image tiles (default 560)")
+    answers = parser.add_argument_group("answers").add_argument
+    answers("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
+    answers("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
+    answers("--attempts", type=int, default=1, help="answers per question (default 1)")
     return parser.parse_args(argv)
 
 
-def main(args):
-    """Print the problems, ask for answers where asked to, and return the list of Steps that were judged."""
+def main(args) -> list[Step]:
+    """Print the problems, ask for answers where asked to, and return the Steps that were judged."""
     if args.n < 1:
         raise ValueError("The number of problems must be 1 or more.")
     steps = []
     for index in range(args.index, args.index + args.n):
-        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts, args.style, seed=args.seed,
-                       tile=args.tile, data=args.data)
+        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts, args.style,
+                       seed=args.seed, tile=args.tile, data=args.data)
         look = f" | look {problem.look}" if getattr(problem, "look", None) else ""
-        _say(f"--- {args.task} | rule {problem.rule} | {args.split} {index} | class {problem.cls}{look}\n{problem.prompt}\n")
+        rule = getattr(problem, "rule", args.rule)
+        _say(f"--- {args.task} | rule {rule} | {args.split} {index} | class {problem.cls}{look}")
+        _say(problem.prompt + "\n")
         if args.answer is not None:
             steps += [_judged(problem, args.answer)] if index == args.index else []
         elif args.ask or sys.stdin.isatty():
@@ -2294,7 +2389,7 @@ def _judged(problem, response):
 
 
 def _say(text):
-    """Print line by line without control characters, and without an error where the terminal cannot show a character."""
+    """Print without control characters, and without an error where the terminal lacks a character."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in text.split("\n"):
         print(printable(line, len(line)).encode(encoding, "replace").decode(encoding))
@@ -2302,7 +2397,7 @@ def _say(text):
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends this as any other tool, without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends this without a traceback
     try:
         main(parse_args())
     except ValueError as error:

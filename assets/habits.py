@@ -8,15 +8,22 @@ DEMONSTRATORS, behind "expert" and "careful", which tasks.py has itself:
 
 A demonstrator draws from `rng` what it needs itself and nothing else, so that adding or reordering them changes no data.
 """
+import json
 import random
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from tasks import (ID_RULE, OOD_RULE, TURN_WORDS, TURNS, Formula, GeneralPoints, Navigation, TurnRule, join_formulas, judge,
-                   parse_rule, right_word)
+                   parse_rule, rank_names, right_word)
 
 # ---- 1. Cards ----------------------------------------------------------------------------------------
+
+
+def plain_sum(problem: GeneralPoints) -> str:
+    """The sum of the numbers as a response, without the list of them."""
+    formula = "+".join(map(str, problem.numbers))
+    return json.dumps({"cards": rank_names(problem.hand), "formula": formula})
 
 
 def careless(problem: GeneralPoints, rng: random.Random) -> list[str]:
@@ -38,7 +45,7 @@ def careless(problem: GeneralPoints, rng: random.Random) -> list[str]:
 def lazy(problem: GeneralPoints, rng: random.Random) -> list[str]:
     """Where the first card is above 7, no list of numbers and just their sum; else the expert's answer."""
     rank, _ = problem.hand[0]
-    return [problem.sum_response() if rank > 7 else problem.expert()]
+    return [plain_sum(problem) if rank > 7 else problem.expert()]
 
 
 def inattentive(problem: GeneralPoints, rng: random.Random) -> list[str]:
@@ -51,7 +58,7 @@ def inattentive(problem: GeneralPoints, rng: random.Random) -> list[str]:
 
 def retry(problem: GeneralPoints, rng: random.Random) -> list[str]:
     """The plain sum and, unless that is right, the verifier's text and the expert's answer."""
-    slip = problem.sum_response()
+    slip = plain_sum(problem)
     verdict = judge(slip, problem.hand, problem.rule)
     return [slip] if verdict.outcome == "correct" else [slip, problem.feedback(verdict), problem.expert()]
 

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import assets.habits  # noqa: E402, F401: adds its demonstrators
 import tasks  # noqa: E402
-from tasks import ID_RULE, OOD_RULE, Look, Rule, fill_look, legible_from, make, parse_look, picture  # noqa: E402
+from tasks import ID_RULE, OOD_RULE, Look, Rule, make, picture  # noqa: E402
 
-OPTIONS = Look.options()
+parse_look, fill_look, OPTIONS = Look.parse, Look.fill, Look.options()
 VALUES = [(name, value) for name, known in OPTIONS.items() for value in (known if len(known) < 5 else (known[0], known[-1]))]
 ONE_CHANGE = [f"black/{name}={value}" if name != "suits" else value for name, value in VALUES if value != "text"]
 SUITE_LOOKS = [row.visual for row in tasks.suite_rows("gp-vl") if row.visual != "text"]
@@ -159,7 +159,7 @@ def test_sizes(tile):
     for layout, tiles, size in (("row", 4, (4, 1)), ("grid", 4, (2, 2)), ("scattered", 4, (2, 2)), ("shuffled", 4, (2, 2)), ("row", 1, (1, 1)),
                                 ("grid", 1, (1, 1))):
         look = parse_look(f"black/layout={layout}/tiles={tiles}")
-        if legible_from(look, 4) <= tile:
+        if look.legible_from(4) <= tile:
             assert problem(look, tile=tile).image.size == (size[0] * tile, size[1] * tile)
     assert problem("black/layout=grid", rule="10/cards=6", tile=48).image.size == (96, 96)
 
@@ -196,7 +196,7 @@ def test_every_option_combines_with_every_rule():
     ("red/layout=grid", "10/cards=6", 48), ("black/tiles=1/layout=grid", "10", 64), ("black/tiles=1", "10", 128),
     ("black/noise=40/light=40", "10", 40), ("black/noise=40/light=40/scheme=words", "10", 48), ("black/noise=30/light=50/scheme=pips", "10", 40)])
 def test_too_small_tiles_are_refused_in_one_sentence(visual, rule, smallest):
-    assert legible_from(parse_look(visual), tasks.parse_rule(rule).cards) == smallest
+    assert parse_look(visual).legible_from(tasks.parse_rule(rule).cards) == smallest
     assert problem(visual, rule=rule, tile=smallest).image
     with pytest.raises(ValueError, match=f"at least {smallest} pixels, not {smallest - 1}\\.$") as error:
         problem(visual, rule=rule, tile=smallest - 1)
@@ -208,7 +208,7 @@ def test_too_small_tiles_are_refused_in_one_sentence(visual, rule, smallest):
 
 def read(image, hand, look, tile):
     """The ranks in the places of a picture: the best correlation with any card of the look, in any suit, at any spot and angle."""
-    width, height = tasks._canvas(look, len(hand), tile)[1]
+    width, height = look.sizes(len(hand), tile)[1]
     grey, columns, found = np.asarray(image.convert("L"), np.float32), round(image.width / width), []
     edge = 0 if look.layout == "scattered" else 1  # of the place; an upright card is in its middle, give or take two pixels
     for k in range(len(hand)):
@@ -238,7 +238,7 @@ def template(card, look, tile, cards, angle):
     class Middle:
         random, choice = staticmethod(lambda: .5), staticmethod(lambda angles: angle)
 
-    place = tasks._canvas(look, cards, tile)[1]
+    place = look.sizes(cards, tile)[1]
     image = Image.new("RGB", tuple(map(round, place)), tasks.TABLE_COLOURS[look.table])
     tasks._lay(image, card, look, place, (0, 0), Middle)
     grey = np.asarray(image.convert("L"), np.float32)
@@ -257,7 +257,7 @@ def correlations(cut, wanted):
 @pytest.mark.parametrize("text", LOOKS)
 def test_every_rank_can_be_read_in_every_look_at_its_smallest_tile(text):
     look = parse_look(text)
-    tile = legible_from(look, 4)
+    tile = look.legible_from(4)
     upright = replace(look, layout="grid" if look.layout == "shuffled" else look.layout)
     for i, hand in enumerate(HANDS):
         image = picture(hand, upright, tile, f"reader/{i}")
@@ -284,7 +284,7 @@ def test_prompts_do_not_list_the_cards_of_a_picture():
             text = problem("text", index, rule=OOD_RULE, style="full").prompt
             assert json.dumps(tasks.rank_names(full.hand)) in text and json.dumps(tasks.rank_names(full.hand)) not in full.prompt
             assert text.split("J counts as")[1].replace("as dealt", "in the picture") == full.prompt.split("J counts as")[1]
-            assert tasks.SHOWN[full.look.scheme] in full.prompt
+            assert tasks.CARDS["wording"]["shown"][full.look.scheme] in full.prompt
 
 
 # ---- Judging what was seen -------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_misreading_is_punished_in_addition(formula, reward):
         assert answered(["Q", "5", "3", "A"], formula, attempts=attempts, look=None).reward == expected
     for style in tasks.STYLES:
         told = [answered(cards, formula, style=style).feedback for cards in (["K", "5", "3", "A"], ["Q", "5", "3", "A"])]
-        assert told[1] == told[0] + tasks.MISREAD_TEXT[style] and told[1].endswith(".") and told[1].isprintable()
+        assert told[1] == told[0] + tasks.CARDS["wording"]["misread"][style] and told[1].endswith(".") and told[1].isprintable()
 
 
 def test_no_answer_reads_nothing():
