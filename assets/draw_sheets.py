@@ -107,7 +107,7 @@ def key_of_signs(problem):
     names = sorted({name for name, _ in town.landmarks.values()})
     signs = [tasks.sign(name, problem.look.palette).convert("RGB") for name in names]
     entries = [captioned(sign.resize(SIGN_SIZE), name) for sign, name in zip(signs, names)]
-    return table(entries, columns=8)
+    return captioned(table(entries, columns=8), "The signs of this city:")
 
 
 # ---- 3. Putting together -------------------------------------------------------------------------
@@ -115,7 +115,8 @@ def key_of_signs(problem):
 def captioned(image, text, ink="black"):
     """A picture on white, with a margin, below a text of some lines."""
     font = ImageFont.load_default(18)
-    _, _, width, height = ImageDraw.Draw(image).multiline_textbbox((0, 0), text, font)
+    # The g gives all last lines the same depth, so that pictures beside each other are level.
+    _, _, width, height = ImageDraw.Draw(image).multiline_textbbox((0, 0), text + "g", font)
     size = max(image.width, ceil(width)) + 12, image.height + ceil(height) + 18
     framed = Image.new("RGB", size, "white")
     ImageDraw.Draw(framed).multiline_text((6, 4), text, ink, font)
@@ -184,8 +185,8 @@ def write(sheet, path):
 def main(args):
     """Draw the sheet, write it to --out and print one line about it."""
     if not tasks.task_of(args.task).pictures or args.visual == "text":
-        raise ValueError("A sheet shows pictures: choose --task gp-vl and a look other than text, or "
-                         "--task virl-vl.")
+        raise ValueError("A sheet shows pictures: choose --task gp-vl and a look other than text, "
+                         "or --task virl-vl.")
     if args.n < 1:
         raise ValueError("The number of hands must be 1 or more.")
     if tasks.task_of(args.task).problem.leads_on:
