@@ -31,7 +31,7 @@ MIXED = (
     "both/layout=scattered/glyphs=italic/table=blue/light=130/noise=25",
     "both/tiles=1/layout=grid/style=framed",
 )
-HAND_SIZE = (400, 190)  # pixels; a picture of a hand is scaled to fit
+HAND_SIZE = (440, 210)  # pixels; a picture of a hand is scaled to fit
 
 
 def contact_sheet(args):
@@ -66,7 +66,7 @@ def hands(args, look):
 
 # ---- 2. Walks ------------------------------------------------------------------------------------
 
-MAP_SIZE, VIEWS_SIZE, SIGN_SIZE = 720, 320, (72, 72)  # pixels
+MAP_SIZE, VIEWS_SIZE, SIGN_SIZE = 960, 360, (72, 72)  # pixels
 ORDER_OF_VIEWS = "In each picture: front and right above, back and left below."
 
 
@@ -114,7 +114,7 @@ def key_of_signs(problem):
 
 def captioned(image, text, ink="black"):
     """A picture on white, with a margin, below a text of some lines."""
-    font = ImageFont.load_default(18)
+    font = ImageFont.load_default(21)
     # The g gives all last lines the same depth, so that pictures beside each other are level.
     _, _, width, height = ImageDraw.Draw(image).multiline_textbbox((0, 0), text + "g", font)
     size = max(image.width, ceil(width)) + 12, image.height + ceil(height) + 18
