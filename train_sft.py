@@ -1,22 +1,20 @@
 """Supervised fine-tuning (SFT) on demonstrations, and the run that both trainers share.
 
-    python train_sft.py --task gp-l --out runs/sft                        # expert answers under the training rule
-    python train_sft.py --task gp-l --rules 10:2 11,12,13 --out runs/two  # a mixture of two rules
+    python train_sft.py --task gp-l --out runs/sft            # expert answers under one rule
+    python train_sft.py --rules 10:2 11,12,13 --out runs/two  # a mixture of two rules
 
 Contents
   1. Demonstrations   problem and demonstrator -> token ids and the mask of the learned ones
   2. The loss         -log p of the response and its stop token, one normaliser for the whole batch
   3. One update       clip the gradient, take a step
-  4. The loop         main, and the same with names for the parts
+  4. The loop         main
   (the reading path ends)
-  5. A run            how far it is, what a finished step leaves behind
+  5. A run            how far it is, and everything that a finished step leaves behind
   6. Its directory    arguments, metrics, checkpoints that resume bit for bit
-  7. Start            model, trained parts, optimizer
+  7. Start            model, trained parameters, optimizer
   8. AdamW16          an optimizer with everything in bfloat16
   9. Cost             FLOPs of an update
   10. Command line    the flags that both trainers have, and those of SFT
-
-Shapes: B episodes, T tokens.
 """
 
 import argparse
@@ -33,18 +31,18 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
 import tasks
 from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, default_max_new_tokens,
-                      device_and_dtype, evaluate, find_model, images_for, micro_batches, prompt_style,
-                      run_main, show_episode, summary, to_batch)
-from model import (PARTS, LlamaVision, Tokenizer, add_lora, count_parameters, image_flops, load_model,
-                   merge_lora, read_json, save_adapter, save_model, text_flops, training_flops,
-                   write_atomically, write_json)
+                      device_and_dtype, evaluate, find_model, images_for, micro_batches,
+                      prompt_style, run_main, show_episode, summary, to_batch)
+from model import (PARTS, LlamaVision, Tokenizer, add_lora, count_parameters, image_flops,
+                   load_model, merge_lora, read_json, save_adapter, save_model, text_flops,
+                   training_flops, write_atomically, write_json)
 
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
 
@@ -55,40 +53,42 @@ class Mixture(NamedTuple):
     names: list[str]
     weights: list[float]
 
-    def draw(self, rng: random.Random) -> str:
+    def draw(self, rng):
         """One of the names."""
         return rng.choices(self.names, self.weights)[0]
 
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """The stream of demonstrated episodes. Episode number `index` is a pure function of these fields
-    and the index, so a resumed run needs no state of the data."""
+    """The stream of demonstrated episodes. Episode number `index` is a pure function of these
+    fields and the index, so a resumed run needs no state of the data."""
 
     task: str
     rules: Mixture
     demonstrators: Mixture
-    visuals: Mixture | None  # None for a task in text, or for the task's own look
+    visuals: Mixture | None  # None: the task's own look, or a task in text
     split: str
     seed: int
     style: dict  # of prompt_style: how problems are put to this model
 
     def episode(self, tokenizer: Tokenizer, index: int) -> Episode:
-        """Draw a rule, a demonstrator and a look; make the problem; write down the demonstration."""
+        """Draw a rule, a demonstrator and a look; make the problem; write the demonstration."""
         rng = random.Random(f"demonstrator/{self.seed}/{index}")
         rule = self.rules.draw(rng)
         kind = self.demonstrators.draw(rng)
         visual = self.visuals.draw(rng) if self.visuals else None
-        problem = tasks.make(self.task, rule, visual, self.split, index, attempts=2, seed=self.seed,
-                             **self.style)
+        problem = tasks.make(self.task, rule, visual, self.split, index, attempts=2,
+                             seed=self.seed, **self.style)
         responses = problem.demonstrate(kind, rng)[::2]  # the verifier's words stand between them
         return demonstrated_episode(tokenizer, problem, responses)
 
 
-def demonstrated_episode(tokenizer: Tokenizer, problem: tasks.Problem, responses: list[str]) -> Episode:
-    """A demonstrator's responses, with the verifier's words between them, as an Episode. Its mask is 1
-    on the responses and their stop tokens. The problem has to allow as many attempts as there are
-    responses to one question: at most two."""
+def demonstrated_episode(tokenizer: Tokenizer, problem: tasks.Problem, responses: list) -> Episode:
+    """A demonstrator's responses, with the verifier's words between them, as an Episode.
+
+    Its mask is 1 on the responses and their stop tokens. The problem has to allow as many attempts
+    as there are responses to one question: at most two.
+    """
     episode = Episode.start(problem, tokenizer)
     for i, response in enumerate(responses, 1):
         episode.append_response(tokenizer.encode(response) + [tokenizer.eot])
@@ -100,14 +100,14 @@ def demonstrated_episode(tokenizer: Tokenizer, problem: tasks.Problem, responses
 # ---- 2. The loss ---------------------------------------------------------------------------------
 
 
-def sft_backward(model: LlamaVision, episodes: list[Episode], pad: int, micro_batch: int) -> dict:
+def sft_backward(model: LlamaVision, episodes: list, pad: int, micro_batch: int) -> dict:
     """Gradients of the mean of -log p over all response tokens of the batch.
 
-    The batch is computed in parts of at most `micro_batch` episodes. Every part divides by the token
-    count of the WHOLE batch: a mean of the parts' means would depend on how the batch was split.
+    The batch is computed in parts of at most `micro_batch` episodes. Every part divides by the
+    token count of the WHOLE batch: a mean of the parts' means would depend on the parts.
     Returns {"loss", "tokens"}. FloatingPointError when the loss is not finite.
     """
-    tokens = sum(e.response_tokens for e in episodes)
+    tokens = sum(episode.response_tokens for episode in episodes)
     loss = 0.0
     for part in micro_batches(episodes, micro_batch):
         batch = to_batch(part, pad, model.device)
@@ -123,7 +123,7 @@ def sft_backward(model: LlamaVision, episodes: list[Episode], pad: int, micro_ba
 # ---- 3. One update -------------------------------------------------------------------------------
 
 
-def update(model: LlamaVision, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> dict:
+def update(model: LlamaVision, optimizer, lr: float, max_grad_norm: float) -> dict:
     """Clip the gradient to `max_grad_norm` and take one step with the rate `lr`.
 
     Returns {"grad_norm" (before clipping), "lr", "moved" (whether any trained parameter changed)};
@@ -141,26 +141,28 @@ def update(model: LlamaVision, optimizer: torch.optim.Optimizer, lr: float, max_
     before = parameter_sums(trained)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, "lr": lr, "moved": not torch.equal(before, parameter_sums(trained))}
+    moved = not torch.equal(before, parameter_sums(trained))
+    return {"grad_norm": norm, "lr": lr, "moved": moved}
 
 
-def parameter_sums(parameters: list[torch.Tensor]) -> torch.Tensor:
-    """The sum of each parameter, in float64: they differ after any update that moved something."""
+def parameter_sums(parameters):
+    """The sum of each parameter, in float64: some differ after any update that moved something."""
     return torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters])
 
 
 # ---- 4. The loop ---------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv=None):
     """Train; returns the scores of the last evaluation."""
     args = parse_args(argv)
     return train(start_run(args), args)
 
 
-def train(run: "Run", args: argparse.Namespace) -> dict:
+def train(run, args):
     """Demonstrations -> loss -> one update, until the run's steps or FLOPs are spent."""
-    model, tokenizer, data = run.model, run.tokenizer, demonstrations(run.tokenizer, run.model, args)
+    model, tokenizer = run.model, run.tokenizer
+    data = demonstrations(args, prompt_style(model, tokenizer))
     try:
         while run.goes_on():
             first = run.step * args.batch
@@ -173,19 +175,22 @@ def train(run: "Run", args: argparse.Namespace) -> dict:
     return run.end()
 
 
-def demonstrations(tokenizer: Tokenizer, model: LlamaVision, args: argparse.Namespace) -> Demonstrations:
+def demonstrations(args, style):
     """The data that the flags of SFT ask for."""
+    visuals = read_mixture("visuals", args.visuals) if args.visuals else None
     return Demonstrations(args.task, read_mixture("rules", args.rules),
-                          read_mixture("demonstrators", args.demonstrators),
-                          read_mixture("visuals", args.visuals) if args.visuals else None,
-                          args.split, args.seed, prompt_style(model, tokenizer))
+                          read_mixture("demonstrators", args.demonstrators), visuals,
+                          args.split, args.seed, style)
 
 
 # ==== The reading path ends here. Everything below can be skipped. ====
 
 METRICS = {  # of a step; --help prints them
-    "loss": "mean of -log p over the response tokens", "grad_norm": "norm of the gradient before clipping",
-    "lr": "learning rate", "tokens": "response tokens of the batch", "seconds": "time of the step",
+    "loss": "mean of -log p over the response tokens",
+    "grad_norm": "norm of the gradient before clipping",
+    "lr": "learning rate",
+    "tokens": "response tokens of the batch",
+    "seconds": "time of the step",
 }
 
 # ---- 5. A run ------------------------------------------------------------------------------------
@@ -207,38 +212,38 @@ class Progress:
 class Run:
     """A model in training: how far it is, and everything that a finished step leaves behind.
 
-    It ends after --steps, or after --flops when a budget is given (so that two arms spend the same).
+    It ends after --steps, or after --flops when a budget is given: so two arms spend the same.
     """
 
-    def __init__(self, args: argparse.Namespace, directory: "RunDirectory", model: LlamaVision,
-                 tokenizer: Tokenizer, optimizer: torch.optim.Optimizer):
+    shown = None  # names of the metrics on the terminal; None: all
+
+    def __init__(self, args, directory, model, tokenizer, optimizer):
         self.args, self.directory = args, directory
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.generator = torch.Generator(model.device).manual_seed(args.seed)  # of sampling
-        self.progress, self.laps = Progress(), {}
-        self.scores, self.stopping, self.useless, self.warned = {}, False, "", {}
-        self.shown = None  # names of the metrics on the terminal; None: all
+        self.progress, self.laps, self.scores, self.warned = Progress(), {}, {}, {}
+        self.stopping, self.useless = False, ""
 
     @property
-    def step(self) -> int:
+    def step(self):
         """Finished steps."""
         return self.progress.step
 
-    def share(self) -> float:
+    def share(self):
         """0 at the start, 1 at the end."""
-        spent = self.progress.flops / self.args.flops if self.args.flops else self.step / self.args.steps
-        return min(spent, 1.0)
+        args, progress = self.args, self.progress
+        return min(1.0, progress.flops / args.flops if args.flops else self.step / args.steps)
 
-    def goes_on(self) -> bool:
+    def goes_on(self):
         """Whether another step follows; starts its clock."""
         self.clock, self.laps = time.time(), {}
         return not (self.share() >= 1 or self.useless or self.stopping)
 
-    def lap(self, name: str) -> None:
+    def lap(self, name):
         """Note the seconds since the step began, or since the last lap, as a metric."""
         self.laps[name] = time.time() - self.clock - sum(self.laps.values())
 
-    def lr(self) -> float:
+    def lr(self):
         """Learning rate of the next step: linear warm-up over --lr-warmup steps, times a cosine."""
         args = self.args
         rate = args.lr * min(1.0, (self.step + 1) / max(1, args.lr_warmup))
@@ -247,150 +252,167 @@ class Run:
         cosine = 0.5 * (1 + math.cos(math.pi * self.share()))
         return rate * (args.lr_end + (1 - args.lr_end) * cosine)
 
-    def eval_due(self) -> bool:
-        """Whether the next of --evals evaluations is reached: start and end included; a single one: the end."""
+    def eval_due(self):
+        """Whether the next of --evals evaluations is reached: start and end included; a single one
+        is the end."""
         done, wanted, share = self.progress.evals_done, self.args.evals, self.share()
         if done >= wanted:
             return False
         return share >= 1 or wanted > 1 and share * (wanted - 1) >= done
 
-    def finish_step(self, metrics: dict, flops: tuple[float, float], groups: list[list[Episode]] = ()) -> None:
-        """Count, print, evaluate, log and save a step. flops: ours and by the paper's formula; groups: the
-        rollouts of RL, of which an evaluation keeps samples."""
-        for episode in (e for group in groups for e in group):
-            episode.encoded = []  # free the encoded pictures before an evaluation encodes others
+    def finish_step(self, metrics, flops, groups=()):
+        """Count, print, evaluate, log and save a step. flops: ours and by the paper's formula;
+        groups: the rollouts of RL, of which an evaluation keeps samples."""
+        for episode in (episode for group in groups for episode in group):
+            episode.encoded = []  # frees the pictures before an evaluation encodes others
         if groups:
             self.lap("update_seconds")
         progress, moved = self.progress, metrics.pop("moved", None)
         metrics |= self.laps | {"seconds": time.time() - self.clock}
         progress.step += 1
-        progress.flops, progress.flops_paper = progress.flops + flops[0], progress.flops_paper + flops[1]
+        progress.flops += flops[0]
+        progress.flops_paper += flops[1]
         progress.seconds += metrics["seconds"]
         self.notice_waste(metrics, moved)
         print(self.line(metrics), flush=True)
+        record = {"step": self.step, "flops": progress.flops, **metrics}
         due = self.eval_due()
         if due:
             self.evaluate()
             self.directory.write_samples(self.step, groups)
-        scores = self.scores if due else {}
-        self.directory.log({"step": self.step, "flops": progress.flops, **metrics, **scores})
-        if due or (self.args.save_every and self.step % self.args.save_every == 0):
+            record |= self.scores
+        self.directory.log(record)
+        if due or self.args.save_every and self.step % self.args.save_every == 0:
             self.save()
         self.warn_truncated("sampled", metrics.get("truncated", 0.0))
 
-    def notice_waste(self, metrics: dict, moved: bool | None) -> None:
+    def notice_waste(self, metrics, moved):
         """Count steps in a row that taught nothing; too many end the run, after a save."""
         learned = "grad_norm" in metrics
         if learned:
-            self.count_waste("update", not moved, 10, f"no trained parameter moved (--lr {metrics['lr']:g}, "
-                             f"gradient norm {metrics['grad_norm']:g}): raise --lr, or see why the loss has no gradient.")
+            self.count_waste("update", not moved, 10, "no trained parameter moved "
+                             f"(--lr {metrics['lr']:g}, gradient norm {metrics['grad_norm']:g}): "
+                             "raise --lr, or see why the loss has no gradient.")
         self.count_waste("signal", not learned, 50, "no group had unequal returns (success "
-                         f"{100 * metrics.get('success', 0):.0f} %), so nothing could be learned: raise --group or "
-                         "--temperature, or give a better (or a less perfect) --init.")
+                         f"{100 * metrics.get('success', 0):.0f} %), so nothing could be learned: "
+                         "raise --group or --temperature, or give a better (or a less perfect) "
+                         "--init.")
 
-    def count_waste(self, reason: str, wasted: bool, limit: int, sentence: str) -> None:
+    def count_waste(self, reason, wasted, limit, sentence):
         """Count the wasted steps in a row; `limit` of them make the run useless."""
         idle = self.progress.idle
         idle[reason] = idle.get(reason, 0) + 1 if wasted else 0
         if idle[reason] and idle[reason] % limit == 0:
             self.useless = f"stopped after {limit} steps in a row in which {sentence}"
 
-    def line(self, metrics: dict) -> str:
+    def line(self, metrics):
         """The line that the terminal shows of a step."""
         share, progress = self.share(), self.progress
+        evals_left = max(0, self.args.evals - progress.evals_done)
         left = progress.seconds / max(share, 1e-9) * (1 - share)
-        left += max(0, self.args.evals - progress.evals_done) * progress.eval_seconds / max(1, progress.evals_done)
-        shown = {name: metrics[name] for name in self.shown or metrics if name in metrics}
-        words = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
-        return f"step {self.step:4d} {100 * share:3.0f}% left {left // 60:.0f}:{left % 60:02.0f} | {' '.join(words)}"
+        left += evals_left * progress.eval_seconds / max(1, progress.evals_done)
+        text = f"step {self.step:4d} {100 * share:3.0f}% left {left // 60:.0f}:{left % 60:02.0f} |"
+        for name in self.shown or metrics:
+            if name in metrics:
+                value = metrics[name]
+                text += f" {name} {value:.4g}" if isinstance(value, float) else f" {name} {value}"
+        return text
 
-    def evaluate(self) -> None:
+    def evaluate(self):
         """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
         args, progress = self.args, self.progress
-        rows = args.eval_rows or (None if self.share() >= 1 else list(ROWS))  # on the way: the rows of the curves
-        settings = EvalSettings(args.eval_suite or args.task, args.eval_n, args.attempts, args.eval_split,
-                                args.max_new_tokens, args.rollout_batch, rows and tuple(rows))
+        # On the way only the rows of the curves are evaluated.
+        rows = args.eval_rows or (None if self.share() >= 1 else ROWS)
+        settings = EvalSettings(args.eval_suite or args.task, args.eval_n, args.attempts,
+                                args.eval_split, args.max_new_tokens, args.rollout_batch,
+                                rows and tuple(rows))
         result = evaluate(self.model, self.tokenizer, settings)
         result |= {"step": self.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
                    "seconds": round(progress.seconds, 2)}
         write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
         self.scores = summary(result)
-        percent = {key: 100 * score for key, score in self.scores.items()}
-        said = (f"{row} {percent[f'{row}/greedy/first']:.1f} greedy {percent[f'{row}/sampled/first']:.1f} sampled"
-                for row in result["rows"])
-        print(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt: {', '.join(said)}", flush=True)
+        said = [f"{row} " + " ".join(f"{100 * self.scores[f'{row}/{mode}/first']:.1f} {mode}"
+                                     for mode in ("greedy", "sampled")) for row in result["rows"]]
+        print(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt: "
+              f"{', '.join(said)}", flush=True)
         self.warn_truncated("held-out", result["truncated"])
         progress.evals_done += 1
         progress.eval_seconds += result["eval_seconds"]
 
-    def warn_truncated(self, which: str, share: float) -> None:
+    def warn_truncated(self, which, share):
         """Warn when many answers were cut off, for a cut answer is a wrong one."""
-        if share > 0.3:
-            self.warn(which, f"{100 * share:.0f} % of the {which} answers were cut off at --max-new-tokens "
-                      f"{self.args.max_new_tokens}; raise it, or begin with a longer SFT warm-up.")
+        if share > 0.3 and self.step >= self.warned.get(which, self.step):
+            self.warned[which] = self.step + 50  # each kind at most once in 50 steps
+            print(f"warning: step {self.step}: {100 * share:.0f} % of the {which} answers were cut "
+                  f"off at --max-new-tokens {self.args.max_new_tokens}; raise it, or begin with a "
+                  "longer SFT warm-up.", file=sys.stderr, flush=True)
 
-    def warn(self, key: str, sentence: str, every: int = 50) -> None:
-        """Print a warning, each kind at most once in `every` steps."""
-        if self.step >= self.warned.get(key, self.step):
-            self.warned[key] = self.step + every
-            print(f"warning: step {self.step}: {sentence}", file=sys.stderr, flush=True)
-
-    def save(self) -> None:
+    def save(self):
         """Write a checkpoint from which `--resume` continues bit for bit."""
-        state = {"step": self.step, "optimizer": self.optimizer.state_dict(), "optimizer_kind": self.args.optimizer,
-                 "random": random_states(self.generator), "progress": asdict(self.progress)}
-        self.directory.save(self.model, self.tokenizer, state, self.args.init_path if self.args.lora_rank else None)
+        state = {"step": self.step, "progress": asdict(self.progress),
+                 "random": random_states(self.generator),
+                 "optimizer": self.optimizer.state_dict(), "optimizer_kind": self.args.optimizer}
+        base = self.args.init_path if self.args.lora_rank else None
+        self.directory.save(self.model, self.tokenizer, state, base)
 
-    def restore(self, state: dict) -> None:
-        """Continue from the state of a checkpoint. ValueError when it is of another optimizer or model."""
+    def restore(self, state):
+        """Continue from the state of a checkpoint. ValueError when it is of another optimizer."""
         try:  # torch itself accepts the moments of another optimizer, whatever they are called
             if state.get("optimizer_kind", self.args.optimizer) != self.args.optimizer:
                 raise ValueError("another optimizer")
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError):
-            raise ValueError(f"the newest checkpoint of {self.directory.path} holds the state of another optimizer or model "
-                             "than its args.json asks for.") from None
+            raise ValueError(f"the newest checkpoint of {self.directory.path} holds the state of "
+                             "another optimizer or model than its args.json asks for.") from None
         restore_random_states(state["random"], self.generator)
         self.progress = Progress(**state["progress"])
 
-    def end(self) -> dict:
-        """Save the last step and say how the run ended; returns the scores of the last evaluation. ValueError when it
-        ended because it had become useless."""
+    def end(self):
+        """Save the last step and say how the run ended; returns the scores of the last evaluation.
+        ValueError when it ended because it had become useless."""
         if self.directory.saved < self.step:
             self.save()
         if self.useless:
             raise ValueError(self.useless)
-        path, stopped = clean(self.directory.path), self.stopping and self.share() < 1
-        print(f"stopped at step {self.step}; go on with --resume {path}" if stopped else f"done: {path}", flush=True)
+        path = clean(self.directory.path)
+        stopped = f"stopped at step {self.step}; go on with --resume {path}"
+        print(stopped if self.stopping and self.share() < 1 else f"done: {path}", flush=True)
         return self.scores
 
-    def not_finite(self, error: FloatingPointError, episodes: list[Episode]) -> ValueError:
-        """Keep the batch whose loss or gradient was not finite for a look; returns the error that ends the run."""
-        path = self.directory.path / f"not-finite-{self.step + 1:06d}.json"
-        write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids, "response_mask": e.response_mask,
-                           "log_probs": e.log_probs} for e in episodes])
-        start = self.directory.path if self.directory.saved > 0 else "and the same start"
-        return ValueError(f"step {self.step + 1}: {error}, so this update was not made; its batch is in {path}. Start a new "
-                          f"run with --init {start} and a lower --lr or --max-grad-norm.")
+    def not_finite(self, error, episodes):
+        """Keep the batch whose loss or gradient was not finite for a look; returns the error that
+        ends the run."""
+        step, directory = self.step + 1, self.directory
+        path = directory.path / f"not-finite-{step:06d}.json"
+        write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids,
+                           "response_mask": e.response_mask, "log_probs": e.log_probs}
+                          for e in episodes])
+        start = directory.path if directory.saved > 0 else "and the same start"
+        return ValueError(f"step {step}: {error}, so this update was not made; its batch is in "
+                          f"{path}. Start a new run with --init {start} and a lower --lr or "
+                          "--max-grad-norm.")
 
-    def catch_signals(self) -> None:
+    def catch_signals(self):
         """Ctrl-C and SIGTERM finish the step and save; a second one exits at once."""
         def handler(number, frame):
             if self.stopping:
                 os._exit(130)
             self.stopping = True
-            print("stopping after this step; once more to exit at once", file=sys.stderr, flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
+            print("stopping after this step; once more to exit at once", file=sys.stderr,
+                  flush=True)
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, handler)
 
 
-def random_states(generator: torch.Generator) -> dict:
+def random_states(generator):
     """Every random state of training; problems need none, since they are made from their index."""
     states = {"torch": torch.get_rng_state(), "sampling": generator.get_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
-def restore_random_states(states: dict, generator: torch.Generator) -> None:
+def restore_random_states(states, generator):
     """The reverse of `random_states`."""
     torch.set_rng_state(states["torch"])
     generator.set_state(states["sampling"])
@@ -407,136 +429,159 @@ LOCKS = {}  # path of a run -> its locked file: of this process, held until it e
 class RunDirectory:
     """runs/NAME: the files of one run.
 
-    args.json          its arguments                      metrics.jsonl   one JSON object a step
-    evals/NNNNNN.json  an evaluation, problem by problem  samples/        episodes in plain text (RL)
-    step-NNNNNN/       a checkpoint: a model directory in the hub's layout (or an adapter in PEFT's), the checksums
-                       of its files and, in the two newest, state.pt: optimizer, step, random states; plain values
+    args.json          its arguments
+    metrics.jsonl      one JSON object a step
+    evals/NNNNNN.json  an evaluation, problem by problem
+    samples/           episodes in plain text (RL)
+    step-NNNNNN/       a checkpoint: a model directory in the hub's layout (an adapter in PEFT's),
+                       the checksums of its files and, in the two newest, state.pt: optimizer,
+                       step, random states; plain values only
     latest             the name of the newest complete checkpoint, written last
     start.json         sizes and checksums (of the last MB) of the weights that the run began from
     source/            a copy of the five files and their word lists, since people edit them
-    A file or directory is written under another name first (.NAME.tmp) and renamed: it is whole or absent.
+    A file or directory is written under another name first (.NAME.tmp) and renamed: it is whole or
+    absent.
     """
 
-    def __init__(self, path: str, resume: bool):
+    def __init__(self, path, resume):
         named = Path(path).name and not os.path.islink(path)  # a link or "." cannot be renamed to
-        self.path, self.saved = Path(path if named else os.path.realpath(path)), -1  # step of the newest checkpoint
+        self.path = path = Path(path if named else os.path.realpath(path))
+        self.saved = -1  # step of the newest checkpoint
         if resume:
             self.lock()
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise ValueError(f"{self.path} is there already and not empty; choose another --out, or go on with "
-                             f"--resume {self.path}.")
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"{path} is there already and not empty; choose another --out, or go "
+                             f"on with --resume {path}.")
 
-    def create(self, args: argparse.Namespace) -> None:
+    def create(self, args):
         """Write the beginning of a new run, all at once, when its model is already there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         here = Path(__file__).parent
-        names = [f"{name}.py" for name in ("train_sft", "train_rl", "evaluate", "model", "tasks")]
+        sources = [here / f"{name}.py" for name in SOURCES] + [*here.glob("assets/*.json")]
         with replaced(self.path) as fresh:
             (fresh / "source" / "assets").mkdir(parents=True)
-            for path in [*(here / name for name in names), *here.glob("assets/*.json")]:
+            for path in sources:
                 shutil.copy(path, fresh / "source" / path.relative_to(here))
             write_json(fresh / "args.json", vars(args))
+            write_json(fresh / "start.json", start_checksums(args))
         self.lock()
-        write_json(self.path / "start.json", start_checksums(args))
 
-    def open(self) -> None:
+    def open(self):
         """Clear the leftovers of a killed process and make the folders."""
         for stale in self.path.glob(".*.tmp"):
-            shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+            if stale.is_dir() and not stale.is_symlink():
+                shutil.rmtree(stale)
+            else:
+                stale.unlink()
         for folder in ("evals", "samples"):
             (self.path / folder).mkdir(exist_ok=True)
 
-    def lock(self) -> None:
-        """Keep other processes from continuing this run; the lock ends with the process, however it ends."""
+    def lock(self):
+        """Keep other processes from continuing this run; the lock ends with the process, however
+        it ends."""
         file, key = open(self.path / "args.json"), str(self.path.absolute())
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             LOCKS[key] = file
         except BlockingIOError:
             if key not in LOCKS:
-                raise ValueError(f"{self.path} is being written by another process; wait for it or stop it.") from None
+                raise ValueError(f"{self.path} is being written by another process; wait for it or "
+                                 "stop it.") from None
 
-    def check_start(self, args: argparse.Namespace) -> None:
-        """A resumed run needs the very weights it began from where these are its base or its reference."""
-        kept, needed = self.path / "start.json", args.lora_rank or getattr(args, "kl_coef", 0)
-        if needed and kept.exists() and read_json(kept) != start_checksums(args):
-            raise ValueError(f"{args.init_path} holds other weights than when {self.path} began from it; put those back "
-                             "to continue.")
+    def check_start(self, args):
+        """A resumed run needs the very weights it began from where these are its base or its
+        reference."""
+        path, needed = self.path / "start.json", args.lora_rank or getattr(args, "kl_coef", 0)
+        if needed and path.exists() and read_json(path) != start_checksums(args):
+            raise ValueError(f"{args.init_path} holds other weights than when {self.path} began "
+                             "from it; put those back to continue.")
 
-    def log(self, record: dict) -> None:
+    def log(self, record):
         """Append one record to metrics.jsonl."""
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def write_samples(self, step: int, groups: list[list[Episode]], count: int = 4) -> None:
+    def write_samples(self, step, groups, count=4):
         """The first episode of a few groups as readable JSON."""
         if groups:
             shown = [show_episode("train", group[0]) for group in groups[:count]]
             write_json(self.path / "samples" / f"{step:06d}.json", shown)
 
-    def save(self, model: LlamaVision, tokenizer: Tokenizer, state: dict, base: str | None) -> None:
-        """A checkpoint of step state["step"]: the adapter when `base` names its model, else all weights."""
-        name = f"step-{state['step']:06d}"
+    def save(self, model, tokenizer, state, base):
+        """A checkpoint of step state["step"]: the adapter when `base` names its model, else all
+        weights."""
+        step = state["step"]
+        name = f"step-{step:06d}"
         try:
             with replaced(self.path / name) as fresh:
-                save_adapter(model, fresh, base) if base else save_model(model, tokenizer, fresh)
+                if base:
+                    save_adapter(model, fresh, base)
+                else:
+                    save_model(model, tokenizer, fresh)
                 torch.save(state, fresh / "state.pt")
                 write_json(fresh / CHECKSUMS, checksums(fresh))
             self.point_to(name)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-            raise ValueError(f"the checkpoint of step {state['step']} could not be written to {self.path} "
-                             f"({str(error)[:120]}); those before it are as they were. Make room, then --resume "
-                             f"{self.path}.") from None
-        self.saved = state["step"]
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three words
+            raise ValueError(f"the checkpoint of step {step} could not be written to {self.path} "
+                             f"({str(error)[:120]}); those before it are as they were. Make room, "
+                             f"then --resume {self.path}.") from None
+        self.saved = step
         for old in self.states()[:-2]:  # two to continue from; of the others only the weights stay
             old.unlink()
 
-    def states(self) -> list[Path]:
+    def states(self):
         """The files state.pt of the run's checkpoints, oldest first."""
-        return sorted(self.path.glob("step-[0-9]*/state.pt"), key=lambda path: int(path.parent.name[5:]))
+        found = self.path.glob("step-[0-9]*/state.pt")
+        return sorted(found, key=lambda path: int(path.parent.name[5:]))
 
-    def point_to(self, name: str) -> None:
+    def point_to(self, name):
         """Make a checkpoint the one that others find."""
-        pointer = self.path / "latest"
-        if not pointer.is_file() or pointer.read_bytes() != f"{name}\n".encode():
-            write_atomically(pointer, lambda path: path.write_text(name + "\n"))
+        pointer, content = self.path / "latest", f"{name}\n"
+        if not pointer.is_file() or pointer.read_bytes() != content.encode():
+            write_atomically(pointer, lambda path: path.write_text(content))
 
-    def newest_whole_checkpoint(self) -> tuple[Path | None, dict | None]:
-        """(directory, state), going back from the newest; (None, None) if none has been written yet."""
+    def newest_whole_checkpoint(self):
+        """(directory, state), going back from the newest; (None, None) if none has been written."""
         for path in reversed(self.states()):
+            directory = path.parent
             try:
-                written = read_json(path.parent / CHECKSUMS)
-                if "state.pt" not in written or written != checksums(path.parent, written):
+                written = read_json(directory / CHECKSUMS)
+                if "state.pt" not in written or written != checksums(directory, written):
                     raise ValueError("a file is not as it was written")
-                return path.parent, torch.load(path, map_location="cpu", weights_only=True)
+                return directory, torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # torch.load alone has half a dozen kinds for a damaged file
-                print(f"{path.parent} is damaged ({clean(error)[:120]}); going back to the checkpoint before it.",
-                      file=sys.stderr)
+                print(f"{directory} is damaged ({clean(error)[:120]}); going back to the "
+                      "checkpoint before it.", file=sys.stderr)
         if any(self.path.glob("step-*")):
-            raise ValueError(f"no checkpoint of {self.path} can be continued; start a new run with --init and one of its "
-                             "step-NNNNNN directories, or --model.")
+            raise ValueError(f"no checkpoint of {self.path} can be continued; start a new run with "
+                             "--init and one of its step-NNNNNN directories, or --model.")
         return None, None
 
-    def resume_point(self) -> tuple[Path | None, dict | None]:
-        """`newest_whole_checkpoint`, and everything that the run wrote after it is taken back: later lines of the
-        metrics and later evaluations come again."""
+    def resume_point(self):
+        """`newest_whole_checkpoint`, and everything that the run wrote after it is taken back:
+        later lines of the metrics and later evaluations come again."""
         directory, state = self.newest_whole_checkpoint()
         if directory:
             self.point_to(directory.name)
         self.saved = step = state["step"] if state else 0
-        metrics = self.path / "metrics.jsonl"
-        lines = metrics.read_text("utf-8", "replace").split("\n") if metrics.is_file() else []
-        kept = [line + "\n" for line in lines if step_of(line) <= step]
-        write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+        metrics, lines = self.path / "metrics.jsonl", []
+        if metrics.is_file():
+            lines = metrics.read_text("utf-8", "replace").split("\n")
+        kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
+        write_atomically(metrics, lambda path: path.write_text(kept))
         for path in [*self.path.glob("evals/*.json"), *self.path.glob("samples/*.json")]:
             if path.stem.isdecimal() and int(path.stem) > step:
                 path.unlink()
         return directory, state
 
 
+SOURCES = ("train_sft", "train_rl", "evaluate", "model", "tasks")
+
+
 @contextmanager
-def replaced(path: Path):
-    """A new directory that takes the place of `path` when the block ends, and is removed when the block fails."""
+def replaced(path):
+    """A new directory that takes the place of `path` when the block ends, and is removed when the
+    block fails."""
     fresh = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -549,26 +594,28 @@ def replaced(path: Path):
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def checksums(directory: Path, names=None, last: int | None = None) -> dict[str, list[int]]:
-    """{file name: [bytes, CRC-32]} of files in a directory (default: all); with `last`, of their last bytes only."""
+def checksums(directory, names=None, last=1 << 62):
+    """{file name: [bytes, CRC-32 of the `last` bytes]} of files in a directory (default: all)."""
     found = {}
-    for name in sorted(names or (path.name for path in directory.iterdir())):
+    for name in sorted(names or os.listdir(directory)):
         with open(directory / name, "rb") as file:
             size, crc = os.fstat(file.fileno()).st_size, 0
-            file.seek(max(0, size - last) if last else 0)
+            file.seek(max(0, size - last))
             while block := file.read(1 << 24):
                 crc = zlib.crc32(block, crc)
         found[name] = [size, crc]
     return found
 
 
-def start_checksums(args: argparse.Namespace) -> dict[str, list[int]]:
+def start_checksums(args):
     """The checksums of the weights that a run begins from; {} for random ones."""
-    weights = [path.name for path in Path(args.init_path).glob("*.safetensors")] if args.init_path else []
+    if not args.init_path:
+        return {}
+    weights = [path.name for path in Path(args.init_path).glob("*.safetensors")]
     return checksums(Path(args.init_path), weights, last=1 << 20) if weights else {}
 
 
-def step_of(line: str) -> float:
+def step_of(line):
     """The step of a line of the metrics; infinity for one that was cut off or damaged."""
     try:
         step = json.loads(line)["step"]
@@ -580,14 +627,17 @@ def step_of(line: str) -> float:
 # ---- 7. Start ------------------------------------------------------------------------------------
 
 
-def load_start(args: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple[LlamaVision, Tokenizer]:
+def load_start(args, device, dtype):
     """Model and tokenizer that --init or --model names."""
     return load_model(args.init_path, dtype, device)
 
 
-def start_run(args: argparse.Namespace, load: Callable = load_start, optimizer_for: Callable | None = None) -> Run:
-    """A run of a training script, new or resumed, ready for its first step. `load` and `optimizer_for`: as
-    `load_start` and `make_optimizer`, for scripts that make models in another way."""
+def start_run(args: argparse.Namespace, load=load_start, optimizer_for=None) -> Run:
+    """A run of a training script, new or resumed, ready for its first step.
+
+    `load` and `optimizer_for` are like `load_start` and `make_optimizer`, for scripts that make
+    models in another way.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -598,20 +648,22 @@ def start_run(args: argparse.Namespace, load: Callable = load_start, optimizer_f
         dtype = torch.bfloat16
     directory = RunDirectory(args.out, bool(args.resume))
     checkpoint, state = directory.resume_point() if args.resume else (None, None)
-    model, tokenizer = load_model(checkpoint, dtype, device) if checkpoint else load(args, device, dtype)
+    if checkpoint:
+        model, tokenizer = load_model(checkpoint, dtype, device)
+    else:
+        model, tokenizer = load(args, device, dtype)
+        merge_lora(model)  # an adapter that --init brings belongs to the start, not to the training
     args.max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
     args.micro_batch = args.micro_batch or (256 if tokenizer.short else 8)
     check_legible(args, prompt_style(model, tokenizer))
-    parts = trained_parts(args)
-    if not checkpoint:
-        merge_lora(model)  # an adapter that --init brings belongs to the start, not to what is trained now
-    if args.lora_rank and not any(".lora_" in name for name, _ in model.named_parameters()):
-        add_lora(model, args.lora_rank, args.lora_alpha, tuple(PARTS[part] for part in parts))
-    if not args.lora_rank:
-        freeze_unused(model, parts, tasks.TASKS[args.task].pictures)
+    choose_parameters(model, args)
     model.recompute(args.recompute)
-    run = Run(args, directory, model, tokenizer, (optimizer_for or make_optimizer)(model, args))
-    directory.check_start(args) if args.resume else directory.create(args)
+    optimizer = (optimizer_for or make_optimizer)(model, args)
+    run = Run(args, directory, model, tokenizer, optimizer)
+    if args.resume:
+        directory.check_start(args)
+    else:
+        directory.create(args)
     directory.open()
     if state:
         run.restore(state)
@@ -622,43 +674,47 @@ def start_run(args: argparse.Namespace, load: Callable = load_start, optimizer_f
     return run
 
 
-def check_legible(args: argparse.Namespace, style: dict) -> None:
+def check_legible(args, style):
     """ValueError for a trained look that cannot be read at this model's tile size."""
     for visual in getattr(args, "visuals", None) or [args.visual]:
         visual = visual and visual.partition(":")[0]
         tasks.make(args.task, args.rule, visual, "train", 0, **style)
 
 
-def describe(run: Run) -> str:
+def describe(run):
     """The first line of a run: its sizes, its device."""
     sizes, args = count_parameters(run.model), run.args
     how = f"LoRA rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
-    return (f"{clean(run.directory.path)}: {sizes['decoder']:,} decoder + {sizes['vision']:,} vision parameters, "
-            f"{sizes['trained']:,} trained ({how}), {run.model.device}, {torch.get_num_threads()} threads"
-            + (f", continued at step {run.step}" if args.resume else ""))
+    continued = f", continued at step {run.step}" if args.resume else ""
+    return (f"{clean(run.directory.path)}: {sizes['decoder']:,} decoder + {sizes['vision']:,} "
+            f"vision parameters, {sizes['trained']:,} trained ({how}), {run.model.device}, "
+            f"{torch.get_num_threads()} threads{continued}")
 
 
-def trained_parts(args: argparse.Namespace) -> list[str]:
-    """The names in PARTS of the trained parts: --train, or by default the decoder, and in full fine-tuning on
-    pictures all."""
-    everything = tasks.TASKS[args.task].pictures and not args.lora_rank
-    return args.train or (list(PARTS) if everything else ["decoder"])
-
-
-def freeze_unused(model: LlamaVision, parts: list[str], pictures: bool) -> None:
-    """Freeze the parts that are not trained. Text leaves out the cross layers too: they would get no gradient."""
+def choose_parameters(model, args):
+    """Let the parameters require a gradient that are trained: adapters, or whole parts. The parts
+    are those of --train; by default the decoder, and in full fine-tuning on pictures all."""
+    pictures = tasks.TASKS[args.task].pictures
+    parts = args.train or (list(PARTS) if pictures and not args.lora_rank else ["decoder"])
+    if args.lora_rank:
+        if not any(".lora_" in name for name, _ in model.named_parameters()):
+            where = tuple(PARTS[part] for part in parts)
+            add_lora(model, args.lora_rank, args.lora_alpha, where)
+        return
     model.vision_model.requires_grad_("tower" in parts)
     model.multi_modal_projector.requires_grad_("projector" in parts)
     model.language_model.requires_grad_("decoder" in parts)
-    for i in model.config.text.cross_attention_layers if not pictures else ():
-        model.language_model.model.layers[i].requires_grad_(False)
+    if not pictures:  # text gives the cross layers no gradient
+        for i in model.config.text.cross_attention_layers:
+            model.language_model.model.layers[i].requires_grad_(False)
 
 
-def make_optimizer(model: LlamaVision, args: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(model, args):
     """AdamW on everything that requires a gradient; --optimizer adamw16: see AdamW16."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError("no parameter would be trained; give --lora-rank 1 or more, or 0 for full fine-tuning.")
+        raise ValueError("no parameter would be trained; give --lora-rank 1 or more, or 0 for full "
+                         "fine-tuning.")
     kind = AdamW16 if args.optimizer == "adamw16" else torch.optim.AdamW
     return kind(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
@@ -667,41 +723,53 @@ def make_optimizer(model: LlamaVision, args: argparse.Namespace) -> torch.optim.
 
 
 class AdamW16(torch.optim.Optimizer):
-    """AdamW with everything in bfloat16: 8 bytes a parameter with its gradient instead of 16 (or 18 with master weights).
+    """AdamW with everything in bfloat16: 8 bytes a parameter with its gradient instead of 16 (or 18
+    with master weights).
 
-    The step is computed in float32, piece by piece; weight and second moment are then rounded up or down at random, the
-    nearer the likelier (the first moment to nearest). Rounded to nearest, a step below bfloat16's spacing, 1/256 of the
-    value, would be lost every time, and a slow moment would never move (Zamirai et al., arXiv 2010.06192).
+    The step is computed in float32, piece by piece; weight and second moment are then rounded up
+    or down at random, the nearer the likelier (the first moment to nearest). Rounded to nearest, a
+    step below bfloat16's spacing, 1/256 of the value, would be lost every time, and a slow moment
+    would never move (Zamirai et al., arXiv 2010.06192).
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for p in (p for p in group["params"] if p.grad is not None):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 if not state:
-                    state |= {"step": torch.zeros(()), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                    state["step"] = torch.zeros(())
+                    state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
                 state["step"] += 1
-                t, all_of = state["step"].item(), (p.data, p.grad, state["m"], state["v"])
-                for w, g, m16, v16 in zip(*(x.reshape(-1).split(2**24) for x in all_of)):  # 0.5 GB of float32 at a time
-                    grad = g.float()
-                    m = m16.float().lerp_(grad, 1 - beta1)
-                    v = v16.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                    change = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt_() + group["eps"])
-                    round_at_random(w, w.float().mul_(1 - lr * group["weight_decay"]).sub_(change, alpha=lr))
-                    m16.copy_(m)
-                    round_at_random(v16, v)
+                tensors = (p.data, p.grad, state["m"], state["v"])
+                pieces = (x.reshape(-1).split(2**24) for x in tensors)  # 0.5 GB of float32
+                for piece in zip(*pieces):
+                    self.step_piece(*piece, state["step"].item(), group)
+
+    def step_piece(self, weight, grad, m16, v16, t, group):
+        """Step number t of a piece of a parameter, with its two moments."""
+        (beta1, beta2), lr, grad = group["betas"], group["lr"], grad.float()
+        m = m16.float().lerp_(grad, 1 - beta1)
+        v = v16.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        change = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt_() + group["eps"])
+        decayed = weight.float().mul_(1 - lr * group["weight_decay"])
+        round_at_random(weight, decayed.sub_(change, alpha=lr))
+        m16.copy_(m)
+        round_at_random(v16, v)
 
 
-def round_at_random(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Write float32 `value` into `target`; for bfloat16 up or down at random so that the mean is `value`."""
-    if target.dtype == torch.bfloat16:  # its bits are the upper half of float32's: noise in the lower half carries over
-        noise = torch.randint_like(value, 2**16, dtype=torch.int32)
+def round_at_random(target, value):
+    """Write float32 `value` into `target`; for bfloat16 up or down at random so that the mean is
+    `value`."""
+    if target.dtype == torch.bfloat16:  # its bits are the upper half of float32's: noise in the
+        noise = torch.randint_like(value, 2**16, dtype=torch.int32)  # lower half carries over
         value = (value.view(torch.int32) + noise & -(2**16)).view(torch.float32)
     target.copy_(value)
 
@@ -709,24 +777,30 @@ def round_at_random(target: torch.Tensor, value: torch.Tensor) -> None:
 # ---- 9. Cost -------------------------------------------------------------------------------------
 
 
-def sft_flops(model: LlamaVision, episodes: list[Episode]) -> tuple[float, float]:
-    """(FLOPs of one update on these episodes, the paper's 6 N D). A token counts the attention to the one picture that it
-    sees, not the attention that a mask hides."""
-    forward = sum(text_flops(model.config, 0, len(e.ids) - 1, e.response_tokens, bool(e.pictures)) for e in episodes)
-    weights, pictures = text_flops(model.config, 0, 1, 1) // 2, sum(len(e.pictures) for e in episodes)
-    return (update_flops(model, forward) + pictures * update_image_flops(model),
-            6 * weights * sum(len(e.ids) for e in episodes))
+def sft_flops(model, episodes):
+    """(FLOPs of one update on these episodes, the paper's 6 N D). A token counts the attention to
+    the one picture that it sees, not the attention that a mask hides."""
+    config, forward, pictures, tokens = model.config, 0, 0, 0
+    for episode in episodes:
+        length, seen = len(episode.ids), len(episode.pictures)
+        forward += text_flops(config, 0, length - 1, episode.response_tokens, bool(seen))
+        pictures, tokens = pictures + seen, tokens + length
+    weights = text_flops(config, 0, 1, 1) // 2
+    cost = update_flops(model, forward) + pictures * update_image_flops(model)
+    return cost, 6 * weights * tokens
 
 
 def update_flops(model: LlamaVision, forward: float) -> float:
-    """FLOPs of a forward and backward pass whose forward costs `forward`, for this model's adapters and recompute."""
+    """FLOPs of a forward and backward pass whose forward costs `forward`, for this model's adapters
+    and recompute."""
     adapted = any(".lora_" in name for name, _ in model.named_parameters())
     return training_flops(forward, adapted, model.language_model.model.recompute)
 
 
-def update_image_flops(model: LlamaVision, encoded: bool = False) -> float:
-    """FLOPs of one image in a training pass: the tower's forward, its backward if it is trained, and the projector and the
-    cross layers' keys and values. encoded: a rollout has encoded the image, which serves here too while vision is frozen."""
+def update_image_flops(model: LlamaVision, encoded=False) -> float:
+    """FLOPs of one image in a training pass: the tower's forward, its backward if it is trained,
+    and the projector and the cross layers' keys and values. encoded: a rollout has encoded the
+    image, which serves here too while vision is frozen."""
     tower, rest = image_flops(model.config)
     if any(p.requires_grad for p in model.vision_model.parameters()):
         return update_flops(model, tower + rest)
@@ -736,89 +810,114 @@ def update_image_flops(model: LlamaVision, encoded: bool = False) -> float:
 # ---- 10. Command line ----------------------------------------------------------------------------
 
 
-def read_mixture(flag: str, items: list[str]) -> Mixture:
-    """["10:3", "11,12,13"] -> Mixture of "10" with weight 3 and "11,12,13" with weight 1. ValueError for other weights."""
+def read_mixture(flag, items):
+    """["10:3", "11,12,13"] -> Mixture of "10" with weight 3 and "11,12,13" with weight 1.
+    ValueError for other weights."""
     names, weights = [], []
     for item in items:
         name, _, weight = item.partition(":")
         try:
             weights.append(float(weight or 1))
         except ValueError:
-            raise ValueError(f"--{flag} {clean(item)}: the weight behind the colon must be a number.") from None
+            raise ValueError(f"--{flag} {clean(item)}: the weight behind the colon must be a "
+                             "number.") from None
         if not 0 < weights[-1] < 1e6:
             raise ValueError(f"--{flag} {clean(item)}: the weight must be positive.")
         names.append(name)
     return Mixture(names, weights)
 
 
+def number(group, name: str, default: float, low: float, high: float, help: str) -> None:
+    """Add a flag for a number from low to high, of the type of its default."""
+    kind = between(type(default), low, high)
+    group.add_argument(name, type=kind, default=default, help=help)
+
+
 def shared_arguments(parser: Parser, **defaults) -> None:
     """The flags that both trainers have; `defaults` holds those that differ."""
-    count, share = between(int, 1, 1e8), between(float, 0, 1)
-    g = parser.add_argument_group("task and model")
-    g.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}: GeneralPoints or V-IRL, in text or in pictures")
-    g.add_argument("--rule", help="rule that is trained: values of J,Q,K [/target=N][/cards=N], for V-IRL absolute or "
-                   "relative (default: the task's)")
-    g.add_argument("--visual", help="look that is trained, for tasks in pictures (default: the task's)")
-    g.add_argument("--train", nargs="+", choices=list(PARTS), help="parts that are trained (default: the decoder; without "
-                   "LoRA and with pictures all)")
-    g.add_argument("--model", default="tiny", help="tiny (the shipped base of the task), or a model directory")
-    g.add_argument("--init", help="start from this run's weights instead of --model's")
-    g.add_argument("--lora-rank", type=between(int, 0, 4096), default=0, help="rank of LoRA on all linear layers of the "
-                   "trained parts; 0: full fine-tuning")
-    g.add_argument("--lora-alpha", type=between(float, 1e-3, 1e5), default=32.0, help="LoRA scale is alpha / rank")
-    g.add_argument("--attempts", type=between(int, 1, 100), default=1, help="answers an episode may have (a walk: at each "
-                   "position), with the verifier's words between")
-    g.add_argument("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer (default: 64 tiny, 256 else)")
-    g = parser.add_argument_group("length: one of the two; --flops is how two arms are given equal compute")
-    g.add_argument("--steps", type=count, default=defaults["steps"], help="optimizer steps")
-    g.add_argument("--flops", type=between(float, 0, 1e30), default=0.0, help="training FLOPs of this run, rollouts "
-                   "included; 0: --steps")
+    model_arguments(parser)
+    g = parser.add_argument_group("length: one of the two; --flops gives two arms equal compute")
+    number(g, "--steps", defaults["steps"], 1, 1e8, "optimizer steps")
+    number(g, "--flops", 0.0, 0, 1e30, "training FLOPs of this run, rollouts included; 0: --steps")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--lr", type=between(float, 1e-12, 10), default=defaults["lr"], help="peak learning rate")
-    g.add_argument("--optimizer", choices=defaults.get("optimizers", ("adamw", "adamw16")), default="adamw",
-                   help="adamw16: weights and state in bfloat16, full fine-tuning in little memory")
-    g.add_argument("--schedule", choices=("cosine", "constant"), default=defaults["schedule"], help="of the rate after the warm-up")
-    g.add_argument("--lr-warmup", type=between(int, 0, 1e8), default=10, help="steps of linear learning-rate warm-up")
-    g.add_argument("--lr-end", type=share, default=0.1, help="last learning rate as a share of the peak")
-    g.add_argument("--weight-decay", type=between(float, 0, 10), default=0.0, help="AdamW's, per step as a share of --lr")
-    g.add_argument("--max-grad-norm", type=between(float, 1e-9, 1e9), default=1.0, help="gradients are clipped to this norm")
-    g.add_argument("--micro-batch", type=between(int, 1, 1e6), help="episodes per forward pass: memory, not the result, but "
-                   "adamw16 adds gradients in bfloat16: 4 or more there (default: 256 tiny, 8 else)")
-    g.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, one more forward pass")
-    g = parser.add_argument_group("evaluation along the way")
-    g.add_argument("--evals", type=between(int, 0, 1e4), default=2, help="evaluations spread over the run, start and end "
-                   "included; 1: the end")
-    g.add_argument("--eval-n", type=between(int, 1, 1e5), default=200, help="held-out problems")
-    g.add_argument("--eval-split", choices=("val", "test"), default="val", help="val chooses settings, test is for claims")
-    g.add_argument("--eval-suite", help="suite to evaluate (default: the task's)")
-    g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it (default: all of them at the end)")
-    g.add_argument("--rollout-batch", type=between(int, 1, 1e6), default=256, help="episodes played side by side: memory, "
-                   "not the result")
+    number(g, "--lr", defaults["lr"], 1e-12, 10, "peak learning rate")
+    g.add_argument("--optimizer", choices=defaults.get("optimizers", ("adamw", "adamw16")),
+                   default="adamw", help="adamw16: weights and state in bfloat16, full fine-tuning "
+                   "in little memory")
+    g.add_argument("--schedule", choices=("cosine", "constant"), default=defaults["schedule"],
+                   help="of the rate after the warm-up")
+    number(g, "--lr-warmup", 10, 0, 1e8, "steps of linear learning-rate warm-up")
+    number(g, "--lr-end", 0.1, 0, 1, "last learning rate as a share of the peak")
+    number(g, "--weight-decay", 0.0, 0, 10, "AdamW's, per step as a share of --lr")
+    number(g, "--max-grad-norm", 1.0, 1e-9, 1e9, "gradients are clipped to this norm")
+    g.add_argument("--micro-batch", type=between(int, 1, 1e6), help="episodes per forward pass: "
+                   "memory, not the result, but adamw16 adds gradients in bfloat16: 4 or more "
+                   "there (default: 256 tiny, 8 else)")
+    g.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, "
+                   "one more forward pass")
+    evaluation_arguments(parser)
     g = parser.add_argument_group("run")
     g.add_argument("--out", default=defaults["out"], help="run directory to create")
     g.add_argument("--resume", metavar="RUN", help="continue this run with its own arguments")
-    g.add_argument("--seed", type=between(int, 0, 2**62), default=0, help="shifts the training problems, orders and samples")
-    g.add_argument("--save-every", type=between(int, 0, 1e8), default=100, help="steps between checkpoints besides those at evaluations")
-    machine_arguments(g)
+    number(g, "--seed", 0, 0, 2**62, "shifts the training problems, orders and samples")
+    number(g, "--save-every", 100, 0, 1e8, "steps between checkpoints besides those at evaluations")
+    g.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    number(g, "--threads", 0, 0, 1024, "CPU threads; 0: torch's choice")
 
 
-def machine_arguments(parser) -> None:
-    """The flags that may differ when a run is continued."""
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=between(int, 0, 1024), default=0, help="CPU threads (0: torch's choice)")
+def model_arguments(parser):
+    """The flags of the task and of the model."""
+    g = parser.add_argument_group("task and model")
+    g.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}: GeneralPoints "
+                   "or V-IRL, in text or in pictures")
+    g.add_argument("--rule", help="rule that is trained: values of J,Q,K [/target=N][/cards=N], "
+                   "for V-IRL absolute or relative (default: the task's)")
+    g.add_argument("--visual", help="look that is trained, for tasks in pictures (default: the "
+                   "task's)")
+    g.add_argument("--train", nargs="+", choices=list(PARTS), help="parts that are trained "
+                   "(default: the decoder; without LoRA and with pictures all)")
+    g.add_argument("--model", default="tiny", help="tiny (the shipped base of the task), or a "
+                   "model directory")
+    g.add_argument("--init", help="start from this run's weights instead of --model's")
+    number(g, "--lora-rank", 0, 0, 4096, "rank of LoRA on all linear layers of the trained parts; "
+           "0: full fine-tuning")
+    number(g, "--lora-alpha", 32.0, 1e-3, 1e5, "LoRA scale is alpha / rank")
+    number(g, "--attempts", 1, 1, 100, "answers an episode may have (a walk: at each position), "
+           "with the verifier's words between")
+    g.add_argument("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer "
+                   "(default: 64 tiny, 256 else)")
+
+
+def evaluation_arguments(parser):
+    """The flags of the evaluations of a run."""
+    g = parser.add_argument_group("evaluation along the way")
+    number(g, "--evals", 2, 0, 1e4, "evaluations spread over the run, start and end included; 1: "
+           "the end")
+    number(g, "--eval-n", 200, 1, 1e5, "held-out problems")
+    g.add_argument("--eval-split", choices=("val", "test"), default="val", help="val chooses "
+                   "settings, test is for claims")
+    g.add_argument("--eval-suite", help="suite to evaluate (default: the task's)")
+    g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it "
+                   "(default: all of them at the end)")
+    number(g, "--rollout-batch", 256, 1, 1e6, "episodes played side by side: memory, not the "
+           "result")
 
 
 def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
-    """Parse, take the arguments of a resumed run, and check as much as can be checked before anything is written."""
+    """Parse, take the arguments of a resumed run, and check as much as can be checked before
+    anything is written."""
     argv = sys.argv[1:] if argv is None else argv
-    resumed = any(word.partition("=")[0] == "--resume" for word in argv)
-    args = resumed_arguments(parser, argv) if resumed else parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.resume:
+        flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
+        args = resumed_arguments(parser, args, flags)
     if args.task not in tasks.TASKS:
         raise ValueError(f"--task {clean(args.task)} must be one of {', '.join(tasks.TASKS)}.")
     args.rule = args.rule or tasks.TASKS[args.task].rule
-    tasks.make(args.task, args.rule, args.visual, split="train", index=0, tile=1120)  # nothing is drawn
+    tasks.make(args.task, args.rule, args.visual, tile=1120)  # nothing is drawn
     if args.train and not tasks.TASKS[args.task].pictures and args.train != ["decoder"]:
-        raise ValueError(f"--train: {args.task} shows no pictures, so only the decoder can be trained.")
+        raise ValueError(f"--train: {args.task} shows no pictures, so only the decoder can be "
+                         "trained.")
     if args.eval_suite not in (None, *tasks.suite_names()):
         raise ValueError(f"--eval-suite must be one of {', '.join(tasks.suite_names())}.")
     if not args.resume:
@@ -827,69 +926,68 @@ def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespa
     return args
 
 
-def resumed_arguments(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """The arguments in args.json of the run that --resume names: read as flags, so each is checked as a flag is."""
-    few = Parser("Continue a run.")
-    few.add_argument("--resume")
-    machine_arguments(few)
-    given, others = few.parse_known_args(argv)
-    if "--init" in others:
-        raise ValueError("--init starts a run and --resume continues one: give only one of them.")
+def resumed_arguments(parser, given, flags):
+    """The arguments in args.json of the run that --resume names: read as flags, so that each is
+    checked as a flag is. `given` and `flags` are the command line's."""
     path = Path(given.resume) / "args.json"
-    if given.resume and not path.is_file():
-        raise ValueError(f"{clean(given.resume)} holds no run (no args.json); --resume needs a run directory.")
-    if others:
-        flag = clean(others[0].partition("=")[0])
-        raise ValueError(f"--resume takes the arguments of the run it continues: leave out {flag}.")
-    given = few.parse_args(argv)
+    if given.init:
+        raise ValueError("--init starts a run and --resume continues one: give only one of them.")
+    if not path.is_file():
+        raise ValueError(f"{clean(given.resume)} holds no run (no args.json); --resume needs a run "
+                         "directory.")
+    if wrong := flags - {"--resume", "--device", "--threads"}:
+        raise ValueError("--resume takes the arguments of the run it continues: leave out "
+                         f"{min(wrong)}.")
     stored = read_json(path)
-    args = parser.parse_args([])
-    if not isinstance(stored, dict) or vars(args).keys() | {"init_path"} != stored.keys():
-        raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the script that began it.")
+    if not isinstance(stored, dict) or vars(given).keys() | {"init_path"} != stored.keys():
+        raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the "
+                         "script that began it.")
     init_path = stored.pop("init_path")
     try:
-        given_then = {name: value for name, value in stored.items() if value != parser.get_default(name)}
-        args = parser.parse_args(as_flags(given_then))
+        args = parser.parse_args(as_flags(stored, parser))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    for name, value in stored.items():
-        if getattr(args, name) != value or type(getattr(args, name)) is not type(value):
+    read = vars(args) | {"init_path": init_path if isinstance(init_path, str) else None}
+    for name, value in (stored | {"init_path": init_path}).items():
+        if read[name] != value or type(read[name]) is not type(value):
             raise ValueError(f"{path}: {name} cannot be {clean(json.dumps(value))[:60]}.")
-    if not isinstance(init_path, (str, type(None))):
-        raise ValueError(f"{path}: init_path cannot be {clean(json.dumps(init_path))[:60]}.")
-    args.init_path, args.resume, args.out = init_path, given.resume, given.resume
-    machine = {name: value for name, value in vars(given).items() if value != few.get_default(name)}
-    vars(args).update(machine)
+    here = {"--device": "device", "--threads": "threads"}
+    taken = {name: getattr(given, name) for flag, name in here.items() if flag in flags}
+    vars(args).update(init_path=init_path, resume=given.resume, out=given.resume, **taken)
     return args
 
 
-def as_flags(arguments: dict) -> list[str]:
+def as_flags(arguments, parser):
     """{"lr": 0.1, "rules": ["10"], "recompute": True} -> the flags that give these values."""
     argv = []
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
+        if value == parser.get_default(name) or value is None:
+            continue
         if isinstance(value, list):
             argv += [flag, *map(str, value)]
-        elif value is True:
-            argv.append(flag)
-        elif value is not None and value is not False:
-            argv.append(f"{flag}={value}")
+        else:
+            argv.append(flag if value is True else f"{flag}={value}")
     return argv
 
 
-def mixture_arguments(parser: Parser, demonstrators: list[str]) -> None:
+def mixture_arguments(parser, demonstrators):
     """The flags of SFT; `demonstrators` is the default mixture."""
     g = parser.add_argument_group("supervised fine-tuning")
-    g.add_argument("--batch", type=between(int, 1, 1e5), default=256, help="demonstrations per step")
-    g.add_argument("--rules", nargs="+", metavar="RULE:WEIGHT", help="mixture of rules (default: --rule)")
-    g.add_argument("--visuals", nargs="+", metavar="LOOK:WEIGHT", help="mixture of looks (default: --visual)")
-    known = "; ".join(f"{name}: {', '.join(task.problem.DEMONSTRATORS)}" for name, task in tasks.TASKS.items())
+    number(g, "--batch", 256, 1, 1e5, "demonstrations per step")
+    g.add_argument("--rules", nargs="+", metavar="RULE:WEIGHT", help="mixture of rules (default: "
+                   "--rule)")
+    g.add_argument("--visuals", nargs="+", metavar="LOOK:WEIGHT", help="mixture of looks (default: "
+                   "--visual)")
+    known = "; ".join(f"{name}: {', '.join(task.problem.DEMONSTRATORS)}"
+                      for name, task in tasks.TASKS.items())
     g.add_argument("--demonstrators", nargs="+", metavar="KIND:WEIGHT", default=demonstrators,
-                   help=f"mixture of demonstrators, of {known}")
+                   help=f"mixture of {known} (default: {' '.join(demonstrators)})")
 
 
-def check_mixtures(args: argparse.Namespace) -> None:
-    """Fill in the defaults of the mixtures and make one problem of each part. ValueError for a wrong one."""
+def check_mixtures(args):
+    """Fill in the defaults of the mixtures and make one problem of each part. ValueError for a
+    wrong one."""
     args.rules = args.rules or [args.rule]
     args.visuals = args.visuals or ([args.visual] if args.visual else None)
     for rule in read_mixture("rules", args.rules).names:
@@ -904,10 +1002,11 @@ def check_mixtures(args: argparse.Namespace) -> None:
 
 def metrics_help(metrics: dict[str, str]) -> str:
     """The end of --help: the meaning of every name in a log line."""
-    return "names in a log line and in metrics.jsonl: " + "; ".join(f"{name}: {means}" for name, means in metrics.items())
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in metrics.items())
+    return f"names in a log line and in metrics.jsonl: {meanings}"
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv=None):
     """Command line of supervised fine-tuning."""
     parser = Parser("Supervised fine-tuning on demonstrations.")
     parser.epilog = metrics_help(METRICS)

@@ -195,11 +195,8 @@ def test_a_trained_tower_sees_in_training_what_it_saw_in_the_rollout(model, toke
     ("gp-vl", 0, ["tower"], {"tower"}), ("gp-vl", 2, ["projector", "tower"], {"projector", "tower"}),
     ("gp-vl", 0, ["decoder"], {"decoder", "cross"})])
 def test_the_parts_that_are_trained(model, task, lora, train, learn):
-    args = SimpleNamespace(task=task, lora_rank=lora, train=train, optimizer="adamw", lr=1e-3, weight_decay=0.0)
-    if lora:
-        M.add_lora(model, lora, 4.0, tuple(M.PARTS[part] for part in SFT.trained_parts(args)))
-    else:
-        SFT.freeze_unused(model, SFT.trained_parts(args), tasks.TASKS[task].pictures)
+    args = SimpleNamespace(task=task, lora_rank=lora, lora_alpha=4.0, train=train, optimizer="adamw", lr=1e-3, weight_decay=0.0)
+    SFT.choose_parameters(model, args)
     assert SFT.make_optimizer(model, args).param_groups
     part = lambda name: "tower" if name.startswith("vision") else "projector" if name.startswith("multi") else (
         "cross" if ".layers.2." in name else "decoder")  # layer 2 is the cross layer of this config
@@ -693,7 +690,7 @@ def test_mixtures_are_read_and_bad_ones_are_sentences():
             SFT.parse_args(["--rules", *rules, "--demonstrators", *kinds])
 
 
-def drawn(monkeypatch, tokenizer, flags, count=2000):
+def drawn(monkeypatch, tokenizer, args, count=2000):
     """(rule, demonstrator, look) of the first demonstrations."""
     model, found = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=32))), []
 
@@ -703,8 +700,7 @@ def drawn(monkeypatch, tokenizer, flags, count=2000):
             return [""]
     monkeypatch.setattr(tasks, "make", lambda task, rule, visual, *more, **style: found.append([rule, visual]) or Noted())
     monkeypatch.setattr(SFT, "demonstrated_episode", lambda *more: None)
-    args = SimpleNamespace(task="gp-l", split="train", seed=0, visuals=None) if isinstance(flags, str) else flags
-    data = SFT.demonstrations(tokenizer, model, args)
+    data = SFT.demonstrations(args, E.prompt_style(model, tokenizer))
     for index in range(count):
         data.episode(tokenizer, index)
     return found
@@ -968,7 +964,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     chosen = torch.ones_like(ids, dtype=torch.bool)
     start = model.log_probs(ids, chosen, 0.8).detach()
     M.add_lora(model, 2, 4.0)
-    reference = RL.make_reference(model, rl_args(lora_rank=2, temperature=0.8, kl_every=1))
+    reference = RL.make_reference(SimpleNamespace(model=model, args=rl_args(lora_rank=2, temperature=0.8)))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -976,7 +972,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     assert torch.allclose(reference([], ids, chosen), start, atol=1e-5)
     assert not torch.allclose(model.log_probs(ids, chosen, 0.8), start, atol=1e-2)
     loaded, _ = M.load_model(E.find_model(str(tiny_run), "gp-l"))
-    reference = RL.make_reference(loaded, rl_args(temperature=0.8, kl_every=1))
+    reference = RL.make_reference(SimpleNamespace(model=loaded, args=rl_args(temperature=0.8)))
     before = reference([], ids, chosen)
     with torch.no_grad():
         loaded.language_model.lm_head.weight.mul_(1.5)
