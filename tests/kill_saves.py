@@ -79,7 +79,11 @@ def main(argv=None):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             inside += bool(list(run.glob(".*.tmp")))
-            logged = len([line for line in (run / "metrics.jsonl").read_text().splitlines() if SFT.step_of(line) < 1e9])
+            if not step and not (run / "latest").exists():  # on a slow machine: killed before it had saved anything
+                continue
+            metrics = run / "metrics.jsonl"
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            logged = len([line for line in lines if SFT.step_of(line) < 1e9])
             try:
                 before, step = step, whole(run)
                 lost += not before < step >= logged - 1

@@ -132,8 +132,9 @@ def test_prompts_computed_once_give_the_same_values_and_gradients(model, tokeniz
         shared, grads, tokens = weighted_gradients(model, episodes, tokenizer, size)
         assert (shared - values).abs().max() < 1e-5 * values.abs().max()
         assert grads.keys() == wanted.keys() and (size < 8 or tokens < all_tokens)
+        rounding = 2e-8 * max(grad.norm() for grad in wanted.values())  # of float32: other CPUs add up in another order
         for name, grad in wanted.items():
-            assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
+            assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + max(rounding, 1e-6), name
 
 
 def test_whole_groups_share_a_micro_batch_where_they_fit(model, tokenizer):
