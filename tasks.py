@@ -1,10 +1,9 @@
-"""The tasks: what is asked, what an expert answers, and how an answer is judged.
+"""The tasks: their problems, an expert's answers, and the verifier that judges all answers.
 
 GeneralPoints ("gp-l" in text, "gp-vl" in pictures): a formula that uses each of some playing cards
-once must equal a target. The rule says what J, Q and K count as. V-IRL ("virl-l", "virl-vl"): a walk
-through a city by instructions, one action at a time. The rule says how a turn is called. Training
-sees one rule and the test asks for another: there memory and understanding part ways. In pictures
-the test also changes how the cards or the streets look.
+once must equal a target. The rule says what J, Q and K count as. V-IRL ("virl-l", "virl-vl"): walk
+through a city by instructions. The rule says how a turn is called. Training sees one rule, the
+test asks for another, in pictures also for another look: there memory and understanding part ways.
 
     problem = make("gp-l", rule="11,12,13", split="test", index=0, attempts=5)
     problem.prompt, problem.image           the first user turn; the picture, None in text
@@ -27,8 +26,7 @@ Contents, up to 5 the reading path
     19. Command line         python tasks.py --task gp-l
 
 Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where
-the released code is weak: exact rationals, a split by class, one outcome per answer, exactly
-`attempts` answers, and feedback that is true.
+the released code is weak: exact rationals, a split by class, one outcome per answer, true feedback.
 """
 import argparse
 import copy
@@ -56,7 +54,6 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def _tuples(data):
-    """The content of a JSON file with tuples for its lists."""
     if isinstance(data, dict):
         return {key: _tuples(value) for key, value in data.items()}
     return tuple(map(_tuples, data)) if isinstance(data, list) else data
@@ -69,37 +66,35 @@ CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8")))
 # ---- 1. What a task is ---------------------------------------------------------------------------
 
 SPLITS = ("base", "train", "val", "test")  # "base" stands in for pretraining
-STYLES = ("full", "short")  # prompts and feedback for an instruct model, or of few tokens for `tiny`
+STYLES = ("full", "short")  # of prompts and feedback: for an instruct model; of few tokens
+TASKS: dict[str, "Task"] = {}  # the table of section 18
 
 
 class Step(NamedTuple):
-    """One judged answer. The outcome "correct" solves the problem, "right_action" is right and leads
-    on to the next question, all others are wrong. The feedback is the next user turn. `read` is the
-    share (0 to 1) of the things in the picture that the answer names rightly."""
+    """One judged answer. outcome: "correct" solves the problem, "right_action" leads on to the next
+    question, all else is wrong. read: the share (0 to 1) of the picture that it names rightly."""
     reward: float
     done: bool
-    feedback: str
+    feedback: str  # the next user turn
     outcome: str
     read: float = 0.0
 
 
 def solved(outcomes: list[str], attempts: int | None = None) -> bool:
-    """Whether one of the first `attempts` answers (None: any) of an episode was correct. A right action
-    on the way is no attempt at the last question."""
+    """Whether one of the first `attempts` answers (None: any), right actions aside, is correct."""
     return "correct" in [outcome for outcome in outcomes if outcome != "right_action"][:attempts]
 
 
 class Row(NamedTuple):
-    """One row of a suite. judged_by: the verifier's rule where it is not the prompt's ("fake rule").
-    visual: the look of the pictures; None for the trained look, and in text."""
+    """One row of a suite."""
     name: str
     rule: str
-    judged_by: str | None = None
-    visual: str | None = None
+    judged_by: str | None = None  # the verifier's rule where it is not the prompt's ("fake rule")
+    visual: str | None = None     # the look of the pictures; None for the trained look, and in text
 
 
 class Words(NamedTuple):
-    """Words of tables and reports: problems, the trained rule, the other one, problems of one class."""
+    """Words of reports for problems, the trained rule, the other rule, problems of one class."""
     things: str = "problems"
     trained: str = "the trained one"
     other: str = "another"
@@ -108,11 +103,11 @@ class Words(NamedTuple):
 
 
 class Problem:
-    """The protocol: the class of a task. One instance is one problem, for one episode. A new task is a
-    row of TASKS and a class whose instances have `prompt` and `cls`, and that defines
+    """The protocol: the class of a task. An instance is one problem, for one episode. A new task is
+    a row of TASKS and a class whose instances have `prompt` and `cls`, and that defines
         make(**)        class method: the problem that the function `make` was asked for
         expert()        a right response (str) to the open question, by the rule of the prompt
-        step(response)  the Step of the next answer; sets `done`; RuntimeError after that
+        step(response)  the Step of the next answer; it sets `done`; RuntimeError once that is set
     All else can stay as it is here. A turn is a dict with the keys response, outcome, reward,
     feedback, read and, where `leads_on`, position."""
     prompt: str         # the first user turn
@@ -120,8 +115,7 @@ class Problem:
     image = None        # the picture of the open question (PIL), None in text
     done = False        # whether the episode is over
     position = 0        # the number of the open question
-    leads_on = False    # whether a right answer leads to another question: then `advance` answers by
-                        # the expert, whatever rule the verifier has, and returns (response, Step)
+    leads_on = False    # whether a right answer leads to another question: Navigation.advance
     asks = ""           # the key of an answer that a person may give without JSON around it
     DEMONSTRATORS = {"expert": lambda problem, rng: [problem.expert()]}
     SCORES = {"first": "first attempt", "episode": "whole episode", "read": "read rightly"}
@@ -130,17 +124,17 @@ class Problem:
     def demonstrate(self, kind: str, rng: random.Random) -> list[str]:
         """[response, feedback, response, ...] of a demonstrator. ValueError for an unknown kind."""
         if kind not in self.DEMONSTRATORS:
-            raise ValueError(f"{kind!r} is no demonstrator: choose one of {', '.join(self.DEMONSTRATORS)}.")
+            known = ", ".join(self.DEMONSTRATORS)
+            raise ValueError(f"{kind!r} is no demonstrator: choose one of {known}.")
         return self.DEMONSTRATORS[kind](self, rng)
 
     def scores(self, turns: list[dict], forced: list[dict] | None = None) -> dict:
         """The value (0 to 1) of every name in SCORES. forced: the turns under teacher forcing."""
-        outcomes = [turn["outcome"] for turn in turns]
-        first, episode = int(solved(outcomes, 1)), int(solved(outcomes))
-        return {"first": first, "episode": episode, "read": round(turns[0]["read"], 4)}
+        outcomes, read = [turn["outcome"] for turn in turns], round(turns[0]["read"], 4)
+        return {"first": int(solved(outcomes, 1)), "episode": int(solved(outcomes)), "read": read}
 
     def figures(self, turns: list[dict]) -> dict:
-        """Pictures for a report: {"picture": image}, or {"pictures": [image, ...], "map": image}."""
+        """For a report: {"picture": image}, or {"pictures": [image, ...], "map": image}."""
         return {} if self.image is None else {"picture": self.image}
 
     @classmethod
@@ -154,20 +148,15 @@ class Problem:
         return True
 
 
-TASKS = {}  # name: Task, the table of section 18
-
-
 def make(name: str, rule: str | None = None, visual: str | None = None, split: str = "train",
          index: int = 0, attempts: int = 1, style: str = "full", judged_by: str | None = None,
          seed: int = 0, tile: int | None = None, data: str | None = None) -> Problem:
     """Make the problem (name, rule, visual, split, index): the same five give the same problem on
     every machine. ValueError, in one sentence, for anything unknown or out of range.
-
     rule, visual: texts, None for the trained ones; their wildcards are drawn anew for every index.
-    index: from 0. The run's `seed` shifts it in "base" and "train" only.
-    attempts: answers per question; a walk asks one question at every position.
-    judged_by: the face values, or the rule for turns, of the verifier ("fake rule"; None: the
-        prompt's). Target and number of cards are the prompt's, and the expert follows the prompt.
+    index: from 0; the seed shifts it in "base" and "train" only. attempts: answers per question.
+    judged_by: the verifier's face values or rule for turns ("fake rule"; None: the prompt's). The
+        target and the number of cards are the prompt's, and the expert follows the prompt.
     style: the walks of "short" are others than those of "full", and shorter.
     tile: pixels of the model's image tiles (None: 32; street views in style "full" 560).
     data: for V-IRL, a folder of released routes to take, over and over, in place of a city's."""
@@ -180,9 +169,9 @@ def make(name: str, rule: str | None = None, visual: str | None = None, split: s
     if visual is not None and not task.pictures:
         raise ValueError(f"{name} is a task in text and has no visual {visual!r}.")
     index += seed * 10**9 if split in ("base", "train") else 0
-    rule = task.rule if rule is None else rule
-    return task.problem.make(rule=rule, visual=visual or task.visual, split=split, index=index,
-                             attempts=attempts, style=style, judged_by=judged_by, tile=tile, data=data)
+    return task.problem.make(
+        rule=task.rule if rule is None else rule, visual=visual or task.visual, split=split,
+        index=index, attempts=attempts, style=style, judged_by=judged_by, tile=tile, data=data)
 
 
 # ---- 2. Cards and rules --------------------------------------------------------------------------
@@ -191,13 +180,14 @@ RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
 DECK = tuple((rank, suit) for suit in "SHDC" for rank in range(1, 14))  # a card: (rank 1..13, suit)
 ID_RULE, OOD_RULE = "10", "11,12,13"  # the trained rule and the other one
 TARGETS = (10, 40)  # lowest and highest target that is drawn
+TRIES = 10_000  # deals of a hand, walks through a city
 
 
 @dataclass(frozen=True)
 class Rule:
     """The rule of a hand; section 6 reads it from text. ValueError for values out of range."""
     faces: tuple[int, ...] = (10, 10, 10)  # the values of J, Q and K, 1 to 99 each
-    target: int = 24                       # 1 to 999; 0, written *: drawn from TARGETS for every hand
+    target: int = 24                       # 1 to 999; 0, written *: one of TARGETS for every hand
     cards: int = 4                         # 3 to 6
     courts: int = 0                        # a hand has at least so many face cards
 
@@ -205,14 +195,15 @@ class Rule:
         faces_fit = len(self.faces) == 3 and all(1 <= face <= 99 for face in self.faces)
         hand_fits = 3 <= self.cards <= 6 and 0 <= self.courts <= self.cards
         if not (faces_fit and hand_fits and 0 <= self.target <= 999):
-            raise ValueError(f"The rule {self} is out of range: one value or three of 1 to 99 for J, Q "
-                             "and K, a target of 1 to 999, 3 to 6 cards, at most so many face cards.")
+            raise ValueError(f"The rule {self} is out of range: J, Q, K count 1 to 99, a target is "
+                             "1 to 999, a hand has 3 to 6 cards and at most so many face cards.")
 
     def __str__(self):
-        faces = self.faces[:1] if len(set(self.faces)) == 1 else self.faces
-        others = {name: value for name, value in vars(self).items() if value != getattr(Rule, name)}
-        others.pop("faces", None)
-        return ",".join(map(str, faces)) + "".join(f"/{name}={n or '*'}" for name, n in others.items())
+        text = ",".join(map(str, self.faces[:1] if len(set(self.faces)) == 1 else self.faces))
+        for name in ("target", "cards", "courts"):
+            value = getattr(self, name)
+            text += f"/{name}={value or '*'}" if value != getattr(Rule, name) else ""
+        return text
 
 
 def values(hand, rule: Rule) -> tuple[int, ...]:
@@ -226,34 +217,30 @@ def rank_names(hand) -> list[str]:
 
 
 # ---- 3. Splits and deals -------------------------------------------------------------------------
-# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes are
-# held out: their hands from every stage and every rule, their numbers from all but "base", which
-# stands in for pretraining (under J=3 it may show J-10-2-A as 3-10-2-A, the numbers of 3-K-2-A).
-# A class is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25 trained. A face card and
-# a solution under both rules is a lot to ask: 57 classes of four cards that make 24 are left for test.
-
-TRIES = 10_000
+# A split by ranks would leak: K 7 2 A and Q 7 2 A are one problem under J=Q=K=10. So whole classes
+# are held out: their hands from every stage and every rule, their numbers from all but "base",
+# which stands in for pretraining (under J=3 it may show J-10-2-A, the numbers of 3-K-2-A). A class
+# is numbers and target: 1-2-7-10=24 may be held out and 1-2-7-10=25 trained.
 
 
 def problem_class(numbers, target: int) -> str:
-    """The numbers, sorted, those above 10 as 10, and the target: "1-2-7-10=24". By its ranks a hand has
-    one class under every rule; by its values another rule than ID_RULE and OOD_RULE may give a second."""
+    """Sorted numbers, those above 10 as 10, and the target: "1-2-7-10=24". A hand's values have the
+    class of its ranks under ID_RULE and OOD_RULE, but maybe another one under other rules."""
     return "-".join(map(str, sorted(min(n, 10) for n in numbers))) + f"={target}"
 
 
 @lru_cache(maxsize=1 << 16)
 def split_of(cls: str) -> str:
     """The split of a class: train (60 %), val (10 %) or test (30 %), the same on every machine."""
-    percent = int.from_bytes(hashlib.sha256(f"gp/{cls}".encode()).digest()[:8], "big") % 100
+    percent = int(hashlib.sha256(f"gp/{cls}".encode()).hexdigest()[:16], 16) % 100
     return "train" if percent < 60 else "val" if percent < 70 else "test"
 
 
 def deal(rule: Rule, split: str, index: int, suits: int = 4) -> tuple[tuple, Rule]:
-    """(hand, rule with its target drawn): the first fitting hand in the stream of hands of an index.
-
+    """(hand, rule with its target drawn): the first that fits in the stream of hands of an index.
     Every hand is solvable under its rule. In "val" and "test" it has a face card and is solvable
     under ID_RULE and OOD_RULE too, so both test the same hands; a third rule may get others. No rank
-    is dealt more than `suits` times. ValueError where TRIES deals bring no such hand."""
+    is dealt more than `suits` times: one colour has two. ValueError where TRIES deals are not enough."""
     held_out = split in ("val", "test")
     faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
     rng = random.Random(f"gp/{split}/{index}")  # a text as seed gives the same stream everywhere
@@ -261,19 +248,19 @@ def deal(rule: Rule, split: str, index: int, suits: int = 4) -> tuple[tuple, Rul
         hand = tuple(rng.sample(DECK, rule.cards))
         dealt = replace(rule, target=rule.target or rng.randint(*TARGETS))
         ranks = [rank for rank, _ in hand]
-        by_rank, by_value = (split_of(problem_class(numbers, dealt.target))
-                             for numbers in (ranks, values(hand, rule)))
+        by_rank = split_of(problem_class(ranks, dealt.target))
+        by_value = split_of(problem_class(values(hand, rule), dealt.target))
         # J=3 would make J-7-2-A of train a 3-7-2-A of test, or the reverse
         leaks = split != "base" and (by_value == "train") == held_out
+        courts = sum(rank > 10 for rank in ranks)
         if leaks or by_rank != ("train" if split == "base" else split):
             continue
-        courts = sum(rank > 10 for rank in ranks)
         if courts < max(rule.courts, held_out) or max(map(ranks.count, ranks)) > suits:
             continue
         if all(solve(values(hand, replace(rule, faces=each)), dealt.target) for each in faces):
             return hand, dealt
-    raise ValueError(f"No solvable {split} hand in {TRIES} deals for rule {rule}: choose another target "
-                     "or number of cards.")
+    raise ValueError(f"No solvable {split} hand in {TRIES} deals for rule {rule}: choose another "
+                     "target or number of cards.")
 
 
 # ---- 4. The verifier -----------------------------------------------------------------------------
@@ -289,8 +276,8 @@ class Illegal(ValueError):
 
 
 class Verdict(NamedTuple):
-    """The verifier's finding, which rests on the formula alone: a key of REWARD; the fault, empty where
-    there is none; the cards that the response lists; how much of that list is right (read_share)."""
+    """The verifier's finding: a key of REWARD, by the formula alone; the fault, empty if none; the
+    cards that the response lists; how much of that list is right (read_share)."""
     outcome: str
     fact: str = ""
     cards: tuple[str, ...] | None = None
@@ -298,9 +285,8 @@ class Verdict(NamedTuple):
 
 
 def judge(response: str, hand, rule: Rule) -> Verdict:
-    """Judge a response of any content, in under a millisecond; it never raises for a str.
-
-    One outcome per answer, the first that holds: "illegal", "wrong_numbers" (a number is not on the
+    """Judge a response of any content, in under a millisecond; it never raises for a str. One
+    outcome per answer, the first that holds: "illegal", "wrong_numbers" (a number is not on the
     cards, used too often, or missing), "wrong_value", "correct"."""
     cards, read = None, 0.0
     try:
@@ -322,16 +308,13 @@ def judge(response: str, hand, rule: Rule) -> Verdict:
 
 # ---- 5. GeneralPoints ----------------------------------------------------------------------------
 
-def short_prompt(hand, rule: Rule, look=None) -> str:
-    """Few tokens, for `tiny`: "K 7 2 A, JQK=11,12,13, make 24"; without the cards if in a picture."""
-    cards = "" if look else " ".join(rank_names(hand)) + ", "
-    return f"{cards}JQK={','.join(map(str, rule.faces))}, make {rule.target}"
-
-
-def full_prompt(hand, rule: Rule, look=None) -> str:
-    """Plain words, for an instruct model; look: the Look of the picture with the cards."""
-    words, names = CARDS["wording"], json.dumps(rank_names(hand))
-    shown = look and words["shown"][look.scheme]
+def write_prompt(hand, rule: Rule, style: str, look=None) -> str:
+    """The first user turn; with a Look the cards are in a picture and not in the prompt."""
+    words, ranks = CARDS["wording"], rank_names(hand)
+    if style == "short":
+        cards = "" if look else " ".join(ranks) + ", "
+        return f"{cards}JQK={','.join(map(str, rule.faces))}, make {rule.target}"
+    names, shown = json.dumps(ranks), look and words["shown"][look.scheme]
     cards = words["seen" if look else "dealt"].format(count=len(hand), names=names, shown=shown)
     faces = words["alike" if len(set(rule.faces)) == 1 else "unlike"].format(*rule.faces)
     order = "in the picture" if look else "as dealt"
@@ -353,24 +336,22 @@ class GeneralPoints(Problem):
     asks = "formula"
     DEMONSTRATORS = Problem.DEMONSTRATORS | {"careful": lambda problem, rng: [problem.expert(rng)]}
     SCORES = Problem.SCORES | {"read": "cards read"}
-    WORDS = Words("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13", "problems with the same numbers",
-                  "All cards are read in {} of the hands")
+    WORDS = Words("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13",
+                  "problems with the same numbers", "All cards are read in {} of the hands")
 
     def __post_init__(self):
         self.numbers = values(self.hand, self.rule)
         self.cls = problem_class([rank for rank, _ in self.hand], self.rule.target)
-        write = short_prompt if self.style == "short" else full_prompt
-        self.prompt = write(self.hand, self.rule, self.look)
+        self.prompt = write_prompt(self.hand, self.rule, self.style, self.look)
 
     @classmethod
     def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
         if data:
-            raise ValueError("The hands of GeneralPoints are dealt: only V-IRL takes released data.")
-        name = f"gp/{split}/{index}"
+            raise ValueError("GeneralPoints deals its hands: only V-IRL takes released data.")
+        name, tile = f"gp/{split}/{index}", 32 if tile is None else tile
         rule = parse_rule(rule, random.Random(f"{name}/rule"))
-        tile = 32 if tile is None else tile
         look = visual and Look.drawn(visual, f"{name}/look", rule.cards, tile)
-        hand, rule = deal(rule, split, index, 2 if visual else 4)  # a picture may have two suits only
+        hand, rule = deal(rule, split, index, suits=2 if visual else 4)  # "text" too
         judged_by = replace(rule, faces=parse_rule(judged_by or rule).faces)
         return cls(hand, rule, attempts, style, judged_by, look, tile, f"{name}/picture")
 
@@ -380,7 +361,7 @@ class GeneralPoints(Problem):
 
     @cached_property
     def image(self):
-        """Drawn when first asked for, and then kept; a control may set it to another hand's picture."""
+        """Drawn when first asked for, then kept; a control may set it to another hand's picture."""
         return picture(self.hand, self.look, self.tile, self.stream) if self.look else None
 
     def step(self, response):
@@ -390,9 +371,8 @@ class GeneralPoints(Problem):
         self.attempt += 1
         right, last = verdict.outcome == "correct", self.attempt == self.attempts
         self.done = right or last
-        reward, feedback = REWARD[verdict.outcome], self.feedback(verdict)
-        if last and not right:
-            reward += LAST_ATTEMPT
+        reward = REWARD[verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
+        feedback = self.feedback(verdict)
         if self.look and verdict.read < 1:
             reward, feedback = reward + MISREAD, feedback + CARDS["wording"]["misread"][self.style]
         return Step(float(reward), self.done, feedback, verdict.outcome, verdict.read)
@@ -405,19 +385,17 @@ class GeneralPoints(Problem):
         return self.response(self.rule, self.solution(self.rule, rng))
 
     def solution(self, rule: Rule, rng: random.Random | None = None) -> str | None:
-        """The simplest formula of the hand under a rule, or with rng a random one; None where there is
-        none. For five and six cards it is the one that the solver finds first."""
+        """The simplest formula under a rule, or with rng a random one; None if there is none."""
         numbers = values(self.hand, rule)
-        if rule.cards > 4:
+        if rule.cards > 4:  # too many to list: the first that the solver finds
             return solve(numbers, rule.target)
         found = solutions(numbers, rule.target)
         return (rng.choice(found) if rng else found[0]) if found else None
 
     def response(self, rule: Rule, formula: str) -> str:
         """A response with a formula, and with the values of the cards under a rule."""
-        numbers = values(self.hand, rule)
-        return json.dumps({"cards": rank_names(self.hand), "number": numbers, "formula": formula})
-
+        cards, numbers = rank_names(self.hand), values(self.hand, rule)
+        return json.dumps({"cards": cards, "number": numbers, "formula": formula})
 
 # ==== The reading path ends here. Everything below can be skipped. ====
 
@@ -432,7 +410,7 @@ def parse_rule(text: str | Rule, rng: random.Random | None = None) -> Rule:
         text = fill_rule(text, rng)
     if isinstance(text, Rule):
         return text
-    head, options = split_options(text, ("target", "cards", "courts"), "11,12,13/target=36/cards=5")
+    head, options = split_options(text, ("target", "cards", "courts"))
     faces = tuple(_small_int(face, text) for face in head.split(","))
     numbers = {name: 0 if (name, value) == ("target", "*") else _small_int(value, text)
                for name, value in options.items()}
@@ -441,7 +419,7 @@ def parse_rule(text: str | Rule, rng: random.Random | None = None) -> Rule:
 
 def _small_int(digits, text):
     if not re.fullmatch("[1-9][0-9]{0,2}", digits):
-        raise ValueError(f"{printable(text)!r} is no rule: write 10, or 11,12,13, or 10/target=36/cards=5.")
+        raise ValueError(f"{printable(text)!r} is no rule such as 10 or 11,12,13/target=36/cards=5.")
     return int(digits)
 
 
@@ -454,14 +432,15 @@ def fill_rule(text: str | Rule, rng: random.Random) -> str:
     return ",".join(drawn) + slash + options
 
 
-def split_options(text: str, names, example: str) -> tuple[str, dict[str, str]]:
-    """Take "head/name=value/name=value" apart: (head, {name: value}). ValueError where a name is not
-    one of `names` or stands twice."""
+def split_options(text: str, names) -> tuple[str, dict[str, str]]:
+    """Take "head/name=value/name=value" apart: (head, {name: value}). ValueError for a name that is
+    not one of `names` or stands twice."""
     head, *parts = text.split("/")
     options = dict(part.partition("=")[::2] for part in parts)
     if len(options) < len(parts) or not options.keys() <= set(names):
-        raise ValueError(f"{printable(text)!r} cannot be read: only {', '.join(names)} may follow the "
-                         f"first value, each once, as in {example}.")
+        known = ", ".join(f"/{name}=VALUE" for name in names)
+        raise ValueError(f"{printable(text)!r} cannot be read: after the first value only {known} "
+                         "may follow, each once.")
     return head, options
 
 
@@ -471,10 +450,10 @@ def printable(text: str, limit: int = 60) -> str:
 
 
 # ---- 7. Reading an answer ------------------------------------------------------------------------
-# Bound first, then read; nothing is ever executed or evaluated. One reader takes JSON and everything
-# that a person would still call JSON: text or a ```json fence around the object, single quotes, bare
-# words, a trailing comma. Numbers stay text, so 1e999, NaN or five thousand digits do no harm. Every
-# token is matched once and counted (six cards need 36), so the time is short.
+# Bound first, then read; nothing is executed or evaluated. One reader takes JSON and near-JSON:
+# text or a ```json fence around the object, single quotes, bare words, a trailing comma. Numbers
+# stay text, so 1e999, NaN or five thousand digits do no harm. Every token is matched once and
+# counted (six cards need 36), so the time is short.
 
 MAX_RESPONSE, MAX_TOKENS = 4000, 100  # characters; parts of the JSON object
 MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 200, 16, 4, 16
@@ -486,11 +465,9 @@ SIGNS = str.maketrans("×÷−", "*/-")
 
 
 def parse_answer(text: str) -> dict:
-    """Read the one flat object in a response: {key: str, tuple of str (a list), or None (a bare number
-    or word)}.
-
-    Raises Illegal for anything else: no object or two, nested ones, a key given twice, more than
-    MAX_TOKENS tokens."""
+    """Read the one flat object in a response. A value is a str, a tuple of str (from a list) or
+    None (from a bare number or word). Raises Illegal for anything else: no object or two, nested
+    ones, a key given twice, more than MAX_TOKENS tokens."""
     if len(text) > MAX_RESPONSE:
         raise Illegal(f"the response is longer than {MAX_RESPONSE} characters")
     start = text.find("{")
@@ -505,7 +482,7 @@ def parse_answer(text: str) -> dict:
 
 
 def _json_tokens(text, position):
-    """Yield (kind, text, end). The kind of { } [ ] , : is the mark itself, of others "string", "word"."""
+    """Yield (kind, text, end); kind is a mark of { } [ ] , : itself, or "string" or "word"."""
     for _ in range(MAX_TOKENS):
         if not (match := JSON_TOKEN.match(text, position)):
             break
@@ -562,9 +539,9 @@ def _scalar(token, tokens):
 def parse_formula(text: str, target: int) -> tuple[tuple[int, int], list[int]]:
     """Read a formula: its exact value (numerator, denominator), and the numbers in it, in order.
 
-    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one optional
-    `=target` at the end. Raises Illegal for anything else, such as a division by zero, a sign before a
-    number, a missing operator, and texts past the bounds."""
+    Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one
+    optional `=target` at the end. Raises Illegal for anything else, such as a division by zero, a
+    sign before a number, a missing operator, and texts past the bounds."""
     if len(text) > MAX_FORMULA:
         raise Illegal(f"the formula is longer than {MAX_FORMULA} characters")
     tokens = FORMULA_TOKEN.findall(text.translate(SIGNS))
@@ -591,7 +568,8 @@ def _check_tokens(tokens, target):
             raise Illegal(f"{_quoted(token)} is not allowed")
         depth += (token == "(") - (token == ")")
         if depth > MAX_DEPTH or count > MAX_NUMBERS:
-            raise Illegal(f"it has more than {MAX_NUMBERS} numbers or brackets more than {MAX_DEPTH} deep")
+            raise Illegal(f"it has more than {MAX_NUMBERS} numbers or brackets more than "
+                          f"{MAX_DEPTH} deep")
 
 
 def _sum(stack):
@@ -627,7 +605,7 @@ def _quoted(text):
 
 
 def misused(used, numbers) -> str:
-    """The fault in the numbers that an answer uses, empty where there is none: the number used most in
+    """The fault in the numbers that an answer uses, empty if there is none: the number used most in
     excess, and only then a missing one."""
     wrong = [n for n in (*used, *numbers) if used.count(n) != numbers.count(n)]
     if not wrong:
@@ -638,15 +616,17 @@ def misused(used, numbers) -> str:
         return f"{n} is not on the cards"
     if times == 0:
         return f"{n} is missing"
-    words = {1: "once", 2: "twice"}
-    limit = f", not {words.get(allowed, f'{allowed} times')}" if allowed > 1 else ""
-    return f"{n} is used {words.get(times, f'{times} times')}{limit}"
+    limit = f", not {_times(allowed)}" if allowed > 1 else ""
+    return f"{n} is used {_times(times)}{limit}"
 
 
-RANK_WORDS = ("ACE", "TWO", "THREE", "FOUR", "FIVE", "SIX", "SEVEN", "EIGHT", "NINE", "TEN", "JACK",
-              "QUEEN", "KING")
-RANK_OF = {name: rank for names in (RANKS, RANK_WORDS, map(str, range(1, 14)))
-           for rank, name in enumerate(names, 1)}
+def _times(count):
+    return ("once", "twice")[count - 1] if count < 3 else f"{count} times"
+
+
+RANK_TEXTS = CARDS["ranks"]  # {a Look's scheme: the texts of the ranks}
+RANK_OF = {text: rank for texts in (*RANK_TEXTS.values(), map(str, range(1, 14)))
+           for rank, text in enumerate(texts, 1)}
 
 
 def read_share(named, hand) -> float:
@@ -659,8 +639,8 @@ def read_share(named, hand) -> float:
 
 # ---- 8. Formulas and solver ----------------------------------------------------------------------
 # A value is a pair (numerator, denominator) in lowest terms, the denominator positive. Floats would
-# refuse 8/(3-8/3) = 24; fractions.Fraction would do, but is several times slower, and every deal runs
-# the solver.
+# refuse 8/(3-8/3) = 24; fractions.Fraction would do, but is several times slower, and every deal
+# runs the solver.
 
 def _ratio(top, bottom):
     shared = gcd(top, bottom) if bottom > 0 else -gcd(top, bottom)
@@ -682,10 +662,10 @@ def _apply(operator, x, y):
 
 
 class Formula(NamedTuple):
-    """A formula in one notation: sums and products are flat lists, so a-(b-c) and a+c-b are the same.
+    """A formula in one notation: sums and products are flat lists, so a-(b-c) and a+c-b are one.
 
-    `kind` is "+" for a sum, "*" for a product, "" for a number. The `ups` are added (multiplied), the
-    `downs` subtracted (divided by). Two texts are equal just where the formulas are, up to
+    `kind` is "+" for a sum, "*" for a product, "" for a number. The `ups` are added (multiplied),
+    the `downs` subtracted (divided by). Two texts are equal just where the formulas are, up to
     commutativity and associativity."""
     value: tuple[int, int]
     text: str
@@ -708,8 +688,8 @@ def join_formulas(operator: str, left: Formula, right: Formula) -> Formula:
 
 
 def _order(part):
-    """Parts that must be worked out come first: then their values are there when the rest is chosen.
-    Then the larger ones; the float only sorts, since equal values give equal floats."""
+    """Parts that must be worked out come first, so that their values are there when the rest is
+    chosen; then the larger ones. The float only sorts: equal values give equal floats."""
     return part.kind == "", -part.value[0] / part.value[1], part.text
 
 
@@ -718,8 +698,8 @@ def _bracketed(part):
 
 
 # No partial result is ever negative: (7-13)*(2-6) is (13-7)*(6-2) with two signs flipped, and every
-# formula of a positive value can be turned so. That halves the search, and keeps the unary minus and
-# its look-alikes out of the experts' answers.
+# formula of a positive value can be turned so. That halves the search, and keeps the unary minus
+# and its look-alikes out of the experts' answers.
 
 @lru_cache(maxsize=4096)
 def _splits(numbers):
@@ -754,22 +734,18 @@ def _reachable(numbers):
 
 
 def _partners(x, target):
-    """All (operator, y, y_first) for which `x operator y`, or with y_first `y operator x`, is the target.
+    """All (operator, y, y_first): x operator y, or with y_first y operator x, is the target.
 
-    For x = target = 0 any y would do and is left out: the same numbers give 0 with a single card as x,
-    which is never 0."""
+    For x = target = 0 any y would do and is left out: the same numbers give 0 with a single card as
+    x too, and a card is never 0."""
     (a, b), (c, d) = x, target
-    difference, bottom = c * b - a * d, b * d  # target - x
-    found = [("-", _ratio(c * b + a * d, bottom), True)]
-    if difference >= 0:
-        found.append(("+", _ratio(difference, bottom), False))
-    if difference <= 0:
-        found.append(("-", _ratio(-difference, bottom), False))
-    if a:
-        found += [("*", _ratio(c * b, a * d), False), ("/", _ratio(c * a, bottom), True)]
-    if a and c:
-        found.append(("/", _ratio(a * d, b * c), False))
-    return found
+    candidates = (
+        ("-", c * b + a * d, b * d, True), ("+", c * b - a * d, b * d, False),
+        ("-", a * d - c * b, b * d, False), ("*", c * b, a * d, False),
+        ("/", a * c, b * d, True), ("/", a * d, b * c, False))
+    return [(operator, _ratio(top, bottom), y_first)
+            for operator, top, bottom, y_first in candidates
+            if top >= 0 and bottom and (a or operator in "+-")]
 
 
 def _formulas(numbers, target, depth):
@@ -812,15 +788,19 @@ def solutions(numbers, target: int) -> tuple[str, ...]:
     Distinct up to commutativity, associativity and flipped signs (no partial result is negative).
     ValueError for more numbers."""
     if len(numbers) > 4:
-        raise ValueError(f"All solutions are listed for up to 4 numbers, not for {len(numbers)}: use solve.")
+        raise ValueError(f"Solutions are listed for up to 4 numbers, not {len(numbers)}.")
     return _solutions(tuple(sorted(numbers)), target)
 
 
 @lru_cache(maxsize=1 << 13)
 def _solutions(numbers, target):
     texts = {formula.text for formula in _formulas(numbers, (target, 1), len(numbers) - 2)}
-    # few brackets first, then few - and /, then by the text: the order is the same everywhere
-    return tuple(sorted(texts, key=lambda text: (text.count("("), text.count("-") + text.count("/"), text)))
+    return tuple(sorted(texts, key=_simplicity))
+
+
+def _simplicity(text):
+    """Few brackets first, then few - and /, then by the text: the order is the same everywhere."""
+    return text.count("("), text.count("-") + text.count("/"), text
 
 
 # ---- 9. Looks ------------------------------------------------------------------------------------
@@ -832,15 +812,14 @@ def _one_of(*known, default=None):
 
 
 class Options:
-    """Choices as data: each field is _one_of some values. Its text is the first value, then every other
-    one that is not the default, as in "red/layout=grid". ValueError for other values."""
+    """Choices as data: each field is _one_of some values. Its text is the first value, then every
+    other one that is not the default, as in "red/layout=grid". ValueError for other values."""
 
     def __post_init__(self):
         for name, known in self.options().items():
             value = getattr(self, name)
             if value not in known:
-                kind, value = type(self).__name__.lower(), printable(str(value))
-                raise ValueError(f"A {kind} needs {name} {any_of(known)}, not {value!r}.")
+                raise ValueError(f"{name} must be {any_of(known)}, not {printable(str(value))!r}.")
 
     def __str__(self):
         first, *others = vars(self).items()
@@ -856,23 +835,20 @@ class Options:
 
     @classmethod
     def parse(cls, text):
-        """Read a text, its options in any order; str() undoes it, an instance passes through. ValueError,
-        in one sentence, for other texts."""
+        """Read a text, its options in any order; str() undoes it, an instance passes through.
+        ValueError, in one sentence, for other texts."""
         if isinstance(text, cls):
             return text
         options = cls.options()
-        head, *others = options
-        example = f"{options[head][0]}/{others[0]}={options[others[0]][1]}"
-        first, given = split_options(text, others, example)
+        first, given = split_options(text, [*options][1:])
         for name, value in given.items():  # a number where there is one of this text
             given[name] = next((each for each in options[name] if str(each) == value), value)
         return cls(first, **given)
 
     @classmethod
     def fill(cls, text, rng: random.Random) -> str:
-        """The text with its wildcards drawn: `*` for any value but text, `a|b` for one of those named.
-
-        All of a list are read, so that a wrong one raises its ValueError at once, not when it is drawn."""
+        """The text with its wildcards drawn: * for any value but text, a|b for one of those named.
+        All of a list are read: a wrong one raises its ValueError at once, not when it is drawn."""
         parts, options = str(text).split("/"), cls.options()
         head, *_ = options
         for i, part in enumerate(parts):
@@ -891,7 +867,9 @@ class Options:
 
 def any_of(known) -> str:
     """A few values by name, or the lowest and the highest of many."""
-    return f"from {known[0]} to {known[-1]}" if len(known) > 4 else "one of " + ", ".join(map(str, known))
+    if len(known) > 4:
+        return f"from {known[0]} to {known[-1]}"
+    return "one of " + ", ".join(map(str, known))
 
 
 @dataclass(frozen=True)
@@ -909,12 +887,12 @@ class Look(Options):
 
     @classmethod
     def drawn(cls, visual: str, stream: str, cards: int, tile: int) -> "Look | None":
-        """The look of a problem, wildcards drawn from a stream; None for text. ValueError where so many
-        cards cannot be read at tiles of so many pixels."""
+        """The look of a problem, wildcards drawn from a stream; None for text. ValueError where so
+        many cards cannot be read at tiles of so many pixels."""
         look = cls.parse(cls.fill(visual, random.Random(stream)))
         if look.suits != "text" and tile < (smallest := look.legible_from(cards)):
-            raise ValueError(f"{cards} cards of the look {str(look)!r} need tiles of at least {smallest} "
-                             f"pixels, not {tile}.")
+            raise ValueError(f"{cards} cards of the look {str(look)!r} need tiles of at least "
+                             f"{smallest} pixels, not {tile}.")
         return look if look.suits != "text" else None
 
     @classmethod
@@ -930,12 +908,12 @@ class Look(Options):
         return ceil(need / min(self.sizes(cards, 1)[1]))
 
     def sizes(self, cards: int, tile: int):
-        """(width, height) in pixels of a picture, and of the place of each of so many cards in it."""
+        """(width, height) in pixels of a picture, and of the place of each card in it."""
         columns, rows = (cards, 1) if self.layout == "row" else ((cards + 1) // 2, 2)
-        across, down = (4, 1) if self.layout == "row" else (2, 2)
+        width, height = (4 * tile, tile) if self.layout == "row" else (2 * tile, 2 * tile)
         if self.tiles == 1:
-            across, down = 1, 1
-        return (across * tile, down * tile), (across * tile / columns, down * tile / rows)
+            width = height = tile
+        return (width, height), (width / columns, height / rows)
 
 
 CHANGED_LOOKS = {
@@ -946,13 +924,14 @@ ANY_LOOK = "*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noi
 
 
 # ---- 10. Pictures of cards -----------------------------------------------------------------------
-# Cards are drawn two or four times too large and reduced, which smooths all edges. A picture is a pure
-# function of the problem: noise, places and angles come from its own stream.
+# Cards are drawn two or four times too large and reduced, which smooths all edges. A picture is a
+# pure function of the problem: noise, places and angles come from its own stream.
 
 LARGE = 100                # pixels; a card in a smaller place is another drawing: its rank fills it
 ANGLES = (-10, -4, 4, 10)  # degrees; few, so that most cards have been drawn before
 GRAIN = 1 << 20            # as many places at which the noise of a picture may begin
-# Made by pyftsubset with --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting
+# pyftsubset FILE --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting
+# --name-IDs=0,1,2,13
 TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf",
              "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
 STYLE_COLOURS = CARDS["styles"]  # of each style paper, edge, black ink, red ink
@@ -960,9 +939,9 @@ TABLE_COLOURS = CARDS["tables"]
 
 
 def picture(hand, look: Look, tile: int, stream: str) -> Image.Image:
-    """A hand as an RGB image, its sides multiples of `tile` pixels; random numbers are `stream`'s."""
+    """A hand as an RGB image, its sides multiples of `tile` pixels; `stream` seeds its noise."""
     rng = random.Random(stream)
-    noise_seed = rng.getrandbits(64)  # drawn whether needed or not: places are the same without noise
+    noise_seed = rng.getrandbits(64)  # drawn even if not needed: noise does not change the places
     size, place = look.sizes(len(hand), tile)
     dealt, columns = _shown(hand, look.suits), round(size[0] / place[0])
     cards = list(dealt)
@@ -978,8 +957,8 @@ def picture(hand, look: Look, tile: int, stream: str) -> Image.Image:
 
 
 def _shown(hand, suits):
-    """The cards of a picture. One colour has two suits, the first for S and H, the second for D and C;
-    a card that is there already takes the other one."""
+    """The cards of a picture. One colour has two suits, the first for S and H, the second for D and
+    C; a card that is there already takes the other one."""
     if suits == "both":
         return list(hand)
     pair, shown = {"black": "SC", "red": "HD"}[suits], []
@@ -1002,15 +981,15 @@ def _table(name, width, height):
 
 
 def _lay(image, card, look, place, at, rng):
-    """Put a card (rank, suit) into the place `at` (column, row), of `place` pixels: in its middle, or
-    scattered anywhere in it."""
+    """Put a card (rank, suit) into the place `at` (column, row), of `place` pixels: in its middle,
+    or scattered anywhere in it."""
     scattered, small = look.layout == "scattered", min(place) < LARGE
-    share = .84 if scattered else 1
-    width = share * min(.84 * place[0], place[1] if small else .63 * place[1])
-    height = min(1.4 * width, .94 * share * place[1])
+    share, (across, down) = .84 if scattered else 1, place
+    width = share * min(.84 * across, down if small else .63 * down)
+    height = min(1.4 * width, .94 * share * down)
     angle = rng.choice(ANGLES) if scattered else 0
-    draw = _small_card if small else _large_card
-    sprite = draw(Card(*card, round(width), round(height), look.scheme, look.style, look.glyphs, angle))
+    sprite = (_small_card if small else _large_card)(
+        Card(*card, round(width), round(height), look.scheme, look.style, look.glyphs, angle))
     shares = [rng.random() if scattered else .5 for _ in range(2)]
     corner = [round(n * room + (room - side) * share)
               for n, room, side, share in zip(at, place, sprite.size, shares)]
@@ -1055,10 +1034,10 @@ def _draw_card(card, scale, stamps):
     if stamps is _large_stamps and card.rank > 10 and card.scheme in ("index", "numbers"):
         _draw_court(card, face, ink)
     outline = Image.new("L", face.size)
-    edges = {"xy": (0, 0, face.width - 1, face.height - 1), "radius": .09 * face.width}
-    ImageDraw.Draw(outline).rounded_rectangle(**edges, fill=255)
+    box, radius = (0, 0, face.width - 1, face.height - 1), .09 * face.width
+    ImageDraw.Draw(outline).rounded_rectangle(box, radius, 255)
     line = max(scale, round(.025 * face.width)) if card.style == "framed" else scale
-    ImageDraw.Draw(face).rounded_rectangle(**edges, outline=edge, width=line)
+    ImageDraw.Draw(face).rounded_rectangle(box, radius, None, edge, line)
     image = _with_shadow(face, outline, max(2, round(.03 * card.height)) * scale)
     if card.angle:
         image = image.rotate(card.angle, Image.Resampling.BICUBIC, expand=True)
@@ -1089,7 +1068,7 @@ def _press(stamp, face, ink):
 
 
 def _small_stamps(card, width, height):
-    """A card for a place of 32 pixels: the rank as large as it can be, the suit below it; or signs."""
+    """A card for a place of 32 pixels: the rank as large as possible, the suit below; or signs."""
     if card.scheme == "pips":
         return _pips(card, .19 * height, .21, .14)
     label = _label(card, .88 * width, (.34 if card.scheme == "words" else .5) * height)
@@ -1110,8 +1089,8 @@ def _large_stamps(card, width, height):
     return stamps
 
 
-_small_card = lru_cache(maxsize=4096)(partial(_draw_card, scale=4, stamps=_small_stamps))  # 30 KB each
-_large_card = lru_cache(maxsize=256)(partial(_draw_card, scale=2, stamps=_large_stamps))  # up to 1 MB
+_small_card = lru_cache(maxsize=4096)(partial(_draw_card, scale=4, stamps=_small_stamps))  # 30 KB
+_large_card = lru_cache(maxsize=256)(partial(_draw_card, scale=2, stamps=_large_stamps))  # to 1 MB
 
 
 def _twice(mask, x, y):
@@ -1122,17 +1101,14 @@ def _pips(card, size, left, top):
     """As many suit signs as the rank, the outer ones at `left` and `top` in shares of the card, the
     lower ones upside down."""
     sign, (sides, middle) = _sign(card.suit, size), CARDS["pips"][str(card.rank)]
+    columns = (left, sides), (1 - left, sides), (.5, middle)
     return [Stamp(sign, x, top + (1 - 2 * top) * (twelfths / 12), twelfths > 6)
-            for x, heights in ((left, sides), (1 - left, sides), (.5, middle)) for twelfths in heights]
+            for x, heights in columns for twelfths in heights]
 
 
 def _label(card, width, height):
-    """A rank's name as a mask, all of it `height` pixels tall, narrowed to `width` if it is wider."""
-    text = RANKS[card.rank - 1]
-    if card.scheme == "words":
-        text = RANK_WORDS[card.rank - 1]
-    elif card.scheme == "numbers" and card.rank > 10:
-        text = str(card.rank)
+    """A rank's text as a mask, `height` pixels tall in all, narrowed to `width` if it is wider."""
+    text = RANK_TEXTS[card.scheme][card.rank - 1]
     size, stroke = round(height * 1.37), 0
     if card.glyphs == "sans":  # pillow's own typeface is thin
         font, stroke = ImageFont.load_default(size), height / 18
@@ -1145,7 +1121,7 @@ def _label(card, width, height):
 
 
 def _polygon(shape):
-    """The corners of a shape of assets/cards.json: itself, or of a circle given as x, y and radius."""
+    """The corners of a shape in assets/cards.json: a polygon, or a circle as x, y and radius."""
     if isinstance(shape[0], tuple):
         return shape
     x, y, r = shape
@@ -1174,8 +1150,7 @@ def _sign(suit, size):
 def _draw_court(card, face, ink):
     """A frame with the figure of J, Q or K, or with its number, and the same upside down below."""
     width, height = round(.58 * face.width), round(.37 * face.height)
-    paper = face.getpixel((face.width // 2, face.height // 2))
-    half = Image.new("RGB", (width, height), paper)
+    half = Image.new("RGB", (width, height), STYLE_COLOURS[card.style][0])
     stamp = Stamp(_sign(card.suit, .12 * face.width), .14, .14)
     if card.scheme == "numbers":
         stamp = Stamp(_label(card, .4 * face.width, .2 * face.height), .5, .5)
@@ -2263,8 +2238,8 @@ class Task(NamedTuple):
 CARDS_SUITE = (
     Row("id", ID_RULE),              # the trained rule
     Row("rule", OOD_RULE),           # the same hands under the other rule
-    Row("fake", OOD_RULE, ID_RULE),  # the prompt has the other rule, the verifier the trained one: high
-)                                    # where that was memorized, low where arithmetic was lost
+    Row("fake", OOD_RULE, ID_RULE),  # the prompt has the other rule, the verifier the trained one:
+)                                    # high where that was memorized, low where arithmetic was lost
 CARDS_PROBES = (                     # one change from the trained rule each
     Row("faces-5", "5"),             # faces as numbers that other cards have too
     Row("faces-7", "7"),
@@ -2277,7 +2252,7 @@ PICTURES_SUITE = (
     Row("red", ID_RULE, visual="red"),  # the paper's change of look: only ink and suits
     *(Row(name, ID_RULE, visual=f"black/{change}") for name, change in CHANGED_LOOKS.items()),
     Row("shuffled", ID_RULE, visual="black"),  # a control: each hand beside another one's picture
-    Row("text", ID_RULE, visual="text"),  # the same hands in words: "id" is lower by the cost of seeing
+    Row("text", ID_RULE, visual="text"),  # the same hands in words; minus "id": the cost of seeing
 )
 PICTURES_PROBES = (
     *(row._replace(visual="black") for row in CARDS_PROBES),
@@ -2298,16 +2273,15 @@ TASKS |= {
 
 def suite_names() -> list[str]:
     """The names of all suites: "gp-l", "gp-l-probes", ..."""
-    names = []
-    for name, task in TASKS.items():
-        names += [name, f"{name}-probes"] if task.probes else [name]
-    return names
+    return [name + end for name, task in TASKS.items()
+            for end in ("", "-probes") if task.probes or not end]
 
 
 def task_of(suite: str) -> Task:
     """The task of a suite. ValueError for an unknown suite."""
     if suite not in suite_names():
-        raise ValueError(f"{printable(suite)!r} is no suite: choose one of {', '.join(suite_names())}.")
+        known = ", ".join(suite_names())
+        raise ValueError(f"{printable(suite)!r} is no suite: choose one of {known}.")
     return TASKS[suite.removesuffix("-probes")]
 
 
@@ -2323,13 +2297,13 @@ def parse_args(argv=None):
     """Command line that shows problems."""
     cards, streets = ("; ".join(f"{name} {any_of(known)}" for name, known in each.options().items())
                       for each in (Look, Scene))
-    parser = argparse.ArgumentParser(description="Show problems as a model sees them, and judge answers.")
+    parser = argparse.ArgumentParser(description="Show problems as models see them; judge answers.")
     which = parser.add_argument_group("which problems").add_argument
     which("--task", default="gp-l", help=f"one of: {', '.join(TASKS)} (default %(default)s)")
-    which("--rule", help="GeneralPoints: the values of J, Q, K: 10 or 11,12,13, * or ? for any of 1..13 or "
-          f"10..13; then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N /courts=N (at least N "
-          "face cards). Not named: 24 and 4 cards (default 10). V-IRL: absolute or relative, perhaps "
-          "/told=rule (default absolute)")
+    which("--rule", help="GeneralPoints: the values of J, Q, K: 10 or 11,12,13, * or ? for any of "
+          f"1..13 or 10..13; then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N "
+          "/courts=N (at least N face cards). Not named: 24 and 4 cards (default 10). V-IRL: "
+          "absolute or relative, perhaps /told=rule (default absolute)")
     which("--split", default="test", help=f"one of: {', '.join(SPLITS)} (default %(default)s)")
     which("--index", type=int, default=0, help="the first problem's index (default 0)")
     which("--n", type=int, default=3, help="number of problems (default 3)")
@@ -2337,10 +2311,10 @@ def parse_args(argv=None):
     which("--style", default="full", help="full or short prompts and feedback (default full)")
     which("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
     pictures = parser.add_argument_group("pictures").add_argument
-    pictures("--visual", metavar="LOOK", help="such as red/layout=grid/light=60 or dusk/weather=rain, * for "
+    pictures("--visual", metavar="LOOK", help="such as red/layout=grid or dusk/weather=rain; * for "
              f"any value, a|b for one of some. Cards (default black): {cards}. Streets (default day): "
              f"{streets}")
-    pictures("--tile", type=int, default=560, help="pixels of the model's image tiles (default 560)")
+    pictures("--tile", type=int, default=560, help="pixels of the model's tiles (default 560)")
     answers = parser.add_argument_group("answers").add_argument
     answers("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
     answers("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
@@ -2354,11 +2328,11 @@ def main(args) -> list[Step]:
         raise ValueError("The number of problems must be 1 or more.")
     steps = []
     for index in range(args.index, args.index + args.n):
-        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts, args.style,
-                       seed=args.seed, tile=args.tile, data=args.data)
-        look = f" | look {problem.look}" if getattr(problem, "look", None) else ""
-        rule = getattr(problem, "rule", args.rule)
-        _say(f"--- {args.task} | rule {rule} | {args.split} {index} | class {problem.cls}{look}")
+        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts,
+                       args.style, seed=args.seed, tile=args.tile, data=args.data)
+        shown = [f" | {name} {getattr(problem, name)}" for name in ("rule", "cls", "look")
+                 if getattr(problem, name, None)]
+        _say(f"--- {args.task} | {args.split} {index}" + "".join(shown))
         _say(problem.prompt + "\n")
         if args.answer is not None:
             steps += [_judged(problem, args.answer)] if index == args.index else []
@@ -2389,15 +2363,14 @@ def _judged(problem, response):
 
 
 def _say(text):
-    """Print without control characters, and without an error where the terminal lacks a character."""
-    encoding = sys.stdout.encoding or "utf-8"
-    for line in text.split("\n"):
-        print(printable(line, len(line)).encode(encoding, "replace").decode(encoding))
+    """Print a text of unknown origin."""
+    print("\n".join(printable(line, len(line)) for line in text.split("\n")))
 
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):  # not on Windows
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends this without a traceback
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every character
     try:
         main(parse_args())
     except ValueError as error:

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 from copy import copy
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, __version__ as PILLOW
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -136,6 +137,23 @@ def test_a_picture_is_a_pure_function():
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={"PYTHONHASHSEED": "7"})
     assert other.stdout.split() == first and len(set(first)) == 9
     assert digest(problem("black", rule=OOD_RULE).image) == first[0] != digest(problem("black", tile=40).image)
+
+
+PINNED = re.search(r"^pillow==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M)[1]
+
+
+@pytest.mark.skipif(PILLOW != PINNED, reason=f"the digests are those of Pillow {PINNED}; Pillow {PILLOW} may draw other edges and letters")
+@pytest.mark.parametrize("look, tile, expected", [
+    ("black", 32, "1d671c238f081bd8"),
+    ("both/layout=scattered/noise=30/light=60", 32, "be7f2f4a7e8db48f"),
+    ("red/layout=shuffled/scheme=words/table=wood/glyphs=serif", 64, "cbe6a5d404235ad4"),
+    ("both/layout=grid/style=framed", 112, "b3a07e43f1ae004c"),
+    ("both/layout=grid/scheme=pips/style=dark/glyphs=mono", 112, "8c45623cb7a94159"),
+    ("red/scheme=numbers/glyphs=italic/table=blue/tiles=1/layout=grid", 224, "065a4519deab3f99")])
+def test_pictures_do_not_change(look, tile, expected):
+    """Literal digests: results are compared across versions, so a change here is a change of the test set."""
+    drawn = b"".join(problem(look, index, tile=tile, style="full").image.tobytes() for index in range(6))
+    assert hashlib.sha256(drawn).hexdigest()[:16] == expected
 
 
 def test_places_order_and_noise_differ_with_the_index():

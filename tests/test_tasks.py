@@ -499,17 +499,63 @@ def test_suites_can_be_dealt_and_solved():
                     assert problem.step(problem.expert()).outcome == ("correct" if row.judged_by is None else "wrong_numbers")
 
 
+# ---- The protocol ----------------------------------------------------------------------------------------------------
+
+def test_suites_are_found_by_name():
+    assert tasks.suite_names()[:4] == ["gp-l", "gp-l-probes", "gp-vl", "gp-vl-probes"] and len(tasks.suite_names()) == 7
+    for name, task in tasks.TASKS.items():
+        assert tasks.task_of(name) is task and tasks.suite_rows(name) is task.suite and task.pictures == name.endswith("-vl")
+        assert all(isinstance(row, tasks.Row) for row in (*task.suite, *task.probes))
+        assert len({row.name for row in (*task.suite, *task.probes)}) == len(task.suite) + len(task.probes)
+    assert tasks.suite_rows("gp-l-probes") == tasks.TASKS["gp-l"].probes and tasks.task_of("gp-l-probes") is tasks.TASKS["gp-l"]
+    for bad in ("", "chess", "gp-l-probes-probes", "virl-vl-probes", "\x1b[31m" * 99):
+        for function in (tasks.task_of, tasks.suite_rows):
+            with pytest.raises(ValueError, match="is no suite: choose one of gp-l, ") as error:
+                function(bad)
+            assert str(error.value).isprintable() and str(error.value).endswith(".")
+
+
+def test_scores_of_an_episode():
+    scores = tasks.Problem().scores
+    def turns(*outcomes):
+        return [{"outcome": outcome, "read": 0.123456} for outcome in outcomes]
+    assert scores(turns("correct")) == {"first": 1, "episode": 1, "read": 0.1235}
+    assert scores(turns("illegal", "correct")) == {"first": 0, "episode": 1, "read": 0.1235}
+    assert scores(turns("illegal", "wrong_value")) == {"first": 0, "episode": 0, "read": 0.1235}
+    assert set(scores(turns("illegal"))) == set(tasks.Problem.SCORES) == set(tasks.GeneralPoints.SCORES)
+    walk = ["right_action", "wrong_action", "right_action", "correct"]
+    assert tasks.solved(walk) and not tasks.solved(walk, 1) and tasks.solved(walk, 2) and tasks.solved(walk[2:], 1)
+
+
+def test_what_a_report_shows_of_a_hand():
+    assert make("gp-l").figures([]) == {} and tasks.GeneralPoints.parsed('{"formula": "1"}') == []
+    problem = make("gp-vl", tile=32)
+    assert problem.figures([])["picture"] is problem.image and list(problem.figures([])) == ["picture"]
+
+
+@pytest.mark.parametrize("text", ["10/x=1", "10/a=1/a=2", "10/a", "10/", "\x1b/b=1"])
+def test_options_are_taken_apart(text):
+    assert tasks.split_options("10/b=2/a=1=2", ["a", "b"]) == ("10", {"b": "2", "a": "1=2"})
+    assert tasks.split_options("10", ["a"]) == ("10", {})
+    if text == "10/a":
+        assert tasks.split_options(text, ["a"]) == ("10", {"a": ""})
+        return
+    with pytest.raises(ValueError, match="/a=VALUE may follow, each once.$") as error:
+        tasks.split_options(text, ["a"])
+    assert str(error.value).isprintable()
+
+
 # ---- Prompts and experts ---------------------------------------------------------------------------------------------
 
 def test_prompts():
-    assert tasks.short_prompt(K72A, OOD) == "K 7 2 A, JQK=11,12,13, make 24"
-    assert tasks.short_prompt(K72A, Rule(target=36)) == "K 7 2 A, JQK=10,10,10, make 36"
+    assert tasks.write_prompt(K72A, OOD, "short") == "K 7 2 A, JQK=11,12,13, make 24"
+    assert tasks.write_prompt(K72A, Rule(target=36), "short") == "K 7 2 A, JQK=10,10,10, make 36"
     short = make("gp-l", OOD_RULE, style="short")
     assert short.prompt == f"{' '.join(tasks.rank_names(short.hand))}, JQK=11,12,13, make {short.rule.target}"
-    full = tasks.full_prompt(K72A, parse_rule("11,12,13/target=36"))
+    full = tasks.write_prompt(K72A, parse_rule("11,12,13/target=36"), "full")
     for part in ('["K", "7", "2", "A"]', "J counts as 11, Q counts as 12 and K counts as 13", "A counts as 1", "equals 36", '"formula"'):
         assert part in full
-    assert "J, Q and K each count as 7" in tasks.full_prompt(K72A, parse_rule("7"))
+    assert "J, Q and K each count as 7" in tasks.write_prompt(K72A, parse_rule("7"), "full")
 
 
 def test_expert_is_right_and_varied():
