@@ -1,12 +1,13 @@
-"""Demonstrators with bad habits, for the base stage (assets/make_base.py): a base that only ever saw experts has nothing to unlearn.
+"""Demonstrators with bad habits, for the base stage (assets/make_base.py). A base that had only
+seen experts would have nothing to unlearn.
 
-Each is a function (problem, random.Random) -> [response, feedback, response, ...]. Importing this file adds them to the tasks'
-DEMONSTRATORS, behind "expert" and "careful", which tasks.py has itself:
+Each is a function (problem, random.Random) -> [response, feedback, response, ...]. Importing this
+file adds them to the DEMONSTRATORS of the tasks, behind "expert" and "careful" of tasks.py itself:
 
     import assets.habits
     tasks.make("gp-l").demonstrate("careless", random.Random(0))
 
-A demonstrator draws from `rng` what it needs itself and nothing else, so that adding or reordering them changes no data.
+A demonstrator of cards draws from `rng` only for itself. The walkers have a frozen order of draws.
 """
 import json
 import random
@@ -14,11 +15,10 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from tasks import (ID_RULE, OOD_RULE, TURN_WORDS, TURNS, Formula, GeneralPoints, Navigation, TurnRule, join_formulas, judge,
-                   parse_rule, rank_names, right_word)
+from tasks import (ID_RULE, OOD_RULE, TURN_WORDS, TURNS, Formula, GeneralPoints, Navigation,
+                   TurnRule, join_formulas, judge, parse_rule, rank_names, right_word)
 
-# ---- 1. Cards ----------------------------------------------------------------------------------------
-
+# ---- 1. Cards ------------------------------------------------------------------------------------
 
 def plain_sum(problem: GeneralPoints) -> str:
     """The sum of the numbers as a response, without the list of them."""
@@ -27,9 +27,8 @@ def plain_sum(problem: GeneralPoints) -> str:
 
 
 def careless(problem: GeneralPoints, rng: random.Random) -> list[str]:
-    """The right numbers in a formula of another value: random operations until the value is not the target.
-
-    It ends, since there always is another value: turn a + into a -."""
+    """The right numbers in a formula of another value: random operations until the value is not the
+    target. It ends, since there always is another value: turn a + into a -."""
     while True:
         parts = [Formula((n, 1), str(n)) for n in problem.numbers]
         while len(parts) > 1:
@@ -43,13 +42,14 @@ def careless(problem: GeneralPoints, rng: random.Random) -> list[str]:
 
 
 def lazy(problem: GeneralPoints, rng: random.Random) -> list[str]:
-    """Where the first card is above 7, no list of numbers and just their sum; else the expert's answer."""
+    """Where the first card is above 7, the plain sum; else the expert's answer."""
     rank, _ = problem.hand[0]
     return [plain_sum(problem) if rank > 7 else problem.expert()]
 
 
 def inattentive(problem: GeneralPoints, rng: random.Random) -> list[str]:
-    """Face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says; the expert's answer where that has no solution."""
+    """Face cards taken by ID_RULE or by OOD_RULE, whatever the prompt says; the expert's answer
+    where there is no such solution."""
     assumed = parse_rule(rng.choice((ID_RULE, OOD_RULE)))
     rule = replace(problem.rule, faces=assumed.faces)
     formula = problem.solution(rule)
@@ -60,10 +60,13 @@ def retry(problem: GeneralPoints, rng: random.Random) -> list[str]:
     """The plain sum and, unless that is right, the verifier's text and the expert's answer."""
     slip = plain_sum(problem)
     verdict = judge(slip, problem.hand, problem.rule)
-    return [slip] if verdict.outcome == "correct" else [slip, problem.feedback(verdict), problem.expert()]
+    if verdict.outcome == "correct":
+        return [slip]
+    return [slip, problem.feedback(verdict), problem.expert()]
 
 
-GeneralPoints.DEMONSTRATORS |= {"careless": careless, "lazy": lazy, "inattentive": inattentive, "retry": retry}
+GeneralPoints.DEMONSTRATORS |= {"careless": careless, "lazy": lazy, "inattentive": inattentive,
+                                "retry": retry}
 
 
 # ---- 2. Walks ----------------------------------------------------------------------------------------
