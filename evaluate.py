@@ -20,6 +20,7 @@ import copy
 import functools
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from model import (Cache, ImageContext, Sampling, generate, load_model, open_image, pack_images,
@@ -241,100 +243,93 @@ def to_batch(episodes: list, pad: int, device) -> Batch:
 
 
 class EncodedPicture(NamedTuple):
-    """A picture as the decoder sees it: set number `number` of an ImageContext with one each."""
-
-    context: ImageContext
-    number: int
-
-    def parts(self):
-        """Its features (M * P, D) and which of its M tiles exist."""
-        return self.context.features[self.number], self.context.tiles[self.number]
+    """A picture as the decoder sees it: a slice of the ImageContext that it was encoded in."""
+    features: torch.Tensor  # (M * P, D)
+    tiles: torch.Tensor  # (1, M) bool: those that exist
+    prefix_looks: bool
 
 
-def encode_pictures(model, pictures: list) -> list:
-    """An EncodedPicture for each of the pictures; one that comes twice is encoded once."""
-    different = {id(picture): [picture] for picture in pictures}
-    if not different:
-        return []
-    size = model.config.vision.image_size
-    context = model.encode_images(*pack_images([*different.values()], size))
-    encoded = {key: EncodedPicture(context, i) for i, key in enumerate(different)}
-    return [encoded[id(picture)] for picture in pictures]
+def encode_pictures(model, pictures: list, known: dict | None = None) -> list:
+    """An EncodedPicture for each of the pictures, in their order.
+
+    known: {id of a picture: EncodedPicture} of earlier calls. New pictures are encoded side by side,
+    each once, and added to it. The caller keeps the pictures alive, so that no id comes twice.
+    """
+    known = {} if known is None else known
+    new = {id(picture): [picture] for picture in pictures if id(picture) not in known}
+    if new:
+        packed = pack_images([*new.values()], model.config.vision.image_size)
+        context = model.encode_images(*packed)
+        for key, features, tiles in zip(new, context.features, context.tiles):
+            known[key] = EncodedPicture(features, tiles, context.prefix_looks)
+    return [known[id(picture)] for picture in pictures]
 
 
 def encode_new_pictures(model, episodes: list, known: dict) -> ImageContext | None:
     """The pictures that episodes of a rollout were shown since the last call, None without any.
 
-    known: {id of a picture: EncodedPicture}, grows by those that are encoded here. ValueError for
-    a second picture where tokens before the first one would attend to it too: it was not there
-    when they were computed.
+    known: as in `encode_pictures`. ValueError for a second picture where tokens before the first one
+    attend to all pictures: it was not there when they were computed.
     """
     new = [episode.pictures[len(episode.encoded) :] for episode in episodes]
     later = any(episode.encoded and pictures for episode, pictures in zip(episodes, new))
     if later and not model.config.mask_prefix_attention:
-        raise ValueError("a model whose first tokens look at all pictures cannot be shown one "
-                         "after the other: set mask_prefix_attention to true in its config.json, "
-                         "as Meta's code has it.")
-    unknown = {id(picture): picture for pictures in new for picture in pictures
-               if id(picture) not in known}
-    known.update(zip(unknown, encode_pictures(model, [*unknown.values()])))
-    rows = [[known[id(picture)] for picture in pictures] for pictures in new]
+        raise ValueError("a model whose first tokens look at all pictures cannot be shown one after "
+                         "the other: set mask_prefix_attention to true in its config.json, as "
+                         "Meta's code has it.")
+    encode_pictures(model, [*itertools.chain(*new)], known)  # side by side
+    rows = [encode_pictures(model, pictures, known) for pictures in new]
     for episode, row in zip(episodes, rows):
         episode.encoded += row
     return merge_contexts(rows)
 
 
 def merge_contexts(rows: list) -> ImageContext | None:
-    """One ImageContext for rows of text that see several pictures each: lists of EncodedPictures
-    in the order of their <|image|> tokens. Rows with equal lists share a set; None without any."""
+    """One ImageContext for rows of text: for each the list of its EncodedPictures, in the order of
+    its <|image|> tokens. Rows with equal lists share a set. None without any picture."""
     keys = [tuple(map(id, row)) for row in rows]
     sets = dict(zip(keys, rows))
     if not any(sets):
         return None
-    context = next(picture.context for row in rows for picture in row)
-    blank = [torch.zeros_like(part) for part in (context.features[0], context.tiles[0])]
-    count = max(map(len, rows))
-    padded = [[picture.parts() for picture in row] + [blank] * (count - len(row))
-              for row in sets.values()]
-    features, tiles = (torch.stack([torch.cat(part) for part in parts])
-                       for parts in zip(*(zip(*row) for row in padded)))
+    some = next(picture for row in rows for picture in row)
+
+    def padded(part):  # a set without pictures is a part of length 0, padded like any shorter one
+        parts = [[getattr(picture, part) for picture in row] for row in sets.values()]
+        return pad_sequence([torch.cat([getattr(some, part)[:0], *row]) for row in parts], True)
+
     number = {key: i for i, key in enumerate(sets)}
-    rows = torch.tensor([number[key] for key in keys], device=tiles.device)
-    return ImageContext(features, tiles, rows, context.prefix_looks)
+    set_of_row = torch.tensor([number[key] for key in keys], device=some.tiles.device)
+    return ImageContext(padded("features"), padded("tiles"), set_of_row, some.prefix_looks)
 
 
 def images_for(model, episodes: list) -> ImageContext | None:
     """The ImageContext for a training pass over episodes, in their order; None for text.
 
     While tower or projector are trained the pictures are encoded here, with gradient; else the
-    rollout's encoding is used again. Each episode of a group has a beginning of the same list of
-    pictures, so the longest list serves them all: a mask hides the rest. The mask has
-    B x T x (tokens of all pictures of a set) entries.
+    rollout's encoding is used again. The episodes of a group have the same first pictures, so the
+    longest list serves them all, and a mask hides the rest: B x T x (tokens of a set) entries.
     """
-    fullest = {}
-    for members in by_prompt(episodes):
-        fullest[prompt_of(members[0])] = max(members, key=lambda episode: len(episode.pictures))
-    encoded = {key: episode.encoded for key, episode in fullest.items()}
-    if model.trains_vision or not all(e.encoded or not e.pictures for e in episodes):
-        shown = [picture for episode in fullest.values() for picture in episode.pictures]
+    groups = {prompt_of(group[0]): group for group in by_prompt(episodes)}
+    fullest = [max(group, key=lambda episode: len(episode.pictures)) for group in groups.values()]
+    rows, known = [episode.encoded for episode in fullest], {}
+    if model.trains_vision or any(e.pictures and not e.encoded for e in episodes):
         with torch.set_grad_enabled(model.trains_vision and torch.is_grad_enabled()):
-            found = iter(encode_pictures(model, shown))
-        encoded = {key: [next(found) for _ in e.pictures] for key, e in fullest.items()}
+            encode_pictures(model, [picture for e in fullest for picture in e.pictures], known)
+        rows = [encode_pictures(model, episode.pictures, known) for episode in fullest]
+    encoded = dict(zip(groups, rows))
     return merge_contexts([encoded[prompt_of(episode)] for episode in episodes])
 
 
 # ---- 3. Evaluation -------------------------------------------------------------------------------
 
 ROWS = {"id": "ID", "rule": "rule OOD", "fake": "fake rule"}  # of every suite: name and title
-SHUFFLED = "shuffled"  # the control: a model that looks at the cards fails here, a guesser does not
+SHUFFLED = "shuffled"  # the control: a model that reads the cards fails here, a guesser does not
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
-SAMPLES = 4  # episodes of a row that an evaluation shows
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """What is evaluated, and how."""
-
     suite: str
     n: int  # held-out problems per row
     attempts: int = 1  # answers per question
@@ -345,38 +340,36 @@ class EvalSettings:
 
 
 def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
-    """How a model does on the rows of a suite: for every problem its task's SCORES.
+    """How a model does on the rows of a suite, as plain data for JSON.
 
-    Rows whose rules have the same target and number of cards deal the same n held-out hands.
-    "greedy" is temperature 0, "sampled" temperature 1. A row with `judged_by` ("fake rule") judges
-    the answers of the row with the same prompt once more, by the other rule. Where problems lead
-    on, it is played anew, since the verifier decides which question is next.
-
-    Returns plain data for JSON: rows[row][mode][score] is a list of n numbers.
+    rows[row][mode][score] is a list of n numbers, a score of the task's SCORES; the mode "greedy" is
+    temperature 0, "sampled" temperature 1. All rows have the same n held-out problems where their
+    rules allow it. A row with `judged_by` ("fake rule") judges the answers of the row with the same
+    prompt once more, by the other rule. Where problems lead on it is played anew, since the verifier
+    decides which question is next.
     """
-    began, rows = time.time(), legible_rows(model, settings)
-    classes, scores, samples, turns, truncations = {}, {}, [], {}, []
-    for row in rows:
+    began, turns, truncations, samples = time.time(), {}, [], []
+    classes, scores = {}, {}
+    for row in legible_rows(model, settings):
         problems = suite_problems(model, tokenizer, settings, row)
+        leads_on = problems[0].leads_on
         classes[row.name], scores[row.name] = [problem.cls for problem in problems], {}
-        answered = None if problems[0].leads_on else same_prompt(rows, row)
-        for mode, temperature in TEMPERATURES.items():
-            forced = [None] * len(problems)
-            if answered:
-                turns[row.name, mode] = [judge_again(*pair) for pair in
-                                         zip(problems, turns[answered.name, mode])]
+        for mode in TEMPERATURES:
+            prompts, forced = (row.rule, row.visual, mode), [None] * len(problems)
+            if row.judged_by and prompts in turns and not leads_on:
+                answers = [judge_again(*pair) for pair in zip(problems, turns[prompts])]
             else:
-                episodes = play(model, tokenizer, problems, 1, settings, temperature)
-                turns[row.name, mode] = [episode.turns for episode in episodes]
+                episodes = play(model, tokenizer, problems, settings, mode)
+                answers = [episode.turns for episode in episodes]
+                turns.setdefault(prompts, answers)  # "shuffled" has the prompts of "id"
                 truncations.append(truncated(episodes, tokenizer))
                 if mode == "greedy":
-                    samples += [show_episode(row.name, e) for e in chosen_samples(episodes)]
-            if problems[0].leads_on:
-                forced = play(model, tokenizer, problems, 1, settings, temperature, forced=True)
-                forced = [episode.turns for episode in forced]
+                    samples += [show_episode(row.name, e) for e in worth_showing(episodes)]
+            if leads_on:
+                twins = play(model, tokenizer, problems, settings, mode, forced=True)
+                forced = [twin.turns for twin in twins]
             scores[row.name][mode] = as_lists(
-                [problem.scores(*each) for problem, *each in
-                 zip(problems, turns[row.name, mode], forced)])
+                [problem.scores(*played) for problem, *played in zip(problems, answers, forced)])
     return {"suite": settings.suite, "split": settings.split, "n": settings.n,
             "attempts": settings.attempts, "classes": next(iter(classes.values())),
             "row_classes": classes, "truncated": max(truncations), "rows": scores,
@@ -385,9 +378,9 @@ def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
 
 def legible_rows(model, settings):
     """The rows of the suite, or those asked for, whose pictures this model's tiles can show."""
-    problem, size = tasks.task_of(settings.suite).problem, model.config.vision.image_size
+    problem, tile = tasks.task_of(settings.suite).problem, model.config.vision.image_size
     return [row for row in tasks.suite_rows(settings.suite)
-            if problem.legible(row, size) and (not settings.rows or row.name in settings.rows)]
+            if problem.legible(row, tile) and row.name in (settings.rows or [row.name])]
 
 
 def suite_problems(model, tokenizer, settings, row):
@@ -397,90 +390,79 @@ def suite_problems(model, tokenizer, settings, row):
                            judged_by=row.judged_by, **style) for i in range(settings.n)]
     if row.name == SHUFFLED:
         pictures = [problem.image for problem in problems]
-        for problem, picture in zip(problems, pictures[1:] + pictures[:1]):
-            problem.image = picture
+        for i, problem in enumerate(problems):
+            problem.image = pictures[(i + 1) % len(pictures)]
     return problems
 
 
 def prompt_style(model, tokenizer) -> dict:
-    """How problems are put to a model, for tasks.make: the tiny tokenizer gets short prompts,
-    pictures fit the model's tiles."""
-    return {"style": "short" if tokenizer.short else "full",
-            "tile": model.config.vision.image_size}
-
-
-def same_prompt(rows, row):
-    """The row whose answers this one judges once more, None where it has answers of its own."""
-    wanted = row._replace(name="", judged_by=None)
-    found = [other for other in rows if other._replace(name="") == wanted]
-    return found[0] if row.judged_by and found else None
+    """How problems are put to a model, as arguments of tasks.make: the tiny tokenizer gets short
+    prompts, and pictures are made for the model's tiles."""
+    return {"style": "short" if tokenizer.short else "full", "tile": model.config.vision.image_size}
 
 
 def judge_again(problem, turns):
     """The turns of an episode with the outcomes that another problem's verifier gives."""
-    return [turn | {"outcome": copy.copy(problem).step(turn["response"]).outcome}
-            for turn in turns]
+    return [turn | {"outcome": copy.copy(problem).step(turn["response"]).outcome} for turn in turns]
 
 
-def play(model, tokenizer, problems, group, settings, temperature, forced=False):
-    """Episodes of all problems, group by group, with a random stream of their own.
+def play(model, tokenizer, problems, settings, mode, group=1, forced=False):
+    """A list of the episodes of all problems, group by group, from a random stream of their own.
 
-    What was encoded for a batch is dropped before the next one, and so are the pictures where they
-    are large: a walk has a megabyte or more at every position.
+    The encoded pictures of a batch are dropped before the next one, and so are the pictures where
+    they are large: a walk has a megabyte or more at every position.
     """
-    generator = torch.Generator(model.device).manual_seed(0)
-    sampling = Sampling(settings.max_new_tokens, temperature, generator, settings.batch)
-    episodes, size = [], max(1, settings.batch // group)
-    for first in range(0, len(problems), size):
+    generator, episodes = torch.Generator(model.device).manual_seed(0), []
+    sampling = Sampling(settings.max_new_tokens, TEMPERATURES[mode], generator, settings.batch)
+    for first in range(0, len(problems), size := max(1, settings.batch // group)):
         part = problems[first : first + size]
-        for members in rollout(model, tokenizer, part, group, sampling, forced=forced):
-            episodes += members
-        for episode in episodes[first * group :]:
+        groups = rollout(model, tokenizer, part, group, sampling, forced=forced)
+        for episode in (episode for members in groups for episode in members):
             episode.encoded = []
             if model.config.vision.image_size > 100:
                 episode.pictures = []
-                getattr(episode.problem, "drawn", {}).clear()
+                getattr(episode.problem, "drawn", {}).clear()  # pictures that a walk has kept
+            episodes.append(episode)
     return episodes
 
 
 def as_lists(scores):
-    """[{name: value}, ...] of n problems -> {name: n values}; texts become one, with spaces."""
+    """[{name: value}, ...] of n problems -> {name: n values}; words are joined by spaces."""
     lists = {name: [each[name] for each in scores] for name in scores[0]}
     return {name: " ".join(values) if isinstance(values[0], str) else values
             for name, values in lists.items()}
 
 
-def chosen_samples(episodes):
-    """The episodes to show: the first few, or of those that lead on one of each end."""
+def worth_showing(episodes):
+    """Four episodes; where problems lead on, one that solved its problem and one that did not."""
     if episodes[0].problem.leads_on:
-        return list({episode.solved(): episode for episode in reversed(episodes)}.values())
-    return episodes[:SAMPLES]
+        return {episode.solved(): episode for episode in reversed(episodes)}.values()
+    return episodes[:4]
 
 
 def show_episode(row: str, episode: Episode) -> dict:
     """An Episode as plain data for samples/ and the report, its figures as PNG in base64."""
-    figures = {}
+    shown = {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns,
+             "reward": episode.total()}
     for name, figure in episode.problem.figures(episode.turns).items():
-        side = None if name == "picture" else 340
-        figures[name] = [_png(each, side) for each in figure] if name == "pictures" else _png(figure, side)
-    return {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns,
-            "reward": episode.total()} | figures
+        small = name != "picture"
+        shown[name] = [_png(each, small) for each in figure] if name == "pictures" else _png(figure, small)
+    return shown
 
 
-def _png(image, side=None):
-    """In base64; with a `side`, of at most side x side pixels and 64 colours, not dithered: a few
-    kilobytes."""
-    if side:
+def _png(image, small):
+    """In base64; small: of at most 340 x 340 pixels and 64 colours, which is a few kilobytes."""
+    if small:
         image = image.convert("RGB")
-        image.thumbnail((side, side))
+        image.thumbnail((340, 340))
         image = image.quantize(64, dither=0)
-    image.save(file := io.BytesIO(), "PNG", optimize=side is not None)
+    image.save(file := io.BytesIO(), "PNG", optimize=small)
     return base64.b64encode(file.getvalue()).decode()
 
 
 def limit_pictures(samples, limit=10**6):
-    """The samples, but the pictures along an episode only where all figures up to there have at
-    most `limit` characters; maps and single pictures stay."""
+    """The samples, without the pictures along the way where all figures up to there have more than
+    `limit` characters. Maps and single pictures stay."""
     size = sum(len(sample.get("map", "")) for sample in samples)
     for sample in samples:
         size += sum(map(len, sample.get("pictures", ())))
@@ -495,28 +477,27 @@ def truncated(episodes: list, tokenizer) -> float:
 
 
 def default_max_new_tokens(tokenizer) -> int:
-    """Tokens that an answer may have by default: the tiny model's are short."""
+    """Tokens that an answer may have by default: the tiny model's answers are short."""
     return 64 if tokenizer.short else 256
 
 
 def pass_at_1_to_k(model, tokenizer, settings: EvalSettings, k: int) -> dict:
-    """pass@1 .. pass@k at temperature 1 for every row: {row: [pass@1, ..., pass@k]}."""
+    """{row: [pass@1, ..., pass@k]} of a suite's rows, from k samples of each problem."""
     result = {}
     for row in legible_rows(model, settings):
         problems = suite_problems(model, tokenizer, settings, row)
-        solved = [e.solved() for e in play(model, tokenizer, problems, k, settings, 1.0)]
-        right = np.reshape(solved, (len(problems), k)).sum(1).tolist()
-        result[row.name] = [float(np.mean([pass_at_k(k, c, j) for c in right]))
+        episodes = play(model, tokenizer, problems, settings, "sampled", k)
+        solved = np.reshape([episode.solved() for episode in episodes], (-1, k)).sum(1).tolist()
+        result[row.name] = [float(np.mean([pass_at_k(k, right, j) for right in solved]))
                             for j in range(1, k + 1)]
     return result
 
 
 def summary(result: dict) -> dict:
     """{"row/mode/score": share} of an evaluation, for the metrics file."""
-    titles = tasks.task_of(result["suite"]).problem.SCORES
-    return {f"{row}/{mode}/{score}": round(sum(values) / len(values), 4)
+    return {f"{row}/{mode}/{score}": round(sum(scores[score]) / len(scores[score]), 4)
             for row, modes in result["rows"].items() for mode, scores in modes.items()
-            for score, values in scores.items() if score in titles}
+            for score in tasks.task_of(result["suite"]).problem.SCORES}
 
 
 # ---- 4. Runs and models --------------------------------------------------------------------------
@@ -524,26 +505,25 @@ def summary(result: dict) -> dict:
 
 def find_model(name: str, task: str) -> Path:
     """The model directory that a name means: `tiny` (the shipped base of the task), a run directory
-    (its latest checkpoint), or a model directory itself. ValueError when there is none."""
+    (its latest checkpoint) or a model directory. ValueError when there is none."""
     path = Path(name)
     if name == "tiny":
         path = Path(__file__).parent / "assets" / f"tiny-{task}"
         if not path.is_dir():
             raise ValueError(f"no tiny base is shipped for {task} (looked for {path}).")
-        return path
-    if (path / "latest").is_file():
+    elif (path / "latest").is_file():
         return latest_checkpoint(path)
-    if not path.is_dir():
+    elif not path.is_dir():
         raise ValueError(f"{name} is not a directory; give `tiny`, a run directory or a model "
                          "directory.")
-    if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+    elif not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise ValueError(f"{name} holds neither a run with a checkpoint (file `latest`) nor a model "
                          "(config.json).")
     return path
 
 
 def latest_checkpoint(run) -> Path:
-    """The checkpoint directory that the run's pointer file names. ValueError when it names none."""
+    """The checkpoint directory that the run's file `latest` names; ValueError when it names none."""
     name = (Path(run) / "latest").read_bytes()[:100].decode("utf-8", "replace").strip()
     if not re.fullmatch(r"step-\d{6,9}", name) or not (Path(run) / name).is_dir():
         raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its "
@@ -557,10 +537,12 @@ def device_and_dtype(device: str) -> tuple:
         raise ValueError("--device must be auto, cpu or cuda (or cuda:1 and so on).")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device, torch.float32
     count = torch.cuda.device_count()
-    if device.startswith("cuda") and int(device[5:] or 0) >= count:
+    if int(device[5:] or 0) >= count:
         raise ValueError(f"--device {device}: there is no such GPU; torch sees {count}.")
-    return device, torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return device, torch.bfloat16
 
 
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
@@ -578,14 +560,12 @@ def esc(text) -> str:
     return html.escape(clean(text), quote=True)
 
 
-class _Help(argparse.HelpFormatter):
-    """Shows each default once, and none where it says nothing or the text says it."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default once, and none that says nothing or that the help text names."""
 
     def _get_help_string(self, action):
-        silent = (None, False, argparse.SUPPRESS)
-        if "default" in action.help or any(action.default is value for value in silent):
-            return action.help
-        return f"{action.help} (default: %(default)s)"
+        silent = action.default is None or action.default is False or "default" in action.help
+        return action.help if silent else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -595,8 +575,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
-        raise ValueError(re.sub(r"argument (\S+): (.* must lie)", r"\1 \2", message)
-                         + "; --help lists the flags.")
+        message = re.sub(r"argument (\S+): (.* must lie)", r"\1 \2", message)
+        raise ValueError(f"{message}; --help lists the flags.")
 
     def parse_args(self, argv=None, namespace=None):
         args = super().parse_args(argv, namespace)
@@ -608,14 +588,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def between(kind, low: float, high: float):
-    """For `add_argument(type=...)`: a number of this kind (int or float) from low to high. NaN is
-    in no range."""
+    """The `type` of a flag that takes a number of this kind (int, float) from low to high."""
     def number(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high:  # NaN is in no range
             raise argparse.ArgumentTypeError(f"{text[:20]} must lie from {low:g} to {high:g}")
         return value
-    number.__name__ = kind.__name__  # argparse's own error names it
+    number.__name__ = kind.__name__  # argparse names it where the text is no number at all
     return number
 
 
@@ -628,14 +607,12 @@ def run_main(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if isinstance(error, RuntimeError) and not out_of_memory:
-            out_of_memory = "allocate" in str(error)
-            if not out_of_memory:
-                raise
-        if out_of_memory:
+        allocation = isinstance(error, RuntimeError) and "allocate" in str(error)
+        if allocation or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             error = ("out of memory; lower --micro-batch, --rollout-batch or --max-new-tokens, or "
                      "give --recompute. Checkpoints are as they were.")
+        elif isinstance(error, RuntimeError):
+            raise
         elif isinstance(error, OSError):
             error = (f"{error.filename or 'a file'} could not be read or written: "
                      f"{error.strerror}. What was there is as it was.")
@@ -643,75 +620,74 @@ def run_main(main) -> None:
         sys.exit(2)
 
 
-# ---------------------------------------------------------------- 4. Intervals
-# A *row* is a way to score (id, rule, fake); a *view* is (decoding, part), such as ("greedy", "first"); S seeds, n problems,
-# C classes (problems with the same numbers), P points of a curve. Success is a share in 0..1, printed in %.
-
-MODES = {"greedy": "greedy", "sampled": "temperature 1"}
-PARTS = {"first": "first attempt", "episode": "whole episode"}
-STEPS = {"steps_first": "per step, until the first failure", "steps": "per step, until the attempts ran out",
-         "forced": "per step, teacher-forced"}  # of walks, in words of `scores_per_step`
-
-def problem_class(suite):
-    """The class of a suite's problems; tasks.Problem for a suite that is not known here."""
-    known = isinstance(suite, str) and suite in tasks.suite_names()
-    return tasks.task_of(suite).problem if known else tasks.Problem
-
-
-def shows_pictures(suite):
-    return suite in tasks.suite_names() and tasks.task_of(suite).pictures
-
-
-def words_for(suite):
-    return problem_class(suite).WORDS._asdict()
+# ---- 5. Intervals --------------------------------------------------------------------------------
+# S seeds, n problems, C classes (problems that are nearly the same). Shares are 0..1, printed in %.
 
 
 @functools.lru_cache(maxsize=8)
 def _draws(kinds, reps, seed):
-    """How often each of `kinds` things comes up in each resample. The same for all arms. (reps, kinds)"""
+    """How often each of `kinds` things comes up in each resample, the same for all arms:
+    (reps, kinds)."""
     rng = np.random.default_rng([seed, kinds])
     return rng.multinomial(kinds, np.full(kinds, 1 / kinds), size=reps).astype(float)
 
 
 def bootstrap(values, classes, reps=2000, seed=0, among=None):
-    """Mean and 95 % percentile interval, by resampling whole classes with replacement: (mean, low, high).
+    """Mean and 95 % percentile interval, by resampling whole classes: (mean, low, high).
 
-    Problems of one class are nearly the same, so the class is the unit that is drawn (cluster bootstrap, Davison &
-    Hinkley 1997, section 3.8). values: (n,), or (S, n) for the same problems under S seeds; seeds are then resampled
-    too (hierarchical). classes: n names. With one class, or all values equal, the interval has no width: not certainty.
-    among: weights of the same shape, such as 0/1 for those that are averaged over (default: all; NaN where there is none).
+    Problems of one class are nearly the same, so the class is the unit that is drawn (cluster
+    bootstrap, Davison & Hinkley 1997, section 3.8). values: (n,), or (S, n) for the same problems
+    under S seeds; seeds are then resampled too (hierarchical). classes: n names. among: weights of
+    the same shape, such as 0 and 1 (default: all 1; without any the result is NaN). With one class,
+    or all values equal, the interval has no width: that is not certainty.
     """
-    values = np.atleast_2d(np.asarray(values, float))                       # (S, n)
+    values = np.atleast_2d(np.asarray(values, float))  # (S, n)
     if values.size == 0 or values.shape[1] != len(classes):
-        raise ValueError(f"An interval needs problems, and a class for each: got {values.shape[1]} and {len(classes)}.")
+        raise ValueError("An interval needs problems, and a class for each: got "
+                         f"{values.shape[1]} and {len(classes)}.")
     names, member = np.unique(np.asarray(classes, str), return_inverse=True)
     among = np.ones_like(values) if among is None else np.atleast_2d(np.asarray(among, float))
     if not among.any(1).all():
         return math.nan, math.nan, math.nan
-    sums, counts = (np.stack([np.bincount(member, row, len(names)) for row in of]) for of in (values * among, among))  # (S, C)
-    draws = _draws(len(names), reps, seed)                                  # (reps, C)
-    means = draws @ sums.T / np.maximum(draws @ counts.T, 1e-9)             # (reps, S): classes differ in size
-    means = (means * _draws(len(values), reps, seed + 1)).mean(1)           # the draws of a resample sum to S
-    return float((sums.sum(1) / counts.sum(1)).mean()), *np.percentile(means, [2.5, 97.5]).tolist()
+    sums = np.stack([np.bincount(member, row, len(names)) for row in values * among])  # (S, C)
+    counts = np.stack([np.bincount(member, row, len(names)) for row in among])
+    draws = _draws(len(names), reps, seed)  # (reps, C)
+    means = draws @ sums.T / np.maximum(draws @ counts.T, 1e-9)  # (reps, S)
+    means = (means * _draws(len(values), reps, seed + 1)).mean(1)  # a resample's draws sum to S
+    mean = float((sums.sum(1) / counts.sum(1)).mean())
+    return mean, *np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def paired(a, b, classes, reps=2000, seed=0):
-    """Mean of a - b on the same problems and its interval, as `bootstrap`; (n,) or (S, n), seeds matched in order."""
+    """Mean of a - b on the same problems and its interval, as `bootstrap`. a, b: (n,), or (S, n)
+    with seeds in the same order; one side may have a single seed."""
     a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
     if a.shape[1] != b.shape[1] or (len(a) != len(b) and 1 not in (len(a), len(b))):
-        raise ValueError(f"A paired difference needs the same problems and seeds on both sides, not {a.shape} and {b.shape}.")
+        raise ValueError("A paired difference needs the same problems and seeds on both sides, not "
+                         f"{a.shape} and {b.shape}.")
     return bootstrap(a - b, classes, reps, seed)
 
 
 def pass_at_k(n, c, k):
-    """Chance that k answers, drawn without replacement from n of which c are right, hold a right one: the unbiased
-    estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, eq. 1), which 1 - (1 - c/n)^k is not."""
+    """Chance that k answers, drawn without replacement from n of which c are right, hold a right
+    one: the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, eq. 1), unlike
+    1 - (1 - c/n)^k."""
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}.")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-# ---------------------------------------------------------------- 5. A study
+# ---- 6. A study ----------------------------------------------------------------------------------
+# A study is {arm: {seed: [evaluation, ...] by step}}. A score is named by its mode and its part, such
+# as ("greedy", "first"). An evaluation has, beside what its file holds,
+#   args      the flags of its run
+#   scores    {(row, mode, part): (n,) float} of the parts in SCORES and of those made by `add_scores`
+#   episodes  [(row, its HTML)] of the samples
+
+MODES = {"greedy": "greedy", "sampled": "temperature 1"}
+PARTS = {"first": "first attempt", "episode": "whole episode"}
+MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of right actions
+
 
 def _read(path, check):
     """check(the JSON in a file); any failure is one sentence that names the file."""
@@ -719,69 +695,100 @@ def _read(path, check):
         return check(json.loads(path.read_text("utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(clean(f"{path} cannot be used ({why}): write it again with this version.")) from None
+        raise ValueError(clean(f"{path} cannot be used ({why}): write it again with this "
+                               "version.")) from None
 
 
-def _check_eval(e):
-    """An evaluation, with "solved": {(row, decoding, part): n floats} made from its rows: 0 or 1, of "read" and STEPS shares."""
-    e["step"], e["flops"], e["attempts"] = int(e["step"]), float(e["flops"]), int(e["attempts"])
-    n, e["solved"], walk = len(e["classes"]), {}, problem_class(e.get("suite")).leads_on
-    if n == 0 or not 0 <= e["flops"] < math.inf:
+def _check(evaluation):
+    """The evaluation in a file, if it has the shape that `evaluate` and the trainers give it."""
+    for name, kind in (("step", int), ("flops", float), ("attempts", int)):
+        evaluation[name] = kind(evaluation[name])
+    if not evaluation["classes"] or not 0 <= evaluation["flops"] < math.inf:
         raise ValueError("it has no problems, or its flops are not a count")
-    for row, mode in ((row, mode) for row in (*ROWS, *e["rows"]) for mode in MODES):
-        for part in (*PARTS, "read", *(STEPS if walk else ())):
-            e["solved"][row, mode, part] = solved = np.asarray(e["rows"][row][mode][part], float)
-            if solved.shape != (n,) or not ((0 <= solved) & (solved <= 1)).all() or part in PARTS and (solved % 1).any():
-                raise ValueError(f"{row} {mode} {part} is not a list of {n} times " + ("0 or 1" if part in PARTS else "0 to 1"))
-        if walk:
-            marks, forced, failed_at = (e["rows"][row][mode][key] for key in ("marks", "forced_marks", "failed_at"))
-            first = [next((i for i, mark in enumerate(word) if mark.islower()), None) for word in marks.split()]
-            if first != failed_at or not len(first) == len(forced.split()) == n or re.search("[^tfsTFS ]", marks + forced):
-                raise ValueError(f"{row} {mode} marks are not {n} words of letters t, f and s, or failed_at is not as they say")
-    for sample in e["samples"]:
-        sample["row"], sample["prompt"], sample["reward"], [turn["response"] for turn in sample["turns"]]
-        for picture in (sample.get("picture", ""), sample.get("map", ""), *sample.get("pictures", ())):
-            base64.b64decode(picture, validate=True)
-        for turn in sample["turns"] if walk else ():
-            turn["position"] = int(turn["position"])
-    return e
+    if missing := ROWS.keys() - evaluation["rows"].keys():
+        raise KeyError(min(missing))
+    problem, samples = task_class(evaluation), evaluation["samples"]
+    evaluation["episodes"] = [(sample["row"], _episode(problem, sample)) for sample in samples]
+    return add_scores(evaluation)
+
+
+def add_scores(evaluation):
+    """Fill in "scores", see above. ValueError for lists that are no scores. "all read" is whether all
+    was read; where problems lead on see `kinds_of_action`."""
+    n, scores, problem = len(evaluation["classes"]), {}, task_class(evaluation)
+    for row, mode in itertools.product(evaluation["rows"], MODES):
+        lists = evaluation["rows"][row][mode]
+        found = {part: np.asarray(lists[part], float) for part in problem.SCORES}
+        for part, values in found.items():
+            if values.shape != (n,) or not ((0 <= values) & (values <= 1)).all():
+                raise ValueError(f"{row} {mode} {part} is not a list of {n} times 0 to 1")
+        found["all read"] = np.floor(found["read"])
+        found |= kinds_of_action(lists, n, f"{row} {mode}") if problem.leads_on else {}
+        scores |= {(row, mode, part): values for part, values in found.items()}
+    return evaluation | {"scores": scores}
+
+
+def kinds_of_action(lists, n, where):
+    """{"turn": share of right first answers where a turn is right, "turn count": how often it is so,
+    "turn, forced": ...}, each (n,), from the marks of n walks: a word a route, a letter a position
+    reached, small where the first answer was wrong. ValueError for other marks."""
+    walked, forced = lists["marks"].split(), lists["forced_marks"].split()
+    alike = [b.lower().startswith(a.lower()) for a, b in zip(walked, forced)]
+    failed = [next((i for i, mark in enumerate(word) if mark.islower()), None) for word in walked]
+    if not len(walked) == len(forced) == sum(alike) == n or failed != lists["failed_at"]:
+        raise ValueError(f"{where} marks are not {n} words of the same routes, or failed_at is not as "
+                         "they say")
+    found = {}
+    for (how, words), mark in itertools.product([("", walked), (", forced", forced)], MARKS):
+        right = np.array([word.count(mark.upper()) for word in words])
+        found[MARKS[mark] + how + " count"] = count = right + [word.count(mark) for word in words]
+        found[MARKS[mark] + how] = right / np.maximum(count, 1)
+    return found
+
+
+def task_class(evaluation):
+    """The class of an evaluation's problems."""
+    return tasks.task_of(evaluation["suite"]).problem
 
 
 def load_study(study_dir):
-    """{arm: {seed: [evaluation, ...] by step}} of a study directory, from `RUN/evals/NNNNNN.json` and `RUN/args.json`.
+    """The study in a directory, from `RUN/evals/NNNNNN.json` and `RUN/args.json`.
 
-    RUN is an arm's name with `-sN` for seed N, or without for seed 0. An evaluation is its file's content with "solved",
-    {(row, decoding, part): (n,)}, and "args", the run's flags ({} for a base without). ValueError, one sentence, when there
-    is nothing, a file is malformed, or two files did not score the same problems.
+    RUN is an arm's name with `-sN` for seed N, or without for seed 0. ValueError, one sentence, when
+    there is nothing, a file is malformed, or two files did not score the same problems.
     """
-    study, problems = {}, None
+    study, first = {}, None
     for run in sorted({path.parent.parent for path in Path(study_dir).glob("*/evals/*.json")}):
         arm, seed = re.fullmatch(r"(.+?)(?:-s(\d{1,9}))?", run.name, re.DOTALL).groups()
-        if int(seed or 0) in study.setdefault(arm, {}):
-            raise ValueError(clean(f"{run} is a second run of arm {arm} with seed {seed or 0}: rename one of the two."))
+        seed, seeds = int(seed or 0), study.setdefault(arm, {})
+        if seed in seeds:
+            raise ValueError(clean(f"{run} is a second run of arm {arm} with seed {seed}: rename one "
+                                   "of the two."))
         args = _read(run / "args.json", dict) if (run / "args.json").exists() else {}
-        evals = [_read(path, _check_eval) | {"args": args} for path in (run / "evals").glob("*.json")]
-        study[arm][int(seed or 0)] = sorted(evals, key=lambda e: e["step"])
-        for e in evals:
-            problems = problems or (e.get("suite"), e.get("split"), e["classes"])
-            if problems != (e.get("suite"), e.get("split"), e["classes"]):
-                things = words_for(e.get("suite"))["things"]
-                raise ValueError(clean(f"{run}, step {e['step']}, scored other {things} than the runs before it: evaluate every "
-                                       f"run on the same suite, split and number of {things}."))
+        evals = [_read(path, _check) | {"args": args} for path in (run / "evals").glob("*.json")]
+        seeds[seed] = sorted(evals, key=lambda evaluation: evaluation["step"])
+        for evaluation in evals:
+            first = first or evaluation
+            if any(evaluation[key] != first[key] for key in ("suite", "split", "classes")):
+                things = task_class(first).WORDS.things
+                raise ValueError(clean(f"{run}, step {evaluation['step']}, scored other {things} than "
+                                       "the runs before it: evaluate every run on the same suite, "
+                                       f"split and number of {things}."))
     if not study:
-        raise ValueError(clean(f"There is no evaluation in {study_dir}: train an arm first, or name a study directory."))
-    order = {"base": 0, "warmup": 1, "sft": 2, "rl": 3}
-    return dict(sorted(study.items(), key=lambda item: (order.get(item[0], 4), item[0])))
+        raise ValueError(clean(f"There is no evaluation in {study_dir}: train an arm first, or name a "
+                               "study directory."))
+    order = ["base", "warmup", "sft", "rl", *sorted(study)]
+    return {arm: study[arm] for arm in sorted(study, key=order.index)}
+
+
+def any_of(mapping):
+    """The first value of a dict, for what is the same in all of them."""
+    return next(iter(mapping.values()))
 
 
 def any_eval(study):
-    """One of its evaluations, for what is the same in all of them: suite, split, classes, attempts."""
-    return next(iter(next(iter(study.values())).values()))[-1]
-
-
-def any_args(study, arm):
-    """The flags of one of an arm's runs, for what is the same in all of them."""
-    return next(iter(study[arm].values()))[-1]["args"]
+    """One of its evaluations, for what is the same in all of them: suite, classes, attempts."""
+    return any_of(any_of(study))[-1]
 
 
 def arms_of(study):
@@ -794,95 +801,121 @@ def name_of(arm):
     return arm.upper() if arm in ("sft", "rl") else " ".join(clean(arm).replace("|", "/").split())
 
 
-def view_name(view):
+def score_name(score):
     """("greedy", "first") -> "greedy, first attempt"."""
-    return f"{MODES[view[0]]}, {PARTS[view[1]]}"
+    return f"{MODES[score[0]]}, {PARTS[score[1]]}"
 
 
-def views(study):
-    """What is reported: greedy and temperature 1; the whole episode too when there is more than one attempt."""
-    return [(mode, part) for mode in MODES for part in PARTS if part == "first" or any_eval(study)["attempts"] > 1]
+def reported(study):
+    """The scores to report: whole episodes only where they have more than one attempt."""
+    parts = [*PARTS] if any_eval(study)["attempts"] > 1 else ["first"]
+    return [*itertools.product(MODES, parts)]
 
 
-def best_checkpoint(evals, view, row="rule"):
-    """The evaluation with the highest success in that row, the earliest of equals; the start counts as a checkpoint."""
-    return max(evals, key=lambda e: (e["solved"][(row, *view)].mean(), -e["step"]))
+def best_checkpoint(evals, score, row="rule"):
+    """The evaluation with the highest score in that row, the earliest of equals; the start counts as
+    a checkpoint."""
+    return max(evals, key=lambda e: (e["scores"][row, *score].mean(), -e["step"]))
 
 
-def stages(study, view):
-    """{"base", "start", "sft end", "sft best", "rl end", ...: (label, {seed: evaluation})}, those that there are.
-
-    The start of a seed is the last evaluation of the warm-up, or else step 0 of SFT, or of RL.
-    """
+def stages(study, score):
+    """{"base", "start", "sft end", "sft best", "rl end", ...: (label, {seed: evaluation})}, as far as
+    there are any. The start of a seed is the last evaluation of the warm-up, or else step 0 of SFT,
+    or of RL."""
     last = {arm: {seed: evals[-1] for seed, evals in seeds.items()} for arm, seeds in study.items()}
     start = {}
     for arm in ("rl", "sft"):
-        start |= {s: evals[0] for s, evals in study.get(arm, {}).items() if evals[0]["step"] == 0}
-    start |= last.get("warmup", {})
-    out = {"base": ("base", last.get("base")), "start": ("start", start)}
-    for arm in arms_of(study):
-        out[f"{arm} end"] = (f"{name_of(arm)}, end", last[arm])
+        start |= {seed: evals[0] for seed, evals in study.get(arm, {}).items()
+                  if evals[0]["step"] == 0}
+    found = {"base": ("base", last.pop("base", {})),
+             "start": ("start", start | last.pop("warmup", {}))}
+    for arm, ends in last.items():
+        found[f"{arm} end"] = f"{name_of(arm)}, end", ends
         if arm == "sft":
-            best = {s: best_checkpoint(evals, view) for s, evals in sorted(study[arm].items())}
-            steps = ", ".join(str(e["step"]) for e in best.values())
-            out["sft best"] = (f"SFT at its best OOD (step {steps})", best)
-    return {key: stage for key, stage in out.items() if stage[1]}
+            best = {seed: best_checkpoint(study[arm][seed], score) for seed in sorted(ends)}
+            steps = ", ".join(str(evaluation["step"]) for evaluation in best.values())
+            found["sft best"] = f"SFT at its best OOD (step {steps})", best
+    return {key: stage for key, stage in found.items() if stage[1]}
 
 
-def choose_rates(directory):
-    """{arm: learning rate} of a grid of runs `ARM-lrRATE`, printed as a table and written to its file `chosen` for make: the
-    smallest rate within one standard error of the best ID score (greedy, first attempt, last evaluation). OOD scores are
-    shown nowhere: they must not choose."""
-    study, grid = load_study(directory), {}
-    for name, seeds in study.items():
-        arm, found, rate = name.partition("-lr")
-        if found:
-            last = seeds[min(seeds)][-1]
-            mean, low, high = bootstrap(last["solved"]["id", "greedy", "first"], last["classes"])
-            grid.setdefault(arm, []).append((float(rate), mean, (high - low) / (2 * 1.96)))
-    chosen = {}
-    for arm, rates in grid.items():
-        best = max(rates, key=lambda r: r[1])
-        chosen[arm] = min(rate for rate, mean, _ in rates if mean >= best[1] - best[2])
-        print(_markdown([f"{name_of(arm)}, learning rate", "ID on validation, %", "standard error", ""],
-                        [[f"{rate:g}", f"{100 * mean:.1f}", f"{100 * error:.1f}", "chosen" if rate == chosen[arm] else ""]
-                         for rate, mean, error in sorted(rates)]) + "\n")
-    chosen_text = " ".join(f"{arm.upper()}_LR={rate:g}" for arm, rate in chosen.items())
-    write_atomically(Path(directory) / "chosen", lambda p: p.write_text(chosen_text + "\n"))
-    return chosen
+def has(evals, row):
+    """Whether all of {seed: evaluation} hold the row: on the way only those of ROWS are there."""
+    return all(row in evaluation["rows"] for evaluation in evals.values())
 
 
-# ---------------------------------------------------------------- 6. Tables
-
-def has(evals, row, view):
-    """Whether every one of {seed: evaluation} holds the row: on the way only those of ROWS are evaluated."""
-    return all((row, *view) in e["solved"] for e in evals.values())
+def numbers(evals, row, score, seeds=None):
+    """The score of each problem under each seed of {seed: evaluation}: (S, n)."""
+    return np.stack([evals[seed]["scores"][row, *score] for seed in seeds or sorted(evals)])
 
 
-def _solved(evals, row, view, seeds=None):
-    """Success of each problem under each seed, or the share that the view's part is. (S, n)"""
-    return np.stack([evals[seed]["solved"][(row, *view)] for seed in (seeds or sorted(evals))])
+def interval(evals, row, score, minus=None, among=None):
+    """(mean, low, high) of a score over problems and seeds; NaN where it was not measured.
+
+    evals: {seed: evaluation}. minus: {"evals": ...} or {"row": ...} of a score to subtract, paired by
+    problem and by seed. among: the score that is each problem's weight.
+    """
+    other = {"evals": evals, "row": row} | (minus or {})
+    seeds = sorted(evals.keys() & other["evals"].keys())
+    if not (seeds and has(evals, row) and has(**other)):
+        return math.nan, math.nan, math.nan
+    some, values = evals[seeds[0]], numbers(evals, row, score, seeds)
+    classes = some.get("row_classes", {}).get(row, some["classes"])
+    if minus:
+        return paired(values, numbers(**other, score=score, seeds=seeds), classes)
+    return bootstrap(values, classes, among=among and numbers(evals, row, among, seeds))
 
 
 STAGES = {"sft end": "SFT", "rl end": "RL", "start": "start", "sft best": "best SFT checkpoint"}
-COMPARED = [("sft end", "start", "id"), ("rl end", "start", "id"), ("sft end", "start", "rule"), ("rl end", "start", "rule"),
-            ("rl end", "sft end", "rule"), ("rl end", "sft best", "rule"), ("sft end", "start", "fake")]
+COMPARED = [("sft end", "start", "id"), ("rl end", "start", "id"), ("sft end", "start", "rule"),
+            ("rl end", "start", "rule"), ("rl end", "sft end", "rule"),
+            ("rl end", "sft best", "rule"), ("sft end", "start", "fake")]
 
 
-def differences(study, view):
-    """{(stage, other stage, row): (mean difference, low, high)}, paired by problem and by seed, for stages that there are."""
-    out, stage = {}, stages(study, view)
+def differences(study, score):
+    """{(stage, other stage, row): interval of their difference} of COMPARED, paired by problem and
+    by seed, as far as both stages are there."""
+    found, stage = {}, stages(study, score)
     for a, b, row in COMPARED:
         left, right = (stage.get(key, ("", {}))[1] for key in (a, b))
-        seeds = sorted(left.keys() & right.keys())            # each seed against its own start or opponent
-        both = (sorted(left), list(right)) if b == "start" and len(right) == 1 else (seeds, seeds)    # one start serves all
-        if all(both):
-            sides = (_solved(evals, row, view, which) for evals, which in zip((left, right), both))
-            out[a, b, row] = paired(*sides, any_eval(study)["classes"])
-    return out
+        if b == "start" and len(right) == 1:
+            right = dict.fromkeys(left, any_of(right))  # one start serves all seeds
+        found[a, b, row] = interval(left, row, score, minus={"evals": right})
+    return {key: difference for key, difference in found.items() if not math.isnan(difference[0])}
 
+
+def choose_rates(directory):
+    """{arm: learning rate} of a grid of runs `ARM-lrRATE`, printed as tables and written to its file
+    `chosen` for make: the smallest rate within one standard error of the best ID score (greedy, first
+    attempt, last evaluation). OOD scores are shown nowhere: they must not choose."""
+    grid, chosen = {}, {}
+    for name, seeds in load_study(directory).items():
+        arm, found, rate = name.partition("-lr")
+        if found:
+            last = {0: seeds[min(seeds)][-1]}
+            mean, low, high = interval(last, "id", ("greedy", "first"))
+            grid.setdefault(arm, []).append((float(rate), mean, (high - low) / (2 * 1.96)))
+    for arm, rates in grid.items():
+        _, best, margin = max(rates, key=lambda rate: rate[1])
+        chosen[arm] = min(rate for rate, mean, _ in rates if mean >= best - margin)
+        head = [f"{name_of(arm)}, learning rate", "ID on validation, %", "standard error", ""]
+        lines = [[f"{rate:g}", f"{100 * mean:.1f}", f"{100 * error:.1f}",
+                  "chosen" * (rate == chosen[arm])] for rate, mean, error in sorted(rates)]
+        print(markdown(Table("", head, lines)) + "\n")
+    text = " ".join(f"{arm.upper()}_LR={rate:g}" for arm, rate in chosen.items())
+    write_atomically(Path(directory) / "chosen", lambda path: path.write_text(text + "\n"))
+    return chosen
+
+
+# ---- 7. Tables -----------------------------------------------------------------------------------
 
 NONE = "\u2013"  # the cell of what was not measured
+
+
+class Table(NamedTuple):
+    """Lines of cells below a head; a cell is a text or (number, interval)."""
+    title: str
+    head: list
+    lines: list
 
 
 def sign_of(difference):
@@ -894,140 +927,162 @@ def percent(interval, sign=""):
     """("63.2", "[58.9, 67.4]"); sign "+" for differences. A dash for the mean of nothing."""
     if math.isnan(interval[0]):
         return NONE, ""
-    mean, low, high = (round(100 * x, 1) + 0.0 for x in interval)             # + 0.0: no "-0.0"
+    mean, low, high = (round(100 * x, 1) + 0.0 for x in interval)  # + 0.0: no "-0.0"
     return f"{mean:{sign}.1f}", f"[{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def columns(study):
-    """{row: its name} of the tables by stage: ROWS, and of walks the other looks too."""
-    suite = str(any_eval(study).get("suite"))
-    return ROWS | {row: ROWS.get(row, row) for row in any_eval(study)["rows"] if problem_class(suite).leads_on}
+def score_table(title, lines, columns):
+    """A Table of scores. lines, columns: [(name, arguments of `interval`), ...]; a cell has those of
+    its line and of its column."""
+    cells = [[name, *(percent(interval(**line, **column), "+" * ("minus" in column))
+                      for _, column in columns)] for name, line in lines]
+    return Table(title, ["", *(name for name, _ in columns)], cells)
 
 
-def table_rows(study, view):
-    """The two tables of a view: the stages, then the paired differences. Cells are text or (number, interval)."""
-    classes = any_eval(study)["classes"]
-    words = {1: "excludes 0: higher", -1: "excludes 0: lower", 0: "includes 0: no clear difference"}
-    score = lambda evals, row: percent(bootstrap(_solved(evals, row, view), classes)) if has(evals, row, view) else NONE
-    return ([[label, *(score(evals, row) for row in columns(study))]
-             for label, evals in stages(study, view).values()],
-            [[f"{STAGES[a]} - {STAGES[b]}, {ROWS[row]}", percent(d, "+"), f"The interval {words[sign_of(d)]}."]
-             for (a, b, row), d in differences(study, view).items()])
+def stage_lines(study, score, best=True):
+    """A line of a table for each stage, with or without SFT's best checkpoint."""
+    return [(label, {"evals": evals}) for key, (label, evals) in stages(study, score).items()
+            if best or key != "sft best"]
 
 
-# What is said of every row where pictures are shown: (values, hands that they are averaged over) of solved and read (S, n).
-MEASURES = {"success": lambda solved, read: (solved, None),
-            "all cards read": lambda solved, read: (read == 1, None),
-            "cards read": lambda solved, read: (read, None),
-            "success where all cards were read": lambda solved, read: (solved, read == 1)}
+def stage_table(title, study, score):
+    """A line for each stage, a column for each of ROWS, or for every row where problems lead on."""
+    last = any_eval(study)
+    rows = last["rows"] if task_class(last).leads_on else ROWS
+    columns = [(ROWS.get(row, row), {"row": row, "score": score}) for row in rows]
+    return score_table(title, stage_lines(study, score), columns)
 
 
-def look_tables(study, view, measures=MEASURES):
-    """{measure: (head, lines)} of hands in pictures: a line for every row that is answered, a column for every stage, and
-    RL - SFT where both are averaged over the same hands."""
-    last, stage = any_eval(study), stages(study, view)
-    classes, keys = last["classes"], [key for key in ("base", "start", "sft end", "rl end") if key in stage]
-    tables = {}
-    for measure in measures:
-        lines = []
-        for row in (row for row in last["rows"] if row != "fake"):
-            found = {key: MEASURES[measure](*(_solved(evals, row, (view[0], part)) for part in (view[1], "read")))
-                     if has(evals := stage[key][1], row, view) else None for key in keys}
-            cells = [percent(bootstrap(f[0], classes, among=f[1])) if f else NONE for f in found.values()]
-            sft, rl = found.get("sft end"), found.get("rl end")
-            if sft and rl and sft[1] is None:
-                cells.append(percent(paired(*(f[0].astype(float) for f in (rl, sft)), classes), "+"))
-            lines.append([ROWS.get(row, row), *cells])
-        tables[measure] = ["", *(stage[key][0] for key in keys), "RL - SFT"][: len(lines[0])], lines
-    return tables
+def pair_table(title, study, score, rows=ROWS):
+    """A line for each paired difference in one of the rows."""
+    said = {1: "excludes 0: higher", -1: "excludes 0: lower", 0: "includes 0: no clear difference"}
+    lines = [[f"{STAGES[a]} - {STAGES[b]}, {ROWS[row]}", percent(difference, "+"),
+              f"The interval {said[sign_of(difference)]}."]
+             for (a, b, row), difference in differences(study, score).items() if row in rows]
+    return Table(title, ["", "points", ""], lines)
 
 
-def cost_of_seeing(study, view):
-    """Lines (stage, paired difference): success on the cards in words minus success on their pictures, the same hands."""
-    return [[label, percent(paired(*(_solved(evals, row, view) for row in ("text", "id")), any_eval(study)["classes"]), "+")]
-            for label, evals in stages(study, view).values() if has(evals, "text", view)]
+def look_tables(study, score):
+    """Of problems in pictures: a line for each row that is answered, a column for each stage, and
+    RL - SFT where both are averaged over the same problems."""
+    last, stage, all_read = any_eval(study), stages(study, score), (score[0], "all read")
+    read = task_class(last).SCORES["read"]
+    lines = [(ROWS.get(row, row), {"row": row}) for row in last["rows"] if row != "fake"]
+    plain = both = stage_lines(study, score, best=False)
+    if {"sft end", "rl end"} <= stage.keys():
+        sft, rl = (stage[key][1] for key in ("sft end", "rl end"))
+        both = [*plain, ("RL - SFT", {"evals": rl, "minus": {"evals": sft}})]
+    return [score_table(f"row by row: {title} in %", lines, [
+        (label, place | more) for label, place in columns]) for title, columns, more in (
+            ("success", both, {"score": score}), (f"all {read}", both, {"score": all_read}),
+            (read, both, {"score": (score[0], "read")}),
+            (f"success where all {read}", plain, {"score": score, "among": all_read}))]
 
 
-def step_tables(study, view):
-    """{title: (head, lines)} of walks: what is right per step by stage (see `scores_per_step`), and where walks fail."""
-    (mode, part), tables = view, {}
-    for key in ("steps_first" if part == "first" else "steps", "forced", "read"):
-        lines, pairs = table_rows(study, (mode, key))
-        title = STEPS.get(key, "observations right").capitalize()
-        tables[f"{title}, in %"] = ["", *columns(study).values()], lines
-        pairs = [line for line in pairs if line[0].endswith(ROWS["rule"]) and key in STEPS]
-        tables |= {f"{title}: paired differences on the same routes": (["", "points", ""], pairs)} if pairs else {}
-    cases = [(f"{label}: {ROWS[row]}", evals, row) for row in ("id", "rule")
-             for key, (label, evals) in stages(study, view).items() if key != "sft best"]
-    return tables | failure_tables(cases, mode, any_eval(study)["classes"])
+def step_tables(study, score):
+    """Of problems that lead on: what is right per step by stage, and where walks fail."""
+    (mode, part), problem, tables = score, task_class(any_eval(study)), []
+    for name in ("steps_first" if part == "first" else "steps", "forced", "read"):
+        title = problem.SCORES[name]
+        tables.append(stage_table(f"{title}, in %", study, (mode, name)))
+        if name != "read":
+            title = f"{title}: paired differences on the same {problem.WORDS.things}"
+            tables.append(pair_table(title, study, (mode, name), ["rule"]))
+    cases = [(f"{label}: {ROWS[row]}", place | {"row": row}) for row in ("id", "rule")
+             for label, place in stage_lines(study, score, best=False)]
+    return tables + failure_tables(cases, mode)
 
 
-def failure_tables(cases, mode, classes, most=6):
-    """{title: (head, lines)} of walks, a line for each of cases (label, {seed: evaluation}, row): where the first wrong answer
-    is; then right first answers by kind of action, of all of that kind that were reached, so that long routes weigh more."""
-    where, kinds = [], []
-    for name, evals, row in cases:
-        scores = [evals[seed]["rows"][row][mode] for seed in sorted(evals)]
-        failed = [at if at is None else min(at, most) for s in scores for at in s["failed_at"]]
-        where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}" for at in (*range(most + 1), None))])
-        kinds.append([name])
-        for field, kind in ((field, kind) for field in ("marks", "forced_marks") for kind in "TFS"):
-            right, met = (np.array([[sum(map(word.count, both)) for word in s[field].split()] for s in scores])
-                          for both in (kind, kind + kind.lower()))
-            kinds[-1].append(percent(bootstrap(right / np.maximum(met, 1), classes, among=met)))
-    actions = [kind + how for how in ("", ", forced") for kind in tasks.KINDS_OF_ACTION]
-    return {"Where walks fail first, by position, in %": (["", *map(str, range(1, most + 1)), "later", "nowhere"], where),
-            "Right first answers by kind of action, in %": (["", *actions], kinds)}
+def failure_tables(cases, mode, most=6):
+    """A line for each case, (name, {"evals": ..., "row": ...}): where the first wrong answer is; then
+    right first answers by kind of action."""
+    where = []
+    for name, case in cases:
+        failed = [at if at is None else min(at, most) for evaluation in case["evals"].values()
+                  for at in evaluation["rows"][case["row"]][mode]["failed_at"]]
+        where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}"
+                              for at in (*range(most + 1), None))])
+    kinds = [(kind + how, {"score": (mode, kind + how), "among": (mode, f"{kind}{how} count")})
+             for how in ("", ", forced") for kind in MARKS.values()]
+    head = ["", *map(str, range(1, most + 1)), "later", "nowhere"]
+    return [Table("where walks fail first, by position, in %", head, where),
+            score_table("right first answers by kind of action, in %", cases, kinds)]
 
 
-def more_tables(study, view, measures=MEASURES):
-    """{title: (head, lines)}: what a view shows after success and its differences; of pictures so many measures."""
-    suite, seeing = str(any_eval(study).get("suite")), cost_of_seeing(study, view)
-    if problem_class(suite).leads_on:
-        return step_tables(study, view)
-    tables = look_tables(study, view, measures) if shows_pictures(suite) else {}
-    return {f"Row by row: {measure} in %": table for measure, table in tables.items()} | (
-        {"Success on cards in words minus on cards in pictures, the same hands": (["", "points"], seeing)} if seeing else {})
+def success_tables(study, score):
+    """The two tables of every score: success by stage, and its paired differences."""
+    n = len(any_eval(study)["classes"])
+    return [stage_table(f"success in % [95 % interval], {n} problems", study, score),
+            pair_table("paired differences on the same problems", study, score)]
 
 
-def _markdown(head, lines):
-    lines = [head, *([cell if isinstance(cell, str) else " ".join(cell) for cell in line] for line in lines)]
+def task_tables(study, score, measures=None):
+    """The further tables of a score that its task has: of walks, of pictures (so many measures)."""
+    task = tasks.task_of(any_eval(study)["suite"])
+    if task.problem.leads_on or not task.pictures:
+        return step_tables(study, score) if task.problem.leads_on else []
+    lines = [line for line in stage_lines(study, score) if has(row="text", **line[1])]
+    cost = {"row": "text", "score": score, "minus": {"row": "id"}}
+    title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
+    return [score_table(title, lines, [("points", cost)]), *look_tables(study, score)[:measures]]
+
+
+def markdown(table):
+    """A Table in markdown, aligned for a terminal."""
+    lines = [[each if isinstance(each, str) else " ".join(each) for each in line]
+             for line in (table.head, *table.lines)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def table_text(study, only=None):
-    """The closing tables in markdown, aligned for a terminal: every view, or `only` that one, each with its differences."""
+    """The closing tables in markdown: every score, or `only` that one. The first has the tables of
+    its task too; the report has the others, and more of reading."""
     parts = []
-    for view in [only] if only else views(study):
-        (table, pairs), n = table_rows(study, view), len(any_eval(study)["classes"])
-        parts.append(f"{view_name(view).capitalize()}: success in % [95 % interval], {n} problems")
-        parts.append(_markdown(["", *columns(study).values()], table))
-        parts += [_markdown(["paired difference", "points", ""], pairs)] if pairs else []
-        if view == views(study)[0]:  # the report has the others, and more of reading
-            for title, table in more_tables(study, view, list(MEASURES)[:2]).items():
-                parts += [f"{view_name(view).capitalize()}, {title[0].lower()}{title[1:]}", _markdown(*table)]
+    for score in [only] if only else reported(study):
+        tables = success_tables(study, score)
+        if score == reported(study)[0]:
+            tables += task_tables(study, score, measures=2)
+        for i, table in enumerate(table for table in tables if table.lines):
+            title = f"{score_name(score).capitalize()}{', ' if i else ': '}{table.title}"
+            parts += [title, markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 
-# ---------------------------------------------------------------- 7. Figures
-# A panel is 430 x 330 units, its plot between LEFT..RIGHT and TOP..BOTTOM; the right margin holds the names of the lines.
+def result_table(result):
+    """Success of one evaluation, as markdown; of walks also per step, and where they fail."""
+    evals, titles = {0: add_scores(result)}, task_class(result).SCORES
+    lines = [(row, {"evals": evals, "row": row}) for row in result["rows"]]
+    last, tables = {"all read": f"all {titles['read']}"}, []
+    if task_class(result).leads_on:
+        last = {"steps_first": "per step", "forced": "teacher-forced", "read": titles["read"]}
+        tables = failure_tables(lines, "greedy")
+    columns = [(score_name(score), {"score": score}) for score in itertools.product(MODES, PARTS)]
+    columns += [(f"greedy, {title}", {"score": ("greedy", part)}) for part, title in last.items()]
+    return "\n\n".join([markdown(score_table("", lines, columns)), *(
+        f"{table.title.capitalize()}, greedy\n\n{markdown(table)}" for table in tables)])
+
+
+def compare_table(results, names):
+    """Two evaluations of one suite on the same problems: success of whole episodes, of walks also per
+    step, and the paired difference."""
+    first, second = ({0: add_scores(result)} for result in results)
+    titles = {"episode": ""} | {part: f", {title}" for part, title in task_class(results[0]).SCORES.items()
+                                if part not in (*PARTS, "read")}
+    lines = [(f"{row}, {MODES[mode]}{title}", {"row": row, "score": (mode, part)})
+             for row in results[0]["rows"] for mode in MODES for part, title in titles.items()]
+    return markdown(score_table("", lines, [
+        (clean(names[0]), {"evals": first}), (clean(names[1]), {"evals": second}),
+        ("second - first", {"evals": second, "minus": {"evals": first}})]))
+
+
+# ---- 8. Figures ----------------------------------------------------------------------------------
+# A panel is 430 x 330 units, its plot between LEFT..RIGHT and TOP..BOTTOM; the right margin holds the
+# names of the lines. Colours and style stand in assets/report.html.
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 430, 330, 44, 352, 34, 278
-# The vermilion, blue, green and purple of Okabe and Ito, darker on paper and lighter at night: text in them is 4.5 : 1
-COLOURS = """:root{--paper:#fff;--ink:#1b1f24;--muted:#59636e;--grid:#dfe3e8;
---c0:#b84a00;--c1:#0067a3;--c2:#00765a;--c3:#a0397a}
-@media (prefers-color-scheme:dark){:root{--paper:#15181d;--ink:#e8eaed;--muted:#a0a8b1;--grid:#343a42;
---c0:#ff9f4a;--c1:#5cb8f0;--c2:#3fc7a0;--c3:#e39ac6}}"""
-FIGURE_CSS = """svg{color:var(--ink);font:12px system-ui,-apple-system,"Segoe UI",sans-serif;max-width:100%;height:auto}
-svg text{fill:currentColor}svg .muted{color:var(--muted)}svg .head{font-weight:600;font-size:14px}
-svg .grid{stroke:var(--grid)}svg .base{stroke:var(--muted);stroke-dasharray:2 4;stroke-width:1.5}
-svg .mid{text-anchor:middle}svg .end{text-anchor:end}
-svg .c0{color:var(--c0)}svg .c1{color:var(--c1)}svg .c2{color:var(--c2)}svg .c3{color:var(--c3)}
-svg .line{fill:none;stroke:currentColor;stroke-width:2.5;stroke-linejoin:round}svg .thin{stroke-width:1;opacity:.55}
-svg .band{fill:currentColor;opacity:.16}svg .dot{fill:currentColor}
-svg text.name{font-weight:600;stroke:var(--paper);stroke-width:4;paint-order:stroke;stroke-linejoin:round}"""
+PERCENTS = [(share / 100, f"{share} %") for share in range(0, 101, 20)]
 
 
 def si(flops, top=0):
@@ -1040,360 +1095,357 @@ def nice_ticks(low, high, most=4):
     """Multiples of 1, 2, 2.5 or 5 times a power of ten from low to high, at most `most` steps."""
     unit = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit * most >= (high - low) * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
-def curve(seeds, row, view):
+def curve(seeds, row, score):
     """(P, 4) FLOPs, mean, low, high along an arm, {seed: evaluations}, linear between evaluations.
 
-    Seeds differ a little in FLOPs per step, so they are averaged at equal shares of their own FLOPs: their ends meet.
+    Seeds differ a little in FLOPs per step, so they are averaged at equal shares of their own FLOPs:
+    their ends meet.
     """
-    flops = {s: np.array([e["flops"] for e in evals]) for s, evals in seeds.items()}
-    share = {s: x / (x[-1] or 1) for s, x in flops.items()}
-    now, hands = share[min(seeds)], []
-    for s, evals in seeds.items():
-        solved = np.stack([e["solved"][(row, *view)] for e in evals])                    # (evaluations, n)
-        at = np.interp(now, share[s], np.arange(len(evals)))
-        hands.append([(1 - t % 1) * solved[int(t)] + t % 1 * solved[math.ceil(t)] for t in at])
-    rates = [bootstrap(at, evals[0]["classes"]) for at in np.stack(hands, axis=1)]        # S hands lists at each of P points
-    return np.column_stack([now * np.mean([x[-1] for x in flops.values()]), rates])
-
-
-def to_panel(x, y, limits):
-    """Data to panel units. (..., 2)"""
-    x0, x1, y0, y1 = limits
-    return np.stack([LEFT + (np.asarray(x, float) - x0) / (x1 - x0) * (RIGHT - LEFT),
-                     BOTTOM - (np.asarray(y, float) - y0) / (y1 - y0) * (BOTTOM - TOP)], axis=-1)
+    flops = [np.array([evaluation["flops"] for evaluation in evals]) for evals in seeds.values()]
+    shares = flops[0] / (flops[0][-1] or 1)
+    along = [[np.interp(shares * spent[-1], spent, problem) for problem in np.stack(
+        [evaluation["scores"][row, *score] for evaluation in evals], 1)]
+        for spent, evals in zip(flops, seeds.values())]  # (S, n, P)
+    classes = any_of(seeds)[0]["classes"]
+    rates = [bootstrap(values, classes) for values in np.moveaxis(along, 2, 0)]
+    return np.column_stack([shares * np.mean([spent[-1] for spent in flops]), rates])
 
 
 def _stroke(points, css, close=""):
     return f'<path class="{css}" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in points)}{close}"/>'
+
+
 def _dot(point, radius, css):
     return f'<circle class="dot {css}" cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="{radius}"/>'
+
+
 def _text(x, y, text, css=""):
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{esc(text)}</text>'
 
 
-def axes(title, limits, x_ticks, y_ticks, x_name):
-    """The frame of a panel: title (it names the y axis), grid, ticks [(value, label)] and the name of the x axis."""
-    out = [_text(LEFT, 18, title, "head"), _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
-    for value, label in y_ticks:
-        y = to_panel(limits[0], value, limits)[1]
-        out += [_stroke([(LEFT, y), (RIGHT, y)], "grid"), _text(LEFT - 6, y + 4, label, "end muted")]
+def place(x, y, top=1):
+    """Data, x of 0..top and y of 0..1, to the units of a panel: (..., 2)."""
+    x, y = np.broadcast_arrays(x, y)
+    return np.stack([LEFT + x / top * (RIGHT - LEFT), BOTTOM - y * (BOTTOM - TOP)], -1)
+
+
+def axes(title, x_name, x_ticks, top=1):
+    """The frame of a panel: its title, which names the y axis, grid, ticks [(value, label)] and the
+    name of the x axis."""
+    svg = [_text(LEFT, 18, title, "head"), _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
+    for share, label in PERCENTS:
+        line = place([0, 1], share)
+        svg += [_stroke(line, "grid"), _text(LEFT - 6, line[0, 1] + 4, label, "end muted")]
     for value, label in x_ticks:
-        x = to_panel(value, limits[2], limits)[0]
-        out += [_stroke([(x, BOTTOM), (x, BOTTOM + 4)], "grid"), _text(x, BOTTOM + 18, label, "mid muted")]
-    return out
+        x, _ = place(value, 0, top)
+        svg += [_stroke([(x, BOTTOM), (x, BOTTOM + 4)], "grid"), _text(x, BOTTOM + 18, label, "mid muted")]
+    return svg
 
 
 def named(ends, x=None):
-    """Names beside the ends of lines, [(point, name, css)], moved apart where they would collide; at x, or at each point."""
-    heights = np.array([point[1] for point, _, _ in ends], float)
-    order = np.argsort(heights, kind="stable")
-    for _ in range(100):                                       # each pair that is too close parts by half of what is missing
-        for k, (i, j) in enumerate(zip(order, order[1:])):
-            heights[[i, j]] += max(0, 16 - heights[j] + heights[i]) / 2 * np.array([-1, 1])
-        heights -= max(0, heights.max(initial=0) - BOTTOM)
-    out = []
-    for (point, name, css), y in zip(ends, heights):
-        at = x or point[0] + 9
-        out += [_stroke([point, (at - 2, y)], f"line thin {css}"), _text(at, y + 4, name, css)]
-    return out
+    """Names beside the ends of lines, [(point, name, css)], moved up where they would collide; at x,
+    or at each point."""
+    svg, limit = [], BOTTOM
+    for point, name, css in sorted(ends, key=lambda end: -end[0][1]):
+        at, y = x or point[0] + 9, min(point[1], limit)
+        svg += [_stroke([point, (at - 2, y)], f"line thin {css}"), _text(at, y + 4, name, css)]
+        limit = y - 16
+    return svg
 
 
-def _curves_panel(study, row, view):
+def _curves_panel(study, row, score):
     """One panel: success in `row` along training FLOPs."""
-    curves = {arm: curve(study[arm], row, view) for arm in arms_of(study)}
-    top = max([c[-1, 0] for c in curves.values()], default=0) or 1.0
-    limits, ends, percents = (0, top, 0, 1), [], [(v / 100, f"{v} %") for v in range(0, 101, 20)]
+    curves = {arm: curve(study[arm], row, score) for arm in arms_of(study)}
+    top, ends = max([c[-1, 0] for c in curves.values()], default=0) or 1.0, []
     ticks = [(0, "start")] + [(v, si(v, top)) for v in nice_ticks(0, top)[1:] if top > 1]
-    out = axes(f"{ROWS[row]}: success", limits, ticks, percents, "training compute, counted from the start")
+    svg = axes(f"{ROWS[row]}: success", "training compute, counted from the start", ticks, top)
     if "base" in study:
-        mean = _solved(stages(study, view)["base"][1], row, view).mean()
-        line = to_panel([0, top], [mean, mean], limits)
-        out.append(_stroke(line, "base"))
+        mean = numbers(stages(study, score)["base"][1], row, score).mean()
+        line = place([0, 1], mean)
+        svg.append(_stroke(line, "base"))
         ends.append((line[1], f"base {100 * mean:.0f}", "muted"))
-    for i, (arm, c) in enumerate(curves.items()):
-        line, low, high = (to_panel(c[:, 0], c[:, k], limits) for k in (1, 2, 3))
-        out.append(_stroke([*high, *low[::-1]], f"band c{i % 4}", "Z"))
-        for evals in study[arm].values() if len(study[arm]) > 1 else ():
-            xs, ys = [min(e["flops"], top) for e in evals], [e["solved"][(row, *view)].mean() for e in evals]
-            out.append(_stroke(to_panel(xs, ys, limits), f"line thin c{i % 4}"))
-        out += [_stroke(line, f"line c{i % 4}"), _dot(line[-1], 4, f"c{i % 4}")]
-        ends.append((line[-1], f"{name_of(arm)[:9]} {100 * c[-1, 1]:.0f}", f"name c{i % 4}"))
-    return "".join(out + named(ends, RIGHT + 12))
+    for i, (arm, points) in enumerate(curves.items()):
+        css, (flops, mean, low, high) = f"c{i % 4}", points.T
+        line, band = place(flops, mean, top), place([*flops, *flops[::-1]], [*low, *high[::-1]], top)
+        svg += [_stroke(band, f"band {css}", "Z"), _stroke(line, f"line {css}"), _dot(line[-1], 4, css)]
+        for evals in study[arm].values():  # with several seeds a thin line for each
+            thin = [(e["flops"], e["scores"][row, *score].mean()) for e in evals]
+            svg.append(_stroke(place(*zip(*thin), top), f"line thin {css}"))
+        ends.append((line[-1], f"{name_of(arm)[:9]} {100 * mean[-1]:.0f}", f"name {css}"))
+    return "".join(svg + named(ends, RIGHT + 12))
 
 
 def _svg(title, description, panels):
-    shifted = "".join(f'<g transform="translate({i * WIDTH},0)">{panel}</g>' for i, panel in enumerate(panels))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}" role="img">'
-            f"<title>{esc(title)}</title><desc>{esc(description)}</desc>{shifted}</svg>")
+    shifted = "".join(f'<g transform="translate({i * WIDTH},0)">{panel}</g>'
+                      for i, panel in enumerate(panels))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}" '
+            f'role="img"><title>{esc(title)}</title><desc>{esc(description)}</desc>{shifted}</svg>')
 
 
-def svg_curves(study, view=("greedy", "first"), rows=("id", "rule")):
-    """SVG, without its CSS: success along training FLOPs, a panel for each of `rows`; bands are 95 % intervals."""
-    said = "; ".join(f"{line[0]}: ID {line[1][0]} %, rule OOD {line[2][0]} %" for line in table_rows(study, view)[0])
-    return _svg(f"Success along training compute, {view_name(view)}", said, [_curves_panel(study, row, view) for row in rows])
+def svg_curves(study, score=("greedy", "first"), rows=("id", "rule")):
+    """SVG, without its style: success along training FLOPs, a panel for each of `rows`; bands are
+    95 % intervals."""
+    said = "; ".join(f"{name}: ID {on_id[0]} %, rule OOD {on_rule[0]} %"
+                     for name, on_id, on_rule, *_ in stage_table("", study, score).lines)
+    return _svg(f"Success along training compute, {score_name(score)}", said,
+                [_curves_panel(study, row, score) for row in rows])
 
 
-def svg_path(study, view=("greedy", "first")):
-    """SVG, without its CSS: rule OOD against ID, each arm's evaluations as a path from the start to its big end mark."""
-    paths = {arm: np.stack([curve(study[arm], row, view)[:, 1] for row in ("id", "rule")]) for arm in arms_of(study)}
-    xs, ys = np.concatenate([*paths.values()] or [np.full((2, 1), .5)], axis=1)
-    limits = (max(math.floor(xs.min() * 10 - .5) / 10, 0), min(math.ceil(xs.max() * 10 + .3) / 10, 1),
-              0, min(math.ceil(ys.max() * 10 + .3) / 10, 1))
-    ticks = [[(v / 100, f"{v:.0f} %") for v in nice_ticks(100 * limits[i], 100 * limits[i + 1], 5)] for i in (0, 2)]
-    out, ends = axes("rule OOD against ID, success", limits, *ticks, "ID success"), []
-    for i, (arm, path) in enumerate(paths.items()):
-        line, css = to_panel(*path, limits), f"c{i % 4}"
-        out += [_stroke(line, f"line {css}"), *(_dot(p, 2.5, css) for p in line[:-1]), _dot(line[-1], 6, css)]
+def svg_path(study, score=("greedy", "first")):
+    """SVG, without its style: rule OOD against ID, each arm's evaluations as a path from the start to
+    its big end mark."""
+    svg, ends, said = axes("rule OOD against ID, success", "ID success", PERCENTS), [], []
+    for i, arm in enumerate(arms_of(study)):
+        on_id, on_rule = (curve(study[arm], row, score)[:, 1] for row in ("id", "rule"))
+        line, css = place(on_id, on_rule), f"c{i % 4}"
+        svg += [_stroke(line, f"line {css}"), *(_dot(point, 2.5, css) for point in line[:-1]),
+                _dot(line[-1], 6, css), _dot(line[0], 5, "")]
         ends.append((line[-1], name_of(arm)[:9], f"name {css}"))
-    if paths:
-        x, y = to_panel(xs[0], ys[0], limits)
-        out += [_dot((x, y), 5, ""), _text(x - 9, y + 4, "start", "name end")]
-    said = "; ".join(f"{name_of(arm)}: {' to '.join(f'ID {100 * p[0, k]:.1f} %, OOD {100 * p[1, k]:.1f} %' for k in (0, -1))}"
-                     for arm, p in paths.items())
-    return _svg(f"Rule OOD against ID along training, {view_name(view)}", said, ["".join(out + named(ends))])
+        start, end = (f"ID {100 * on_id[k]:.1f} %, OOD {100 * on_rule[k]:.1f} %" for k in (0, -1))
+        said.append(f"{name_of(arm)}: {start} to {end}")
+    if ends:
+        svg.append(_text(line[0, 0] - 9, line[0, 1] + 4, "start", "name end"))
+    return _svg(f"Rule OOD against ID along training, {score_name(score)}", "; ".join(said),
+                ["".join(svg + named(ends))])
+
+
+def figure_style():
+    """The part of the page's style that figures need."""
+    return page_template().partition("<style>")[2].partition("/* page */")[0]
 
 
 def svg_standalone(svg):
-    """The same figure as a file for <img>: with its style, its own paper, and a natural size that may shrink."""
+    """The same figure as a file for <img>: with its style, its own paper, and a natural size that may
+    shrink."""
     width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups()
     svg = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
-    return svg.replace("<title>", f"<style>{COLOURS}{FIGURE_CSS}svg{{background:var(--paper)}}</style><title>", 1)
+    style = f"<style>{figure_style()}svg{{background:var(--paper)}}</style>"
+    return svg.replace("<title>", f"{style}<title>", 1)
 
 
-# ---------------------------------------------------------------- 8. Report
+# ---- 9. Report -----------------------------------------------------------------------------------
+
+
+def page_template():
+    """The report's page: its layout and style, with $names for the rest."""
+    return (Path(__file__).parent / "assets" / "report.html").read_text("utf-8")
+
 
 def verdict(sft, rl, gap, rl_id):
-    """What happened under the other rule, from the signs of SFT - start, RL - start, RL - SFT (OOD), RL - start (ID)."""
-    if gap <= 0:
-        return "Under the other rule " + ("SFT ends above RL: the opposite of the published result." if gap else
-                                          "the two arms end without a clear difference.")
+    """What happened under the other rule, from the signs of SFT - start, RL - start, RL - SFT (OOD),
+    RL - start (ID)."""
+    if gap < 0:
+        return "Under the other rule SFT ends above RL: the opposite of the published result."
+    if gap == 0:
+        return "Under the other rule the two arms end without a clear difference."
+    if rl < 0 and sft < 0:
+        return "RL ends above SFT under the other rule, but both lost part of it."
     if sft >= 0 or rl < 0:
-        return "RL ends above SFT under the other rule, but " + ("both lost part of it." if rl < 0 and sft < 0 else
-                                                                 "SFT did not clearly lose it.")
-    return (f"SFT lost the other rule and RL {'raised its score there' if rl else 'shows no clear loss'}: the published picture, "
-            "SFT memorizes and RL generalizes." + ("" if rl_id > 0 else " But RL did not clearly improve under the trained rule "
-                                                   "either, so it may just have changed little."))
+        return "RL ends above SFT under the other rule, but SFT did not clearly lose it."
+    gain = "raised its score there" if rl else "shows no clear loss"
+    weak = (" But RL did not clearly improve under the trained rule either, so it may just have changed "
+            "little.") * (rl_id <= 0)
+    return (f"SFT lost the other rule and RL {gain}: the published picture, SFT memorizes and RL "
+            f"generalizes.{weak}")
 
 
-def story(study, view=("greedy", "first")):
-    """What happened, whichever way it came out, in sentences made from the numbers; the first is the verdict."""
-    called, stage, d = words_for(any_eval(study).get("suite")), stages(study, view), differences(study, view)
-    if any(key not in d for key in COMPARED):
+def story(study, score=("greedy", "first")):
+    """What happened, in sentences made from the numbers; the first is the verdict."""
+    words, n = task_class(any_eval(study)).WORDS, len(any_eval(study)["classes"])
+    signs = [sign_of(difference) for difference in differences(study, score).values()]
+    if len(signs) < len(COMPARED):
         return ["This study does not hold both arms and their start yet."]
-    sign, words = {key: sign_of(x) for key, x in d.items()}, {1: "rose", -1: "fell", 0: "did not clearly change"}
-    points = {key: f"({' '.join(percent(x, '+'))} points)" for key, x in d.items()}
-    sft_id, rl_id, sft, rl, gap, best, fake = COMPARED
-    rates = [f"{100 * _solved(stage['start'][1], row, view).mean():.1f} %" for row in ("id", "rule")]
-    differ = len({any_args(study, arm).get("lr") for arm in ("sft", "rl")}) > 1
-    out = [verdict(sign[sft], sign[rl], sign[gap], sign[rl_id]) + differ * " The arms' learning rates differ: see below.",
-           f"Scores are the share of {len(any_eval(study)['classes'])} held-out {called['things']} that are solved "
-           f"({view_name(view)}) under the rule of training (ID: {called['trained']}) and under one that only the prompt states "
-           f"(rule OOD: {called['other']}).",
-           f"Both arms start from the same checkpoint, which solves {rates[0]} (ID) and {rates[1]} (rule OOD)."]
-    for arm, on_id, on_rule in (("sft", sft_id, sft), ("rl", rl_id, rl)):
-        spent = np.mean([e["flops"] for e in stage[f"{arm} end"][1].values()])
-        out.append(f"With {si(spent)} of {name_of(arm)}, ID {words[sign[on_id]]} {points[on_id]} and rule OOD "
-                   f"{words[sign[on_rule]]} {points[on_rule]}.")
-    out.append(f"Against {stage['sft best'][0]}, RL is "
-               f"{ {1: 'clearly higher', -1: 'clearly lower', 0: 'not clearly different'}[sign[best]]} {points[best]}; that "
-               "checkpoint is chosen on these same problems, which favours SFT.")
-    if sign[sft] < 0:
-        out.append(f"Judged by the old rule, SFT's score on prompts that state the other one {words[sign[fake]]} {points[fake]}: "
-                   + ("it goes on using the rule it was trained on." if sign[fake] > 0 else
-                      "what it lost is not simply replaced by the old rule."))
-    return out + story_of_steps(study, view) + story_of_looks(study, view)
+    _, rl_id, sft, rl, gap, _, fake = signs
+    told = [verdict(sft, rl, gap, rl_id), f"Scores are the share of {n} held-out {words.things} that "
+            f"are solved ({score_name(score)}) under the rule of training (ID: {words.trained}) and "
+            f"under one that only the prompt states (rule OOD: {words.other})."]
+    if len(set(rates_of(study, ("sft", "rl")))) > 1:
+        told[0] += " The arms' learning rates differ: see below."
+    if sft < 0:
+        told.append("Judged by the old rule, SFT's answers to prompts that state the other one " + (
+            "score higher than at the start: it goes on using the rule it was trained on."
+            if fake > 0 else "do not: what it lost is not simply replaced by the old rule."))
+    return told + story_of_steps(study, score) + story_of_looks(study, score)
 
 
-def story_of_steps(study, view):
-    """How far walks get on rule OOD, and what is right there after a right walk. List of sentences, [] for hands."""
-    if not problem_class(any_eval(study).get("suite")).leads_on:
+def rates_of(study, arms):
+    """The peak learning rate of each arm's first seed."""
+    return [any_of(study[arm])[-1]["args"].get("lr") for arm in arms]
+
+
+def story_of_steps(study, score):
+    """How far walks get on rule OOD, and what is right there after a right walk. [] where problems do
+    not lead on."""
+    if not task_class(any_eval(study)).leads_on:
         return []
-    ends = [(name_of(arm), stages(study, view)[f"{arm} end"][1], "rule") for arm in ("sft", "rl")]
-    by_arm = lambda part: " and ".join(f"{100 * _solved(evals, row, (view[0], part)).mean():.1f} % ({name})"
-                                       for name, evals, row in ends)
-    kinds = failure_tables(ends, view[0], any_eval(study)["classes"])["Right first answers by kind of action, in %"][1]
-    return [f"Step by step, rule OOD walks get through {by_arm('steps_first' if view[1] == 'first' else 'steps')} of their route "
-            f"before they fail; after a right walk up to each position, {by_arm('forced')} of the first answers are right, and "
-            f"of those that should turn {' and '.join(f'{line[4][0]} % ({line[0]})' for line in kinds)}.",
-            "The first number stops at a mistake, the second goes on: where it is far higher, few steps fail most walks."]
+    told, stage = [], stages(study, score)
+    for part in ("steps_first" if score[1] == "first" else "steps", "forced", "turn, forced"):
+        shares = [percent(interval(stage[f"{arm} end"][1], "rule", (score[0], part)))[0]
+                  for arm in ("sft", "rl")]
+        told.append("{} % (SFT) and {} % (RL)".format(*shares))
+    return [f"Step by step, rule OOD walks get through {told[0]} of their route before they fail; after "
+            f"a right walk up to each position, {told[1]} of the first answers are right, and of those "
+            f"that should turn {told[2]}.",
+            "The first number stops at a mistake, the second goes on: where it is far higher, few steps "
+            "fail most walks."]
 
 
-def story_of_looks(study, view):
-    """Which changes of look separate the arms and which do not, and how well each arm reads. List of sentences, [] for text."""
-    last, stage = any_eval(study), stages(study, view)
-    if not {"sft end", "rl end"} <= stage.keys() or not shows_pictures(last.get("suite")):
+def story_of_looks(study, score):
+    """Which looks separate the arms and which do not, and how well each arm reads. [] for text."""
+    last, stage = any_eval(study), stages(study, score)
+    arms = [stage.get(key, ("", {}))[1] for key in ("sft end", "rl end")]
+    rows = [row for row in last["rows"] if row not in (*ROWS, SHUFFLED, "text")
+            and has(arms[0], row) and has(arms[1], row)]
+    if not all(arms) or not rows or not tasks.task_of(last["suite"]).pictures:
         return []
-    sft, rl = (stage[key][1] for key in ("sft end", "rl end"))
-    rows = [row for row in last["rows"] if row not in (*ROWS, SHUFFLED, "text") and has(sft, row, view) and has(rl, row, view)]
-    sign = {row: sign_of(paired(_solved(rl, row, view), _solved(sft, row, view), last["classes"])) for row in rows}
-    by_sign = {s: ", ".join(row for row in rows if sign[row] == s) for s in (1, -1, 0)}
-    out = [f"Under other looks RL ends {word} SFT: {by_sign[s]}." for s, word in ((1, "clearly above"), (-1, "clearly below")) if by_sign[s]]
-    out += [f"These looks do not separate the arms: {by_sign[0]}."] if by_sign[0] else []
-    whole = (lambda read: read) if problem_class(last["suite"]).leads_on else (lambda read: read == 1)
-    rates = [(sorted(100 * whole(_solved(evals, row, (view[0], "read"))).mean() for row in rows), arm)
-             for evals, arm in ((sft, "SFT"), (rl, "RL"))]
-    told = ", ".join(f"{f'{r[0]:.0f} to ' if len(rows) > 1 else ''}{r[-1]:.0f} % ({arm})" for r, arm in rates if rows)
-    hardest = ", from the hardest look to the easiest" if len(rows) > 1 else ""
-    return out + [words_for(last["suite"])["read"].format(told) + f"{hardest}."] * bool(rows)
+    sign = {row: sign_of(interval(arms[1], row, score, minus={"evals": arms[0]})) for row in rows}
+    said = {1: "Under other looks RL ends clearly above SFT",
+            -1: "Under other looks RL ends clearly below SFT",
+            0: "These looks do not separate the arms"}
+    told = [f"{text}: {', '.join(row for row in rows if sign[row] == value)}."
+            for value, text in said.items() if value in sign.values()]
+    part = "read" if task_class(last).leads_on else "all read"
+    worst = [min(100 * numbers(arm, row, (score[0], part)).mean() for row in rows) for arm in arms]
+    shares = "{:.0f} % (SFT), {:.0f} % (RL)".format(*worst)
+    return [*told, f"{task_class(last).WORDS.read.format(shares)}.",
+            "These are the shares under the look that each arm reads worst."]
 
 
 def limits_of(study):
-    """What the number of seeds, unequal compute and intervals without width mean for the reader. List of sentences."""
-    seeds, n = min((len(study[arm]) for arm in arms_of(study)), default=1), len(set(any_eval(study)["classes"]))
-    spent = [evals[-1]["flops"] for arm in arms_of(study) for evals in study[arm].values()]
-    paper = {arm: np.mean([e[-1].get("flops_paper", 0) for e in study[arm].values()]) for arm in arms_of(study)}
-    alike = words_for(any_eval(study).get("suite"))["alike"]
-    out = [f"Brackets and bands are 95 % bootstrap intervals; {alike} are drawn together, as one class.",
-           "There is one seed: an interval covers the luck of which problems were asked, not the luck of training. Another seed "
-           "can come out differently, so this is an example, not evidence about the methods in general." if seeds == 1 else
-           f"There are {seeds} seeds; they are resampled with the problems, so an interval covers the luck of training too"
-           + (", but roughly: with so few seeds it tends to be too narrow." if seeds < 6 else "."),
-           f"An interval without width, such as [0.0, 0.0], is not certainty: with {n} classes the true rate could still be "
-           f"{min(300 / n, 100):.1f} points away, or more."]                                          # the rule of three
+    """What the number of seeds, unequal compute and intervals without width mean for the reader. A
+    list of sentences."""
+    last, arms = any_eval(study), arms_of(study)
+    seeds, classes = min((len(study[arm]) for arm in arms), default=1), len(set(last["classes"]))
+    told = [f"Brackets and bands are 95 % bootstrap intervals; {task_class(last).WORDS.alike} are drawn "
+            "together, as one class.",
+            f"There are {seeds} seeds; they are resampled with the problems, so an interval covers the "
+            "luck of training too, roughly: with few seeds it tends to be too narrow."
+            if seeds > 1 else
+            "There is one seed: an interval covers the luck of which problems were asked, not the luck "
+            "of training. Another seed can come out differently, so this is an example, not evidence "
+            "about the methods in general.",
+            f"An interval without width, such as [0.0, 0.0], is not certainty: with {classes} classes "
+            f"the true rate could still be {min(300 / classes, 100):.1f} points away, or more."]  # rule of three
+    ends = [[evals[-1] for evals in study[arm].values()] for arm in arms]
+    spent = [end["flops"] for of_arm in ends for end in of_arm]
     if spent and max(spent) > 1.05 * min(spent):
-        out.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: compare the curves, not the ends.")
-    rates = {arm: any_args(study, arm).get("lr") for arm in arms_of(study)}
-    if len(set(rates.values()) - {None}) > 1:
-        out.append("The arms have different peak learning rates (" + ", ".join(f"{name_of(arm)} {lr}" for arm, lr in rates.items()) + "). "
-                   "How far an arm leaves its start depends much on that rate, so a difference between these two runs is one between "
-                   "settings; only the same comparison over rates says what the method does.")
-    if len(paper) > 1 and all(paper.values()):
-        out.append("Compute counts what was computed here, with a KV cache and prompts read once per group; by the paper's formula, which "
-                   "has neither, " + " and ".join(f"{name_of(arm)} spent {si(flops)}" for arm, flops in paper.items()) + ".")
-    return out
+        told.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: compare the "
+                    "curves, not the ends.")
+    if len({*rates_of(study, arms)} - {None}) > 1:
+        rates = ", ".join(f"{name_of(arm)} {lr}" for arm, lr in zip(arms, rates_of(study, arms)))
+        told.append(f"The arms have different peak learning rates ({rates}). How far an arm leaves its "
+                    "start depends much on that rate, so a difference between these two runs is one "
+                    "between settings; only the same comparison over rates says what the method does.")
+    paper = [np.mean([end.get("flops_paper", 0) for end in of_arm]) for of_arm in ends]
+    if len(paper) > 1 and all(paper):
+        costs = " and ".join(f"{name_of(arm)} spent {si(flops)}" for arm, flops in zip(arms, paper))
+        told.append("Compute counts what was computed here, with a KV cache and prompts read once per "
+                    f"group; by the paper's formula, which has neither, {costs}.")
+    return told
 
 
-PAGE_CSS = """*{box-sizing:border-box}:root{color-scheme:light dark;background:var(--paper)}
-body{margin:0 auto;padding:1.2rem 1rem 4rem;max-width:62rem;color:var(--ink);font:16px/1.55 system-ui,-apple-system,sans-serif}
-h1{font-size:1.6rem;line-height:1.25;margin:.4rem 0}h2{font-size:1.15rem;margin:2rem 0 .4rem}h3{font-size:1rem;margin:1.2rem 0 .3rem}
-h1,h3,td,th{overflow-wrap:break-word}p{max-width:46rem}.figures{display:grid;gap:1rem;
-grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}svg{display:block;width:100%}.wide{overflow-x:auto}
-table{border-collapse:collapse;margin:.5rem 0;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{text-align:left;vertical-align:top;padding:.35rem .9rem .35rem 0;border-bottom:1px solid var(--grid);font-weight:400}
-td i{font-style:normal;color:var(--muted);white-space:nowrap}.small{color:var(--muted);font-size:.9rem}
-details{border-top:1px solid var(--grid);padding:.5rem 0}summary{cursor:pointer;font-weight:600}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0;padding:.5rem .7rem;font-size:.82rem;border-left:3px solid var(--grid)}
-pre.answer{border-color:var(--c1)}.cards{width:12rem;max-width:100%;image-rendering:pixelated}
-.walk{display:grid;gap:1.2rem;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
-.walk>div{overflow-wrap:anywhere;min-width:0}.map{width:340px;max-width:100%}
-@media (min-width:45rem){.walk{grid-template-columns:20rem 1fr}.walk>:first-child{position:sticky;top:1rem}}
-.step{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin-bottom:.8rem}.step div{flex:1 1 14rem;min-width:0}
-.step .cards{align-self:start}
-@media (max-width:30rem){table{font-size:.82rem}th,td{padding-right:.5rem}}"""
-MATTER = ("model", "suite", "rule", "visual", "lr", "steps", "flops", "batch", "group", "attempts", "temperature", "seed")
+def _table(table):
+    """A Table in HTML."""
+    def text(each):
+        return esc(each) if isinstance(each, str) else f"{esc(each[0])} <i>{esc(each[1])}</i>"
+    head = "".join(f"<th scope=col>{esc(name)}</th>" for name in table.head)
+    lines = [f"<tr><th scope=row>{text(name)}</th>{''.join(f'<td>{text(c)}</td>' for c in cells)}</tr>"
+             for name, *cells in table.lines]
+    title = f"<h3>{esc(table.title)}</h3>" if table.title else ""
+    return f"{title}<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
-def _table(head, lines):
-    cell = lambda c: esc(c) if isinstance(c, str) else f"{esc(c[0])} <i>{esc(c[1])}</i>"
-    lines = [f"<tr><th scope=row>{cell(line[0])}</th>{''.join(f'<td>{cell(c)}</td>' for c in line[1:])}</tr>" for line in lines]
-    return f'<div class=wide><table><tr>{"".join(f"<th scope=col>{esc(h)}</th>" for h in head)}</tr>{"".join(lines)}</table></div>'
-
-
-def _results(study, view):
-    """Figures, table and paired differences of one view."""
-    table, pairs = table_rows(study, view)
-    out = f"<h3>Success in % [95 % interval]</h3>{_table(['', *columns(study).values()], table)}"
-    if pairs:
-        out += f"<h3>Paired differences on the same problems</h3>{_table(['', 'points', ''], pairs)}"
-    for title, table in more_tables(study, view).items():
-        out += f"<h3>{title}</h3>{_table(*table)}"
+def _results(study, score):
+    """Figures and tables of one score."""
+    tables = success_tables(study, score) + task_tables(study, score)
+    shown = "".join(_table(table) for table in tables if table.lines)
     if not arms_of(study):
-        return out
-    figures = svg_curves(study, view, ["id"]), svg_curves(study, view, ["rule"]), svg_path(study, view)
-    return (f"<div class=figures>{''.join(figures)}<p class=small>Bands are 95 % intervals; with several seeds, thin lines are "
-            "single seeds and thick ones their mean. In the third figure each dot is an evaluation and the large dot the end: "
-            f"further right is better under the trained rule, higher is better under the other one.</p></div>{out}")
+        return shown
+    figures = [svg_curves(study, score, [row]) for row in ("id", "rule")] + [svg_path(study, score)]
+    return f"""<div class=figures>{"".join(figures)}<p class=small>Bands are 95 % intervals; with several
+seeds, thin lines are single seeds and thick ones their mean. In the third figure each dot is an
+evaluation and the large dot the end: further right is better under the trained rule, higher is better
+under the other one.</p></div>{shown}"""
 
 
 def _settings(study):
-    """Flags of each arm's first seed: those that differ between arms, and those that matter anyway."""
+    """The flags of each arm's first seed."""
     args = {name_of(arm): seeds[min(seeds)][-1]["args"] for arm, seeds in study.items()}
     keys = dict.fromkeys(key for flags in args.values() for key in flags)
     lines = [[key, *(str(flags.get(key, NONE)) for flags in args.values())] for key in keys]
-    return _table(["flag", *args], [line for line in lines if line[0] in MATTER or len(set(line[1:])) > 1])
+    return _table(Table("", ["flag", *args], lines))
 
 
 def _picture(png, css, alt):
-    return f'<img class={css} alt="{alt}" src="data:image/png;base64,{esc(png)}">'
+    base64.b64decode(png, validate=True)  # ValueError
+    return f'<img class={css} alt="{alt}" src="data:image/png;base64,{png}">'
 
 
 def _turn(problem, turn, views):
-    """An answer and its verdict; of a walk also its position, what the answer says, and, once, the view there, from `views`."""
-    told = f"verifier: {esc(turn.get('outcome', ''))}, reward {esc(turn.get('reward', ''))}. {esc(turn.get('feedback') or '')}"
-    told = f"<pre class=answer>{esc(turn['response'])}</pre><p class=small>{told}</p>"
-    if "position" not in turn:
-        return told
-    parts = [f"{label} <b>{esc(text)}</b>" for label, text in problem.parsed(str(turn["response"]))]
-    view = _picture(views.pop(turn["position"]), "cards", "the view from there") if turn["position"] in views else ""
-    return f"<div class=step>{view}<div><b>position {turn['position'] + 1}</b>: {' / '.join(parts)}{told}</div></div>"
+    """An answer and its verdict; where problems lead on also its position, what the answer says and,
+    once, the view there, from `views`."""
+    said = (f"<pre class=answer>{esc(turn['response'])}</pre><p class=small>verifier: "
+            f"{esc(turn.get('outcome', ''))}, reward {esc(turn.get('reward', ''))}. "
+            f"{esc(turn.get('feedback') or '')}</p>")
+    if not problem.leads_on:
+        return said
+    place = f"<b>position {turn['position'] + 1}</b>: " + " / ".join(
+        f"{esc(label)} <b>{esc(text)}</b>" for label, text in problem.parsed(turn["response"]))
+    view = views.pop(turn["position"], "")
+    shown = _picture(view, "cards", "the view from there") if view else ""
+    return f"<div class=step>{shown}<div>{place}{said}</div></div>"
 
 
-def _episodes(study, arm, most=3):
-    """Up to `most` ID and rule OOD episodes of the arm's latest evaluation that has samples, one of other rows; all walks."""
-    e = next((e for e in reversed(study[arm][min(study[arm])]) if e["samples"]), {"samples": [], "rows": ()})
-    out, few = [], lambda row: most if row in ROWS or problem_class(e["suite"]).leads_on else 1
-    for sample in (s for row in e["rows"] for s in [s for s in e["samples"] if s["row"] == row][: few(row)]):
-        out.append(f"<h3>{esc(ROWS.get(sample['row'], sample['row']))}, return {esc(sample['reward'])}</h3>")
-        out += [_picture(sample["picture"], "cards", "what the model saw")] if "picture" in sample else []
-        asked, views = f"<pre>{esc(sample['prompt'])}</pre>", dict(enumerate(sample.get("pictures", ())))
-        turns = "".join(_turn(problem_class(e["suite"]), turn, views) for turn in sample["turns"])
-        if "map" in sample:
-            asked, turns = f"<div>{_picture(sample['map'], 'map', 'the route on its map')}{asked}</div>", f"<div>{turns}</div>"
-        out.append(f"<div class=walk>{asked}{turns}</div>" if "map" in sample else asked + turns)
-    return (f"<details><summary>Sample episodes: {esc(name_of(arm))}, seed {min(study[arm])}, step {e['step']}</summary>"
-            f"{''.join(out)}</details>") if out else ""
+def _episode(problem, sample):
+    """A sample episode: its figures, the prompt and every turn."""
+    views = dict(enumerate(sample.get("pictures", ())))
+    turns = "".join(_turn(problem, turn, views) for turn in sample["turns"])
+    asked = f"<pre>{esc(sample['prompt'])}</pre>"
+    if "picture" in sample:
+        asked = _picture(sample["picture"], "cards", "what the model saw") + asked
+    if "map" in sample:
+        asked = f"<div>{_picture(sample['map'], 'map', 'the route on its map')}{asked}</div>"
+        asked, turns = f"<div class=walk>{asked}", f"<div>{turns}</div></div>"
+    title = esc(f"{ROWS.get(sample['row'], sample['row'])}, return {sample['reward']}")
+    return f"<h3>{title}</h3>{asked}{turns}"
+
+
+def _episodes(study, arm):
+    """Sample episodes of the arm's latest evaluation that has any: three of ID and of rule OOD and one
+    of each other row; all where problems lead on."""
+    seed, out = min(study[arm]), []
+    found = [evaluation for evaluation in study[arm][seed] if evaluation["episodes"]]
+    for row in found[-1]["rows"] if found else ():
+        shown = [page for name, page in found[-1]["episodes"] if name == row]
+        out += shown[: None if task_class(found[-1]).leads_on else 3 if row in ROWS else 1]
+    title = esc(f"Sample episodes: {name_of(arm)}, seed {seed}, step {found[-1]['step']}")
+    return f"<details><summary>{title}</summary>{''.join(out)}</details>" if out else ""
 
 
 def report_html(study_dir):
-    """The report of a study directory: one HTML page that loads nothing and runs nothing. Errors as in `load_study`."""
+    """The report of a study directory: one HTML page that loads nothing and runs nothing. Errors as in
+    `load_study`. Everything that a model or a file wrote is escaped."""
     study = load_study(study_dir)
-    (first, *others), (verdict_, *rest) = views(study), story(study)
-    title = esc(f"SFT and RL from one start: {any_eval(study).get('suite')}, {Path(study_dir).resolve().name}")
-    more = "".join(f"<details><summary>The same, {view_name(v)}</summary>{_results(study, v)}</details>" for v in others)
-    return f"""<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title><style>{COLOURS}{FIGURE_CSS}{PAGE_CSS}</style></head><body><main><h1>{title}</h1>
-<p><strong>{esc(verdict_)}</strong> {esc(" ".join(rest))}</p><h2>Results, {view_name(first)}</h2>{_results(study, first)}{more}
-<h2>What this can and cannot show</h2><p>{esc(" ".join(limits_of(study)))}</p><h2>Behind the numbers</h2>
-{"".join(_episodes(study, arm) for arm in study)}<details><summary>Settings</summary>{_settings(study)}</details></main></body></html>
-"""
+    (first, *others), (told, *rest) = reported(study), story(study)
+    more = [f"<details><summary>The same, {score_name(score)}</summary>{_results(study, score)}"
+            "</details>" for score in others]
+    name = f"{any_eval(study)['suite']}, {Path(study_dir).resolve().name}"
+    return Template(page_template()).substitute(
+        title=esc(f"SFT and RL from one start: {name}"), verdict=esc(told), story=esc(" ".join(rest)),
+        score=score_name(first), results=_results(study, first), more="".join(more),
+        limits=esc(" ".join(limits_of(study))), settings=_settings(study),
+        episodes="".join(_episodes(study, arm) for arm in study))
 
 
 def write_report(study_dir):
     """Write `report.html` into the study directory, whole or not at all. Returns its path."""
-    path = Path(study_dir) / "report.html"
-    page = report_html(study_dir)
-    write_atomically(path, lambda p: p.write_text(page, "utf-8"))
+    path, page = Path(study_dir) / "report.html", report_html(study_dir)
+    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8"))
     return path
-
-
-def result_table(result):
-    """Success of one evaluation with intervals, as markdown; of walks also per step, and below it where they fail."""
-    walk, lines = problem_class(result["suite"]).leads_on, []
-    last = {"steps_first": "per step", "forced": "teacher-forced"} if walk else {}
-    last["read"] = "observations right" if walk else "all cards read"
-    for name, modes in result["rows"].items():
-        scores = [modes[mode][part] for mode in MODES for part in PARTS] + [np.array(modes["greedy"][part]) for part in last]
-        scores[-1] = scores[-1] if walk else scores[-1] == 1
-        lines.append([name, *(" ".join(percent(bootstrap(score, result["row_classes"][name]))) for score in scores)])
-    head = ["row", *(view_name((mode, part)) for mode in MODES for part in PARTS), *(f"greedy, {name}" for name in last.values())]
-    more = failure_tables([(row, {0: result}, row) for row in result["rows"]], "greedy", result["classes"]) if walk else {}
-    return "\n\n".join([_markdown(head, lines), *(f"{title}, greedy\n\n{_markdown(*table)}" for title, table in more.items())])
-
-
-def compare_table(results, names):
-    """Two evaluations of one suite on the same problems: their success, of walks also per step, and the paired difference."""
-    lines = []
-    for row, mode in ((row, mode) for row in results[0]["rows"] for mode in MODES):
-        for part in (part for part in ("episode", *STEPS) if part in results[0]["rows"][row][mode]):
-            first, second = (result["rows"][row][mode][part] for result in results)
-            classes = results[0]["row_classes"][row]
-            cells = (percent(bootstrap(first, classes)), percent(bootstrap(second, classes)), percent(paired(second, first, classes), "+"))
-            lines.append([", ".join([row, MODES[mode], *([STEPS[part]] if part in STEPS else [])]), *map(" ".join, cells)])
-    return _markdown(["row", *map(clean, names), "second - first"], lines)
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------
@@ -1503,7 +1555,7 @@ def report_result(model, tokenizer, settings, args):
         head = ["row", *(f"pass@{j}" for j in range(1, args.k + 1))]
         lines = [[name, *(f"{100 * share:.1f}" for share in shares)]
                  for name, shares in result["pass_at_k"].items()]
-        print("\n" + _markdown(head, lines))
+        print("\n" + markdown(Table("", head, lines)))
     if args.out:
         (Path(args.out) / "evals").mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out) / "evals" / "000000.json",

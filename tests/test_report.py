@@ -150,7 +150,7 @@ def test_other_hands_twice_the_same_run_and_bad_args_are_refused(small_dir):
 
 def evaluation(step, score, n=10):
     solved = np.arange(n) < score * n
-    return {"step": step, "solved": {(row, mode, part): solved.astype(float) for row in report.ROWS for mode in report.MODES for part in (*report.PARTS, "read")}}
+    return {"step": step, "scores": {(row, mode, part): solved.astype(float) for row in report.ROWS for mode in report.MODES for part in (*report.PARTS, "read")}}
 
 
 def test_best_checkpoint_is_the_earliest_of_the_highest():
@@ -160,7 +160,7 @@ def test_best_checkpoint_is_the_earliest_of_the_highest():
 
 def test_best_checkpoint_is_chosen_in_the_view_of_its_table(study_dir):
     study = report.load_study(study_dir)
-    study["sft"][0][4]["solved"]["rule", "sampled", "first"][:] = 1
+    study["sft"][0][4]["scores"]["rule", "sampled", "first"][:] = 1
     assert "(step 400)" in report.stages(study, ("sampled", "first"))["sft best"][0]
     assert "(step 400)" not in report.stages(study, ("greedy", "first"))["sft best"][0]
 
@@ -173,7 +173,7 @@ def test_table_holds_every_stage_and_difference(study_dir):
     assert text.count("success in %") == 2 and "Temperature 1, first attempt" in text
     for word in ("| base ", "| start ", "| SFT, end ", "| SFT at its best OOD (step ", "| RL, end ", "| RL - best SFT checkpoint, rule OOD "):
         assert text.count(word) == 2
-    mean = report.bootstrap(study["rl"][0][-1]["solved"]["rule", "greedy", "first"], study["rl"][0][-1]["classes"])
+    mean = report.bootstrap(study["rl"][0][-1]["scores"]["rule", "greedy", "first"], study["rl"][0][-1]["classes"])
     assert "%.1f [%.1f, %.1f]" % tuple(100 * x for x in mean) in text
     assert len({len(line) for line in text.split("\n\n")[1].splitlines()}) == 1                  # aligned
 
@@ -188,7 +188,7 @@ def test_differences_are_paired_with_each_seeds_own_start(tmp_path):
     study = report.load_study(fake_runs.make(tmp_path, seeds=3, n=80))
     view = ("greedy", "first")
     mean, low, high = report.differences(study, view)["rl end", "start", "id"]
-    own = [study["rl"][s][-1]["solved"][("id", *view)].mean() - study["sft"][s][0]["solved"][("id", *view)].mean() for s in range(3)]
+    own = [study["rl"][s][-1]["scores"][("id", *view)].mean() - study["sft"][s][0]["scores"][("id", *view)].mean() for s in range(3)]
     assert mean == pytest.approx(np.mean(own)) and low <= mean <= high
 
 
@@ -215,8 +215,8 @@ def test_one_start_serves_several_seeds(tmp_path, seeds):
     study, view = report.load_study(tmp_path), ("greedy", "first")
     d = report.differences(study, view)
     assert len(d) == len(report.COMPARED)
-    serve = {s: study["warmup"][s if seeds > 1 else 0][-1]["solved"][("id", *view)].mean() for s in range(3 if seeds == 1 else 2)}
-    own = [study["rl"][s][-1]["solved"][("id", *view)].mean() - start for s, start in serve.items()]
+    serve = {s: study["warmup"][s if seeds > 1 else 0][-1]["scores"][("id", *view)].mean() for s in range(3 if seeds == 1 else 2)}
+    own = [study["rl"][s][-1]["scores"][("id", *view)].mean() - start for s, start in serve.items()]
     assert d["rl end", "start", "id"][0] == pytest.approx(np.mean(own))
 
 
@@ -240,27 +240,29 @@ def test_mean_over_some_of_the_hands():
 
 def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_path):
     study, view = report.load_study(fake_runs.make(tmp_path, kind="pictures", n=90)), ("greedy", "first")
-    tables = report.look_tables(study, view)
-    assert list(tables) == list(report.MEASURES)
+    cost, *tables = report.task_tables(study, view)
+    assert tables == report.look_tables(study, view)
+    tables = {table.title.removeprefix("row by row: ").removesuffix(" in %"): table[1:] for table in tables}
+    assert list(tables) == ["success", "all cards read", "cards read", "success where all cards read"]
     head, lines = tables["success"]
     assert head[1:] == ["base", "start", "SFT, end", "RL, end", "RL - SFT"]
     assert [line[0] for line in lines] == ["ID", "rule OOD", "red", "words", "text"]
     end = study["rl"][0][-1]
-    red, read = end["solved"][("red", *view)], end["solved"]["red", "greedy", "read"]
+    red, read = end["scores"][("red", *view)], end["scores"]["red", "greedy", "read"]
     assert lines[2][4][0] == f"{100 * red.mean():.1f}"
     assert tables["all cards read"][1][2][4][0] == f"{100 * (read == 1).mean():.1f}"
     assert tables["cards read"][1][2][4][0] == f"{100 * read.mean():.1f}"
-    among = tables["success where all cards were read"]
+    among = tables["success where all cards read"]
     assert among[1][2][4][0] == f"{100 * red[read == 1].mean():.1f}" and "RL - SFT" not in among[0]
-    cost = dict((label, cell[0]) for label, cell in report.cost_of_seeing(study, view))
-    assert cost["RL, end"] == f"{100 * (end['solved'][('text', *view)] - end['solved'][('id', *view)]).mean():+.1f}"
-    assert report.table_text(study).count("row by row: ") == 2 and report.report_html(tmp_path).count("Row by row: ") == 8
+    cost = dict((label, cell[0]) for label, cell in cost.lines)
+    assert cost["RL, end"] == f"{100 * (end['scores'][('text', *view)] - end['scores'][('id', *view)]).mean():+.1f}"
+    assert report.table_text(study).count("row by row: ") == 2 and report.report_html(tmp_path).count("row by row: ") == 8
 
 
 def test_the_story_says_which_looks_separate_the_arms(tmp_path):
     study, view = report.load_study(fake_runs.make(tmp_path, kind="pictures", n=90)), ("greedy", "first")
     assert report.story(study)[-2:] == report.story_of_looks(study, view)[-2:]
-    sft, rl = (study[arm][0][-1]["solved"] for arm in ("sft", "rl"))
+    sft, rl = (study[arm][0][-1]["scores"] for arm in ("sft", "rl"))
     rl["red", "greedy", "first"][:], sft["red", "greedy", "first"][:] = 1, 0
     rl["words", "greedy", "first"][:] = sft["words", "greedy", "first"]
     told = report.story_of_looks(study, view)
@@ -277,8 +279,8 @@ def test_the_report_shows_the_pictures(tmp_path):
 
 
 def test_two_models_compared():
-    rows = [{"id": {mode: {"episode": [0, 1, 1, right]} for mode in report.MODES}} for right in (0, 1)]
-    table = report.compare_table([{"rows": r, "row_classes": {"id": list("abcd")}} for r in rows], ["one", "two"])
+    rows = [{"id": {mode: dict.fromkeys((*report.PARTS, "read"), [0, 1, 1, right]) for mode in report.MODES}} for right in (0, 1)]
+    table = report.compare_table([{"suite": "gp-l", "rows": r, "classes": list("abcd")} for r in rows], ["one", "two"])
     assert "| id, greedy " in table and "50.0 " in table and "75.0 " in table and "+25.0 [" in table
 
 
@@ -301,7 +303,7 @@ def test_ends_of_the_mean_curve_are_the_ends_of_the_table(tmp_path):
     study = report.load_study(fake_runs.make(tmp_path, seeds=3, n=60))
     for row in ("id", "rule"):
         c, view = report.curve(study["rl"], row, ("greedy", "first")), ("greedy", "first")
-        ends = [np.mean([e[i]["solved"][(row, *view)].mean() for e in study["rl"].values()]) for i in (0, -1)]
+        ends = [np.mean([e[i]["scores"][(row, *view)].mean() for e in study["rl"].values()]) for i in (0, -1)]
         assert c[[0, -1], 1] == pytest.approx(ends)
         assert (c[:, 2] <= c[:, 1]).all() and (c[:, 1] <= c[:, 3]).all() and c[0, 0] == 0
 
@@ -402,7 +404,7 @@ def test_colours_have_contrast():
     def light(colour):
         parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
         return np.dot([.2126, .7152, .0722], [c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in parts])
-    for scheme in report.COLOURS.replace("#fff;", "#ffffff;").split("@media"):
+    for scheme in report.figure_style().replace("#fff;", "#ffffff;").partition("/* Figures")[0].split("@media"):
         colour = {name: light(value) for name, value in re.findall(r"--(\w+):(#\w{6})", scheme)}
         for name in ("ink", "muted", "c0", "c1", "c2", "c3"):
             low, high = sorted((colour["paper"], colour[name]))

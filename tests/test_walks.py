@@ -158,7 +158,7 @@ def test_a_malformed_sample_is_named(tmp_path, monkeypatch, change):
 def test_tables_of_a_study(study_dir):
     study, suite = E.load_study(study_dir), study_dir.name
     tables = E.step_tables(study, ("greedy", "first"))
-    alone, alone_pairs, forced, forced_pairs, read, where, kinds = tables.values()
+    alone, alone_pairs, forced, forced_pairs, read, where, kinds = (table[1:] for table in tables)
     assert alone[0] == forced[0] == ["", "ID", "rule OOD", "fake rule"] + ["visual"] * (suite == "virl-vl")
     cell = {line[0]: line[2] for line in alone[1]}, {line[0]: line[2] for line in forced[1]}
     assert cell[0]["SFT, end"] == ("0.0", "[0.0, 0.0]") and float(cell[1]["SFT, end"][0]) > 30 and cell[1]["RL, end"][0] == "100.0"
@@ -178,7 +178,7 @@ def test_the_story_of_walks(study_dir):
     study = E.load_study(study_dir)
     told = " ".join(E.story(study))
     assert "8 held-out routes" in told and "ID: absolute turns" in told and "rule OOD: relative turns" in told
-    forced = 100 * study["sft"][0][-1]["solved"]["rule", "greedy", "forced"].mean()
+    forced = 100 * study["sft"][0][-1]["scores"]["rule", "greedy", "forced"].mean()
     assert "get through 0.0 % (SFT) and 100.0 % (RL) of their route" in told and f", {forced:.1f} % (SFT) and 100.0 % (RL) of the first" in told
     assert "that should turn 0.0 % (SFT) and 100.0 % (RL)" in told and "routes with the same turns in one city" in " ".join(E.limits_of(study))
     assert ("These looks do not separate the arms: visual. What is seen is named rightly in 100 % (SFT), 100 % (RL) of the answers." in told) \
