@@ -21,7 +21,7 @@ Contents, up to 5 the reading path
     8. Formulas and solver   exact arithmetic, one notation; solve, solutions
     9. Looks                 Options (as text, with wildcards), Look
     10. Pictures of cards    picture
-    11. - 17. V-IRL          a city, routes, words, a walk, views, released data
+    11. - 17. V-IRL          a walk, words, routes, a city, views, signs and the map, released data
     18. Tasks and suites     TASKS, task_of, suite_rows, suite_names
     19. Command line         python tasks.py --task gp-l
 
@@ -29,12 +29,9 @@ Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17
 the released code is weak: exact rationals, a split by class, one outcome per answer, true feedback.
 """
 import argparse
-import copy
 import hashlib
 import io
 import json
-import math
-import pickletools
 import random
 import re
 import signal
@@ -42,8 +39,9 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
-from itertools import combinations, pairwise, product
-from math import ceil, cos, gcd, pi, sin
+from itertools import accumulate, combinations, pairwise, product, zip_longest
+from math import atan2, ceil, cos, degrees, dist, gcd, hypot, pi, radians, sin, tan
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1170,503 +1168,167 @@ def _draw_figure(image, rank, ink):
         ImageDraw.Draw(image).polygon(points, CARDS["colours"].get(colour, ink))
 
 
-# ---- 11. V-IRL: a city -----------------------------------------------------------------------------------------------
-# A walk through streets by instructions. Points are (x, y) in metres, x to the east and y to the north; bearings are degrees
-# clockwise from north. A *place* is where one can stand: an intersection (a node's number), or (a, b, k), the k-th point of the
-# street from node a to node b > a. Each place has at most one landmark, and the bearing at which its front is seen from there.
+# ---- 11. V-IRL: a walk ---------------------------------------------------------------------------
+# A walk through streets by instructions, one action at a time. One outcome per answer: "correct" is
+# the right stop() at the destination, "right_action" every right action before it. In addition
+# LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD for a
+# wrong observation.
 
-COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
-SIDES = ("front", "right", "back", "left")  # of what is seen, and the order of the four views
-SLIGHT = 60  # a turn by up to so many degrees is a slight one
-SLIGHT_TURNS, PLAIN_TURNS = (20, 52), (68, 150)  # what routes have: clear of straight on, of SLIGHT and of turning round
-OFF_COMPASS = 17.5  # and how far a street may lie off its compass word, whose share ends at 22.5
-GRID = 6  # nodes a side
-SPACING, CURB = 15, 9  # metres between places (10 to 20 come of it), and from the middle of a street to its fronts
-
-
-def wrap(angle):
-    """An angle in degrees brought into (-180, 180]; unwrapped, left and right would change places near north."""
-    return 180 - (180 - angle) % 360
-
-
-def bearing(start, end):
-    """Degrees clockwise from north, in [0, 360)."""
-    return math.degrees(math.atan2(end[0] - start[0], end[1] - start[1])) % 360
-
-
-def compass_word(angle):
-    """The nearest of the eight words of COMPASS."""
-    return COMPASS[round(angle / 45) % 8]
-
-
-def turn_word(words, heading, towards):
-    """What a turn from one bearing to another is called: the compass word of the new one ("absolute"), or "left", "right" and, up
-    to SLIGHT degrees, "slightly left" and "slightly right" ("relative")."""
-    angle = wrap(towards - heading)
-    side = ("slightly " if abs(angle) <= SLIGHT else "") + ("right" if angle > 0 else "left")
-    return compass_word(towards) if words == "absolute" else side
-
-
-def clear_turn(heading, towards):
-    """Whether the turn has one obvious word under both rules, by the margins above."""
-    angle = abs(wrap(towards - heading))
-    return any(low <= angle <= high for low, high in (SLIGHT_TURNS, PLAIN_TURNS)) and clear_bearing(towards) \
-        and compass_word(heading) != compass_word(towards)
-
-
-def clear_bearing(angle):
-    """Whether a bearing has one obvious compass word."""
-    return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
-
-
-class City:
-    """The city of a name such as "test-3", the same on every machine: a grid of streets, turned, bent, broken, and crossed by
-    diagonals, so that all eight compass words occur. In style "short" its landmarks have the short names of the tiny model.
-
-    Attributes: nodes {number: point}, arms {node: neighbours clockwise from north}, turns {(a, b): nodes that routes turn to from
-    the street a-b}, landmarks {place: (name, bearing)}."""
-
-    def __init__(self, name, style):
-        self.nodes = self._grid(random.Random(f"virl/{name}/grid"))
-        self._join_nodes(random.Random(f"virl/{name}/streets"))
-        self.turns = {(a, b): self._clear_arms(a, b) for a in self.arms for b in self.arms[a]}
-        self._place_landmarks(random.Random(f"virl/{name}/landmarks"), style)
-
-    def _grid(self, rng):
-        """Points of a grid of uneven blocks. Beyond a line each way the cross streets bend, one way hardly and the other by about
-        45 degrees, and the whole is turned: all so that most streets stay close to a compass word."""
-        xs, ys = ([sum(steps[:i]) for i in range(GRID)] for steps in ([rng.randint(42, 72) for _ in range(GRID)] for _ in "xy"))
-        angles = rng.sample([rng.uniform(-6, 6), rng.choice((1, -1)) * rng.uniform(37, 43)], 2)
-        slope_x, slope_y = (math.tan(math.radians(angle)) for angle in angles)
-        bend_x, bend_y = (line[rng.randint(1, GRID - 2)] for line in (xs, ys))
-        turned = math.radians(rng.choice((0, 45)) + rng.uniform(-8, 8))
-        sin, cos = math.sin(turned), math.cos(turned)
-        nodes = {}
-        for i, j in product(range(GRID), repeat=2):
-            x = xs[i] + slope_y * max(ys[j] - bend_y, 0) + rng.uniform(-2, 2)
-            y = ys[j] + slope_x * max(xs[i] - bend_x, 0) + rng.uniform(-2, 2)
-            nodes[i * GRID + j] = (round(x * cos + y * sin, 1), round(y * cos - x * sin, 1))
-        return nodes
-
-    def _join_nodes(self, rng):
-        """Streets along the grid, a few missing, then diagonals; none at less than 40 degrees to another, no dead ends."""
-        along = [(n, m) for n in self.nodes for m in (n + 1, n + GRID) if m in self.nodes and (m == n + GRID or m % GRID)]
-        cells = [n for n in self.nodes if n + GRID in self.nodes and (n + 1) % GRID]
-        diagonals = [rng.choice([(n, n + GRID + 1), (n + 1, n + GRID)]) for n in cells]
-        streets = [street for street in along if rng.random() > 0.2] + [street for street in diagonals if rng.random() < 0.3]
-        arms = {node: [] for node in self.nodes}
-        for a, b in streets:
-            if all(abs(wrap(self.heading(n, m) - self.heading(n, k))) >= 40 for n, m in ((a, b), (b, a)) for k in arms[n]):
-                arms[a].append(b)
-                arms[b].append(a)
-        while dead := [node for node in arms if len(arms[node]) < 2]:
-            for other in arms.pop(dead[0]):
-                arms[other].remove(dead[0])
-        self.arms = {node: sorted(arms[node], key=lambda other: self.heading(node, other)) for node in arms}
-
-    def _clear_arms(self, a, b):
-        """The nodes to which it takes a clear turn from the street a-b, one whose words fit no other street from b."""
-        heading, others = self.heading(a, b), {c: self.heading(b, c) for c in self.arms[b] if c != a}
-        said = Counter(turn_word(words, heading, towards) for words in TURN_WORDS for towards in others.values())
-        return [c for c, towards in others.items() if clear_turn(heading, towards)
-                and all(said[turn_word(words, heading, towards)] == 1 for words in TURN_WORDS)]
-
-    def heading(self, a, b):
-        """The bearing from node a to its neighbour b."""
-        return bearing(self.nodes[a], self.nodes[b])
-
-    def long(self, a, b):
-        """The length of the street between two nodes, in metres."""
-        return math.dist(self.nodes[a], self.nodes[b])
-
-    def count(self, a, b):
-        """Into how many steps it is divided."""
-        return max(round(self.long(a, b) / SPACING), 1)
-
-    def place(self, a, b, k):
-        """The place k steps along the street from a towards b: a node at its ends."""
-        count = self.count(a, b)
-        return a if k == 0 else b if k == count else (a, b, k) if a < b else (b, a, count - k)
-
-    def point(self, place):
-        """Where a place is."""
-        if isinstance(place, int):
-            return self.nodes[place]
-        a, b, k = place
-        return self.beside(a, b, k * self.long(a, b) / self.count(a, b), 0)
-
-    def beside(self, a, b, along, across):
-        """The point so far along the street from node a towards b, and so far to the right of its middle."""
-        (x, y), heading = self.nodes[a], math.radians(self.heading(a, b))
-        sin, cos = math.sin(heading), math.cos(heading)
-        return x + along * sin + across * cos, y + along * cos - across * sin
-
-    def front(self, a, b, side):
-        """(start, end): between which distances from node a the street to b has fronts on its right (side 1) or left (-1).
-
-        Around a node the lines of two neighbouring streets' fronts end where they meet, so that fronts close every block."""
-        def setback(a, b, side):
-            other = self.arms[a][(self.arms[a].index(b) + side) % len(self.arms[a])]
-            between = side * (self.heading(a, other) - self.heading(a, b)) % 360
-            return min(max(CURB / math.tan(math.radians(between / 2)), -CURB), 3 * CURB)
-        return setback(a, b, side), self.long(a, b) - setback(b, a, -side)
-
-    def _place_landmarks(self, rng, style):
-        """At a third of the places along streets, and at most intersections that have a long front on one side."""
-        spots = [(place, angle) for place, angle in self._spots(rng) if rng.random() < (0.8 if isinstance(place, int) else 0.35)]
-        if style == "short":
-            names = [rng.choice(VIRL["short"]) for _ in spots]
-        else:
-            names = rng.sample([pattern.format(name) for pattern in VIRL["patterns"] for name in VIRL["names"]], len(spots))
-        self.landmarks = {place: (name, angle) for (place, angle), name in zip(spots, names)}
-
-    def _spots(self, rng):
-        """Yield (place, bearing of a front) for every place that could have a landmark."""
-        for a, arms in self.arms.items():
-            for b, after in zip(arms, arms[1:] + arms[:1]):
-                gap = (self.heading(a, after) - self.heading(a, b)) % 360
-                if 150 <= gap <= 210:
-                    yield a, (self.heading(a, b) + gap / 2) % 360
-                    break
-            for b in (b for b in arms if a < b):
-                for k in range(1, self.count(a, b)):
-                    side, along = rng.choice((1, -1)), k * self.long(a, b) / self.count(a, b)
-                    start, end = self.front(a, b, side)
-                    if start + 4 <= along <= end - 4:
-                        yield (a, b, k), (self.heading(a, b) + 90 * side) % 360
-
-    def seen(self, place, heading):
-        """((landmark, side),) at a place for someone who faces `heading`, the side empty where not clear; () without one."""
-        if place not in self.landmarks:
-            return ()
-        name, angle = self.landmarks[place]
-        quarter = wrap(angle - heading) / 90
-        return ((name, SIDES[round(quarter) % 4] if abs(quarter - round(quarter)) < 0.3 else ""),)
-
-    def sign_point(self, place):
-        """Where a landmark's sign stands: close to the front; a little further off at an intersection, where fronts may bend."""
-        (x, y), angle = self.point(place), math.radians(self.landmarks[place][1])
-        off = CURB - (1.2 if isinstance(place, int) else 0.3)
-        return x + off * math.sin(angle), y + off * math.cos(angle)
-
-
-city = lru_cache(maxsize=64)(City)
-
-
-# ---- 12. V-IRL: routes -----------------------------------------------------------------------------------------------
-# A route is its rail: one Position after another, each with one right action. A turn also takes the first step into the new
-# street, as in the released data. Every leg leads to the next intersection, where the turn's word fits no other street.
-
-ROUTES = 20  # of a city
-LEGS = {"full": (2, 6), "short": (1, 2)}
-LENGTHS = {"full": (4, 40), "short": (3, 6)}  # in positions
-
-
-class Position(NamedTuple):
-    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there, whether it is an
-    intersection, the right action ("turn", "forward" or "stop"), the bearing to turn to or None, the instruction from 0."""
-    place: object
-    heading: float
-    landmarks: tuple
-    crossing: bool
-    action: str
-    towards: float | None
-    instruction: int
-
-
-class Route(NamedTuple):
-    """A city's name and a tuple of Positions, the last one the destination's; the folder that a released one is from."""
-    city: str
-    rail: tuple
-    folder: str = ""
-
-    def key(self):
-        """What makes it another problem than other routes, whatever the city is called."""
-        acts = ((here.action, here.landmarks, right_word(here, TurnRule())) for here in self.rail)
-        return compass_word(self.rail[0].heading), *acts
-
-
-@lru_cache(maxsize=256)
-def routes(name, style):
-    """The ROUTES distinct Routes of the city "SPLIT-N". Their keys belong to the split too, by a hash, so that no problem of one
-    split occurs in another, whatever the cities are called ("base" shares with "train"). ValueError when too few are found."""
-    town, rng, found = city(name, style), random.Random(f"virl/{name}/{style}/routes"), {}
-    wanted = name.split("-")[0].replace("base", "train")
-    for _ in range(TRIES):
-        route = Route(name, _walk(town, rng, style))
-        if route.rail and split_of(f"virl/{route.key()}") == wanted:
-            found.setdefault(route.key(), route)
-        if len(found) == ROUTES:
-            return tuple(found.values())
-    raise ValueError(f"The city {name} has no {ROUTES} routes in {TRIES} walks: choose another index.")
-
-
-def _walk(town, rng, style):
-    """The rail of a random walk; empty where it is too long or short, cannot be told clearly, or has no landmark to end at."""
-    nodes = _turning_points(town, rng, rng.randint(*LEGS[style]))
-    if not nodes:
-        return ()
-    (a, b), (c, d) = nodes[:2], nodes[-2:]
-    start, facing = rng.randint(1, town.count(a, b) - 1), _facing(rng, town.heading(a, b))
-    ends = [k for k in range(start + 1 if len(nodes) == 2 else 1, town.count(c, d)) if town.place(c, d, k) in town.landmarks]
-    clear = clear_bearing(facing) and clear_turn(facing, town.heading(a, b)) and town.place(a, b, start) not in town.landmarks
-    if not ends or not clear:
-        return ()
-    rail = _rail(town, nodes, start, rng.choice(ends), facing)
-    seen = [landmark for here in rail for landmark in here.landmarks]
-    told = all(side for _, side in seen) and len({name for name, _ in seen}) == len(seen)
-    return rail if told and LENGTHS[style][0] <= len(rail) <= LENGTHS[style][1] else ()
-
-
-def _turning_points(town, rng, legs):
-    """The nodes of a random walk of so many streets, with a clear turn at every node between; None where it gets stuck."""
-    first = rng.choice(tuple(town.arms))
-    nodes = [first, rng.choice(town.arms[first])]
-    while len(nodes) <= legs:
-        following = [node for node in town.turns[nodes[-2], nodes[-1]] if node not in nodes]
-        if not following:
-            return None
-        nodes.append(rng.choice(following))
-    return nodes
-
-
-def _facing(rng, heading):
-    """A bearing from which it takes a turn to face `heading`; each relative word is as likely as the others."""
-    return round(heading + rng.choice((1, -1)) * rng.uniform(*rng.choice((SLIGHT_TURNS, PLAIN_TURNS)))) % 360
-
-
-def _rail(town, nodes, start, end, facing):
-    """All Positions from the start-th place of the first street to the end-th of the last."""
-    heading = town.heading(*nodes[:2])
-    rail = [Position(town.place(*nodes[:2], start), facing, (), False, "turn", heading, 0)]
-    for leg, (a, b) in enumerate(zip(nodes, nodes[1:])):
-        heading, last = town.heading(a, b), leg == len(nodes) - 2
-        for k in range(start + 1 if leg == 0 else 1, (end if last else town.count(a, b)) + 1):
-            place = town.place(a, b, k)
-            here = Position(place, heading, town.seen(place, heading), place == b, "forward", None, 2 * leg + 1)
-            if place == b:
-                here = here._replace(action="turn", towards=town.heading(b, nodes[leg + 2]), instruction=2 * leg + 2)
-            rail.append(here)
-    return (*rail[:-1], rail[-1]._replace(action="stop"))
-
-
-# ---- 13. V-IRL: words ------------------------------------------------------------------------------------------------
-
-TURN_WORDS = ("absolute", "relative")  # the rule trained in the paper, and the one that is not
-TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "slightly right")}
-
-
-class TurnRule(NamedTuple):
-    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions use for turns: those of both
-    rules, so that only the stated actions tell which to take, or, told="rule", those of the rule alone."""
-    words: str = "absolute"
-    told: str = "both"
-
-    def __str__(self):
-        return self.words + ("/told=rule" if self.told == "rule" else "")
-
-
-def parse_turns(text):
-    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=rule"; str() undoes it. ValueError for other texts."""
-    if isinstance(text, TurnRule):
-        return text
-    words, slash, told = text.partition("/")
-    if words not in TURN_WORDS or slash + told not in ("", "/told=rule"):
-        raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute, relative, or one of them with /told=rule.")
-    return TurnRule(words, "rule" if slash else "both")
-
-
-# What the agent reads and writes. "full": plain words for an instruct model; "short": few tokens for the tiny one.
-WORDING = VIRL["wording"]
-
-
-def observation(here, style):
-    """What is seen at a Position, in words: "Hotel Iris is on your right; You observe an intersection"."""
-    words = WORDING[style]
-    parts = [words["seen"].format(name=name, side=side) for name, side in here.landmarks] or [words["none"]]
-    if here.crossing:  # the short style does without "none" there
-        parts = [part for part in parts if style == "full" or part != words["none"]] + [words["here"]]
-    return words["between"].join(parts)
-
-
-def instructions(route, rule, style):
-    """The route's instructions as a list of texts: a turn, a move to the next turn or the destination, a turn, ..."""
-    words, texts = WORDING[style], []
-    for here in route.rail:
-        where = "".join(words["where"].format(name=name, side=side) for name, side in here.landmarks)
-        if here.crossing and here.action == "turn" or here.action == "stop":
-            texts.append(words["goal" if here.action == "stop" else "crossing"].format(where=where))
-        if here.action == "turn":
-            known = {name: turn_word(name, here.heading, here.towards) for name in TURN_WORDS}
-            texts.append(words["both" if rule.told == "both" else rule.words].format(**known))
-    return texts
-
-
-MAX_ACTION = 60
-ACTION = re.compile(r"(forward|stop) ?\( ?\)|turn_direction ?\( ?['\"]?([a-z]+(?: [a-z]+)?)['\"]? ?\)")
-
-
-def parse_action(text):
-    """Read "forward()", "stop()" or "turn_direction(x)": ("forward", ""), ("stop", "") or ("turn", x), x any one or two words.
-
-    Case, quotes round x and more or fewer spaces do not matter. Raises Illegal for anything else."""
-    match = ACTION.fullmatch(" ".join(text[: MAX_ACTION + 1].lower().split())) if len(text) <= MAX_ACTION else None
-    if not match:
-        raise Illegal(f"{_quoted(text)} is not forward(), stop() or turn_direction(x)")
-    return match[1] or "turn", match[2] or ""
-
-
-def right_word(here, rule):
-    """The x of a Position's turn under a TurnRule, "" where the right action is no turn."""
-    return turn_word(rule.words, here.heading, here.towards) if here.action == "turn" else ""
-
-
-class Walked(NamedTuple):
-    """What the verifier found: a key of WALK_REWARD, why, as a key of WORDING's "why", the fact for its sentence, and whether
-    the observation named the landmarks and intersection that are there and no other (None where there is none to read)."""
-    outcome: str
-    why: str
-    fact: str = ""
-    observed: bool | None = None
-
-
-def judge_walk(response, here, rule, style):
-    """Judge a response (text of a model, of any content) at a Position under a TurnRule; never raises for a str."""
-    observed = None
-    try:
-        answer, key = parse_answer(response), WORDING[style]["keys"][0]
-        if isinstance(answer.get(key), str):
-            observed = _parts(answer[key]) == _parts(observation(here, style))
-        if not isinstance(answer.get("action"), str):
-            raise Illegal("the JSON object has no key 'action' with a string")
-        kind, word = parse_action(answer["action"])
-    except Illegal as error:
-        return Walked("illegal", "illegal", str(error), observed)
-    right = (kind, word) == (here.action, right_word(here, rule))
-    outcome = "wrong_action" if not right else "correct" if kind == "stop" else "right_action"
-    why, fact = ("right", "") if right else (_why(kind, word, here, rule), printable(word))
-    return Walked(outcome, why, fact, observed)
-
-
-def _parts(text):
-    """The set of things that an observation names, without case, "no landmarks" and the like."""
-    parts = {" ".join(part.lower().removeprefix("the destination ").split()) for part in re.split("[;,.]", text)}
-    return parts - {"", "none", "no landmarks nearby", "no landmark nearby"}
-
-
-def _why(kind, word, here, rule):
-    """The key of WORDING's "why" of what is wrong with an action; each of its sentences is true wherever this gives it."""
-    if here.action == "stop":
-        return "arrived"
-    if kind == "stop":
-        return "not_there"
-    if here.action == "forward":
-        return "no_turn"
-    return "turn" if kind == "forward" else "direction" if word in TURNS[rule.words] else "word"
-
-
-# ---- 14. V-IRL: a walk -----------------------------------------------------------------------------------------------
-
-# One outcome per answer: "correct" is the right stop() at the destination, "right_action" every right action before it. In
-# addition LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD for a wrong observation.
 WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
-
-
+RIGHT = ("right_action", "correct")
 KINDS_OF_ACTION = ("turn", "forward", "stop")
+WORDING = VIRL["wording"]  # "full": plain words for an instruct model; "short": few tokens for the tiny one
+TILE = {"full": 560, "short": 32}  # pixels of an image tile where `make` is not told
 
 
+@dataclass(eq=False)
 class Navigation(Problem):
-    """One walk along a route, for one episode. Attributes: route, rule, position (index into route.rail), cls (city and turns:
-    groups routes for intervals), prompt, attempts (answers per position), attempt (answers judged at this position), verdict (the
-    latest Walked), done; look (a Scene) and tile of the pictures, and image, the four views of the current position, all None in
-    text. After a right action image is another picture, which the next turn shows."""
+    """One walk along a route, for one episode. `position` counts the route's positions, `attempts`
+    are answers per position. `image` has the four views of the current position (None in text), so
+    that after a right action it is another picture, which the next turn shows.
+
+    More attributes: texts (the instructions), actions (the right action at each position, "turn",
+    "forward" or "stop"), attempt (answers judged at this position), verdict (the latest Walked),
+    drawn ({position: picture}, common to all copies: each is drawn once, and a whole group shares it)."""
+    route: "Route"
+    rule: "TurnRule" = field()
+    attempts: int = field()
+    style: str
+    judged_by: "TurnRule"
+    look: "Scene | None" = None
+    tile: int = 32
+    drawn: dict = field(default_factory=dict)
     asks = "action"
     leads_on = True
-    SCORES = {"first": "first attempt", "episode": "whole episode", "steps_first": "per step, until the first failure",
-              "steps": "per step, until the attempts ran out", "forced": "per step, teacher-forced", "read": "observations right"}
-    WORDS = Words("routes", "absolute turns", "relative turns", "routes with the same turns in one city",
-                  "What is seen is named rightly in {} of the answers")
+    attempt = 0
+    verdict = None
+    SCORES = {
+        "first": "first attempt",
+        "episode": "whole episode",
+        "steps_first": "per step, until the first failure",
+        "steps": "per step, until the attempts ran out",
+        "forced": "per step, teacher-forced",
+        "read": "observations right",
+    }
+    WORDS = Words(
+        things="routes",
+        trained="absolute turns",
+        other="relative turns",
+        alike="routes with the same turns in one city",
+        read="What is seen is named rightly in {} of the answers",
+    )
+
+    def __post_init__(self):
+        rail = self.route.rail
+        self.actions = tuple(here.action for here in rail)
+        self.texts = instructions(self.route, self.rule, self.style)
+        turns = [right_word(here, "relative") for here in rail if here.action == "turn"]
+        self.cls = f"{self.route.city}: {', '.join(turns)}"
 
     @classmethod
     def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
-        return _navigation(rule, visual, split, index, attempts, style, judged_by, tile, data)
+        """As the function `make` says. ValueError for a rule, a scene, a tile or data that do not fit."""
+        look = None
+        tile = TILE[style] if tile is None else tile
+        if visual:
+            look = Scene.parse(Scene.fill(visual, random.Random(f"virl/{split}/{index}/look")))
+            if not 16 <= tile <= 1120:
+                raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
+        if data:
+            known = usable_routes(str(data), look is not None)
+        else:
+            known = routes(f"{split}-{index // ROUTES}", style)
+        route, judged_by = known[index % len(known)], parse_turns(judged_by or rule)
+        return cls(route, parse_turns(rule), attempts, style, judged_by, look, tile)
 
-    def __init__(self, route, rule, attempts, style, judged_by, look=None, tile=None):
-        self.route, self.rule, self.attempts, self.style, self.judged_by = route, rule, attempts, style, judged_by
-        turns = [turn_word("relative", here.heading, here.towards) for here in route.rail if here.action == "turn"]
-        self.cls = f"{route.city}: {', '.join(turns)}"
-        self.texts = instructions(route, rule, style)
-        self.position, self.attempt, self.verdict, self.done, self.look, self.tile = 0, 0, None, False, look, tile
-        self.drawn = {}  # {position: picture}, common to all copies: each is drawn once and is one object for a whole group
+    @property
+    def here(self) -> "Position":
+        """Where an answer is due."""
+        return self.route.rail[self.position]
 
     @property
     def image(self):
         return self.picture(self.position)
 
-    def picture(self, position):
+    def picture(self, position: int):
         """The picture of a position of the route, None in text."""
         if self.look and position not in self.drawn:
             here, folder = self.route.rail[position], self.route.folder
-            draw = partial(released_grid, folder) if folder else partial(draw_grid, self.route.city, self.style)
-            self.drawn[position] = draw(here.place, here.heading, self.look, self.tile)
+            where = (folder,) if folder else (self.route.city, self.style)
+            draw = panorama_grid if folder else draw_grid
+            self.drawn[position] = draw(*where, here.place, here.heading, self.look, self.tile)
         return self.drawn.get(position)
 
     @property
     def prompt(self):
         """The first user turn: the rule, the instructions and, in text, the first observation."""
         words, rule, here = WORDING[self.style], self.rule.words, self.route.rail[0]
-        told = words["listed"].join(words["item"].format(number=i, text=text) for i, text in enumerate(self.texts, 1))
-        seen = words["picture"] if self.look else words["text"].format(seen=observation(here, self.style))
-        return words["prompt"].format(told=told, means=words["means"][rule], choices=", ".join(TURNS[rule]),
-                                      facing=compass_word(here.heading), seen=seen)
-
-    @property
-    def actions(self):
-        """The kind of right action at each position, "turn", "forward" or "stop"."""
-        return tuple(here.action for here in self.route.rail)
+        items = [words["item"].format(number=i, text=text) for i, text in enumerate(self.texts, 1)]
+        seen = words["text"].format(seen=observation(here, self.style))
+        return words["prompt"].format(
+            instructions=words["listed"].join(items),
+            means=words["means"][rule],
+            choices=", ".join(TURNS[rule]),
+            facing=compass_word(here.heading),
+            seen=words["picture"] if self.look else seen,
+        )
 
     def step(self, response):
-        """Judge the next answer. A right action moves on, and the feedback has the next observation; a wrong one is not executed.
-        Done when stop() is right or the attempts at this position are used up; a RuntimeError after that."""
+        """Judge the next answer. A right action moves on, and the feedback has the next observation; a
+        wrong one is not executed. Done when stop() is right or the attempts at this position are used
+        up; a RuntimeError after that."""
         if self.done:
             raise RuntimeError("This episode is over: make the problem anew.")
-        here = self.route.rail[self.position]
-        self.verdict = judge_walk(response, here, self.judged_by, self.style)
-        outcome, right = self.verdict.outcome, self.verdict.why == "right"
+        verdict = self.verdict = judge_walk(response, self.here, self.judged_by, self.style)
         self.attempt += 1
-        failed = not right and self.attempt == self.attempts
-        self.done = failed or outcome == "correct"
-        if outcome == "right_action":
-            self.position, self.attempt = self.position + 1, 0
-        misread = self.look is not None and not self.verdict.observed
-        reward = WALK_REWARD[outcome] + (MISREAD if misread else 0) + (LAST_ATTEMPT if failed else 0)
-        return Step(float(reward), self.done, self._feedback(), outcome, float(bool(self.verdict.observed)))
+        failed = verdict.why != "right" and self.attempt == self.attempts
+        self.done = failed or verdict.outcome == "correct"
+        if verdict.outcome == "right_action":
+            self.position += 1
+            self.attempt = 0
+        reward = float(WALK_REWARD[verdict.outcome])
+        if self.look and not verdict.observed:
+            reward += MISREAD
+        if failed:
+            reward += LAST_ATTEMPT
+        read = float(bool(verdict.observed))
+        return Step(reward, self.done, self._feedback(), verdict.outcome, read)
 
     def _feedback(self):
-        """The verifier's text and, where the walk moves on, what is seen there; with pictures a pointer to the next one."""
+        # Where the walk has moved on, what is seen there; with pictures, a pointer to the next one.
         words = WORDING[self.style]
-        seen = words["next"] if self.look else observation(self.route.rail[self.position], self.style)
-        said = words["end"] if self.verdict.outcome == "correct" else words["why"][self.verdict.why]
-        return said.format(fact=self.verdict.fact, seen=seen)
+        seen = words["next"] if self.look else observation(self.here, self.style)
+        arrived = self.verdict.outcome == "correct"
+        text = words["end"] if arrived else words["why"][self.verdict.why]
+        return text.format(fact=self.verdict.fact, seen=seen)
 
     def expert(self):
-        """A right response at the current position, by the rule of the prompt."""
         return self.response(self.right_action())
 
     def advance(self):
-        """Move on by the expert's response, whatever answers are judged by: (the response, its Step)."""
-        response, judge = self.expert(), self.judged_by
+        response, judged_by = self.expert(), self.judged_by
         self.judged_by = self.rule
         step = self.step(response)
-        self.judged_by = judge
+        self.judged_by = judged_by
         return response, step
 
+    def right_action(self) -> str:
+        """The right action by the rule of the prompt, as in "turn_direction(left)"."""
+        word = right_word(self.here, self.rule.words)
+        return f"turn_direction({word})" if word else f"{self.here.action}()"
+
+    def response(self, action: str) -> str:
+        """A response with this action, and with what is right of observation and instruction."""
+        here, words = self.here, WORDING[self.style]
+        text = self.texts[here.instruction]
+        following = words["following"].format(number=here.instruction + 1, text=text)
+        answer = dict(zip(words["keys"], (observation(here, self.style), following, action)))
+        return json.dumps(answer, separators=(",", ":") if self.style == "short" else None)
+
     def restarted(self) -> "Navigation":
-        """A copy at the start, judged by its own rule; two attempts at least, since some demonstrators err once."""
-        walker = copy.copy(self)
-        walker.position, walker.attempt, walker.verdict, walker.done = 0, 0, None, False
-        walker.judged_by, walker.attempts = self.rule, max(self.attempts, 2)
-        return walker
+        """A copy at the start, judged by its own rule; two attempts at least, as some demonstrators
+        err once."""
+        return replace(self, judged_by=self.rule, attempts=max(self.attempts, 2))
 
     def walk(self, rng):
         """The demonstrator that takes the right action everywhere."""
@@ -1678,543 +1340,937 @@ class Navigation(Problem):
 
     DEMONSTRATORS = {"expert": walk}  # assets/habits.py adds some with bad habits
 
-    def right_action(self) -> str:
-        """The right action at the current position, by the rule of the prompt, as in "turn_direction(left)"."""
-        here = self.route.rail[self.position]
-        return f"turn_direction({right_word(here, self.rule)})" if here.action == "turn" else f"{here.action}()"
-
-    def response(self, action: str) -> str:
-        """A response with this action, its observation and instruction those of the current position."""
-        here, words = self.route.rail[self.position], WORDING[self.style]
-        doing = words["doing"].format(number=here.instruction + 1, text=self.texts[here.instruction])
-        fields = dict(zip(words["keys"], (observation(here, self.style), doing)), action=action)
-        return json.dumps(fields, separators=(",", ":") if self.style == "short" else None)
-
     def scores(self, turns, forced=None):
-        """Scores by position, beside those of every problem; shares are rounded to four digits.
+        """The scores of every problem, and those by position; shares are rounded to four digits.
 
-        "steps_first", "steps": survival, the share of the route's positions passed before the first wrong answer, or before the
-        attempts ran out (the paper's per-step accuracy; in a mean over routes each weighs the same, long or short). "forced": the
-        share of positions answered rightly after a right walk up to each. Survival says how far one gets alone, and lets one kind
-        of mistake cost all that would follow it; teacher-forced says what is known at each position. "failed_at": the position
-        of the first wrong answer, or None. "read": the share of all answers that name what is there and nothing else. "marks",
-        "forced_marks": a letter for each position reached: the right action's initial, a capital where the first answer was right."""
-        positions, right = len(self.route.rail), [turn["outcome"] in ("right_action", "correct") for turn in turns]
-        failed_at = turns[right.index(False)]["position"] if False in right else None
-        passed = sum(right) if failed_at is None else failed_at
+        "steps_first", "steps": survival, the share of the route's positions passed before the first
+        wrong answer, or before the attempts ran out (the paper's per-step accuracy; in a mean over
+        routes each weighs the same, long or short). "forced": the share of positions answered rightly
+        after a right walk up to each. Survival says how far one gets alone, and lets one kind of
+        mistake cost all that would follow it; teacher-forced says what is known at each position.
+        "failed_at": the position of the first wrong answer, or None. "read": the share of all answers
+        that name what is there and nothing else. "marks", "forced_marks": a letter for each position
+        reached: the right action's initial, a capital where the first answer was right."""
+        marks = self._marks(turns)
+        passed = len(marks) - len(marks.lstrip("TFS"))  # positions before the first wrong answer
+        right = sum(turn["outcome"] in RIGHT for turn in turns)
         scores = super().scores(turns) | {
-            "read": round(sum(turn["read"] for turn in turns) / len(turns), 4), "steps_first": round(passed / positions, 4),
-            "steps": round(sum(right) / positions, 4), "failed_at": failed_at, "marks": self._marks(turns)}
+            "read": round(sum(turn["read"] for turn in turns) / len(turns), 4),
+            "steps_first": round(passed / len(self.actions), 4),
+            "steps": round(right / len(self.actions), 4),
+            "failed_at": passed if passed < len(marks) else None,
+            "marks": marks,
+        }
         if forced:
             marks = self._marks(forced)
-            scores |= {"forced": round(sum(map(str.isupper, marks)) / len(marks), 4), "forced_marks": marks}
+            scores["forced"] = round(sum(map(str.isupper, marks)) / len(marks), 4)
+            scores["forced_marks"] = marks
         return scores
 
     def _marks(self, turns):
-        first = {turn["position"]: turn["outcome"] in ("right_action", "correct") for turn in reversed(turns)}
-        return "".join(self.actions[i][0].upper() if right else self.actions[i][0] for i, right in sorted(first.items()))
+        first = {turn["position"]: turn["outcome"] in RIGHT for turn in reversed(turns)}
+        initials = [self.actions[position][0] for position in sorted(first)]
+        return "".join(i.upper() if first[k] else i for k, i in enumerate(initials))
 
     def figures(self, turns):
         """The views up to the last position reached, and the map; released routes have none."""
-        last = max((turn["position"] for turn in turns), default=0)
-        shown = {"pictures": [self.picture(i) for i in range(last + 1)]} if self.look else {}
-        return shown | ({} if self.route.folder else {"map": draw_map(self, 340)})
+        found = {}
+        if self.look:
+            last = max((turn["position"] for turn in turns), default=0)
+            found["pictures"] = [self.picture(position) for position in range(last + 1)]
+        if not self.route.folder:
+            found["map"] = draw_map(self, 340)
+        return found
 
     @classmethod
     def parsed(cls, response):
-        """What an answer of any content says is seen, followed and done, in the words of any style; a dash where it does not."""
+        """What an answer of any content says, by the keys of any style; a dash where it says nothing."""
         try:
             answer = parse_answer(str(response))
         except Illegal:
             answer = {}
-        keys = (*zip(*(words["keys"] for words in WORDING.values())), ("action",))
-        said = (next((answer[key] for key in names if key in answer), "\u2013") for names in keys)
-        return [(label, str(text)) for label, text in zip(("observed", "following", "action"), said)]
+        found = []
+        for label, keys in VIRL["labels"].items():
+            said = [str(answer[key]) for key in keys if key in answer]
+            found.append((label, said[0] if said else "\u2013"))
+        return found
 
 
-def _navigation(rule, visual, split, index, attempts, style, judge, tile, data):
-    look, tile = None, (560 if style == "full" else 32) if tile is None else tile
-    if visual:
-        look = parse_scene(fill_scene(visual, random.Random(f"virl/{split}/{index}/look")))
-        if not 16 <= tile <= 1120:
-            raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
-    if data:
-        found = released_routes(str(data), look is not None)
-        route = found[index % len(found)]
-    else:
-        route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
-    return Navigation(route, parse_turns(rule), attempts, style, parse_turns(judge or rule), look, tile)
+# ---- 12. V-IRL: words ----------------------------------------------------------------------------
+# Bearings are degrees clockwise from north.
+
+COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
+SIDES = ("front", "right", "back", "left")  # of what is seen, and the order of the four views
+TURN_WORDS = ("absolute", "relative")  # the rule trained in the paper, and the one that is not
+TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "slightly right")}
+SLIGHT = 60  # a turn by up to so many degrees is a slight one
 
 
-# ---- 16. V-IRL: views ------------------------------------------------------------------------------------------------
-# Four views of a place, each 90 degrees wide, drawn with pillow from the same city as the text: the sky, the ground, then
-# everything that stands on it, the farthest first. A camera point is (x, z): metres to its right and ahead of it.
+class TurnRule(NamedTuple):
+    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions
+    use for turns: those of both rules, so that only the stated actions tell which to take, or,
+    told="rule", those of the rule alone."""
+    words: str = "absolute"
+    told: str = "both"
 
-EYE, NEAR, FAR = 1.7, 0.4, 110  # metres: height of the eye, and the nearest and farthest that is drawn
+    def __str__(self):
+        return self.words + ("/told=rule" if self.told == "rule" else "")
+
+
+def parse_turns(text: str | TurnRule) -> TurnRule:
+    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=rule"; str() undoes it.
+    ValueError for other texts."""
+    for words, told in product(TURN_WORDS, ("both", "rule")):
+        rule = TurnRule(words, told)
+        if str(rule) == str(text):
+            return rule
+    raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute, relative, or one of them "
+                     "with /told=rule.")
+
+
+def wrap(angle):
+    """An angle in degrees brought into (-180, 180]; unwrapped, left and right would change places
+    near north."""
+    return 180 - (180 - angle) % 360
+
+
+def compass_word(angle: float) -> str:
+    """The nearest of the eight words of COMPASS."""
+    return COMPASS[round(angle / 45) % 8]
+
+
+def turn_word(words, heading, towards):
+    """What a turn from one bearing to another is called: the compass word of the new one ("absolute"),
+    or "left", "right" and, up to SLIGHT degrees, "slightly left" and "slightly right" ("relative")."""
+    if words == "absolute":
+        return compass_word(towards)
+    angle = wrap(towards - heading)
+    side = "right" if angle > 0 else "left"
+    return f"slightly {side}" if abs(angle) <= SLIGHT else side
+
+
+def right_word(here: "Position", words: str) -> str:
+    """The x of a Position's turn in these words, "" where the right action is no turn."""
+    return turn_word(words, here.heading, here.towards) if here.action == "turn" else ""
+
+
+def observation(here: "Position", style: str) -> str:
+    """What is seen at a Position, in words: "Hotel Iris is on your right; You observe an intersection"."""
+    words = WORDING[style]
+    parts = [words["seen"].format(*landmark) for landmark in here.landmarks]
+    if not parts and (style == "full" or not here.crossing):  # the short style does without there
+        parts = [words["none"]]
+    if here.crossing:
+        parts.append(words["here"])
+    return words["between"].join(parts)
+
+
+def instructions(route, rule, style):
+    """The route's instructions as a list of texts: a turn, a move to the next turn or the destination,
+    a turn, ..."""
+    words, texts = WORDING[style], []
+    for here in route.rail:
+        where = [words["where"].format(*landmark) for landmark in here.landmarks]
+        if here.crossing or here.action == "stop":
+            texts.append(words["moves"][here.action].format(where="".join(where)))
+        if here.action == "turn":
+            turns = {name: right_word(here, name) for name in TURN_WORDS}
+            texts.append(words["both" if rule.told == "both" else rule.words].format(**turns))
+    return texts
+
+
+MAX_ACTION = 60  # characters
+TURN = r"turn_direction ?\( ?['\"]?([a-z]+(?: [a-z]+)?)['\"]? ?\)"
+ACTION = re.compile(r"(forward|stop) ?\( ?\)|" + TURN)
+
+
+def parse_action(text):
+    """Read "forward()", "stop()" or "turn_direction(x)": ("forward", ""), ("stop", "") or ("turn", x),
+    x any one or two words. Case, quotes round x and more or fewer spaces do not matter. Raises Illegal
+    for anything else."""
+    short = text if len(text) <= MAX_ACTION else ""
+    match = ACTION.fullmatch(" ".join(short.lower().split()))
+    if not match:
+        raise Illegal(f"{_quoted(text)} is not forward(), stop() or turn_direction(x)")
+    return match[1] or "turn", match[2] or ""
+
+
+class Walked(NamedTuple):
+    """What the verifier found: a key of WALK_REWARD, why, as a key of WORDING's "why", the fact for its
+    sentence, and whether the observation named the landmarks and intersection that are there and no
+    other (None where there is none to read)."""
+    outcome: str
+    why: str
+    fact: str = ""
+    observed: bool | None = None
+
+
+def judge_walk(response: str, here: "Position", rule: TurnRule, style: str) -> Walked:
+    """Judge a response (text of a model, of any content) at a Position under a TurnRule; never raises
+    for a str."""
+    observed = None
+    try:
+        answer, (key, _, action) = parse_answer(response), WORDING[style]["keys"]
+        if isinstance(answer.get(key), str):
+            observed = _parts(answer[key]) == _parts(observation(here, style))
+        if not isinstance(answer.get(action), str):
+            raise Illegal("the JSON object has no key 'action' with a string")
+        kind, word = parse_action(answer[action])
+    except Illegal as error:
+        return Walked("illegal", "illegal", str(error), observed)
+    if (kind, word) != (here.action, right_word(here, rule.words)):
+        return Walked("wrong_action", _why(kind, word, here, rule), printable(word), observed)
+    return Walked("correct" if kind == "stop" else "right_action", "right", "", observed)
+
+
+def _parts(text):
+    """The set of things that an observation names, without case, "no landmarks" and the like."""
+    parts = re.split("[;,.]", text)
+    parts = {" ".join(part.lower().removeprefix("the destination ").split()) for part in parts}
+    return parts - {"", "none", "no landmarks nearby", "no landmark nearby"}
+
+
+def _why(kind, word, here, rule):
+    """The key of WORDING's "why" of what is wrong with an action; each of its sentences is true wherever
+    this gives it."""
+    if here.action == "stop":
+        return "arrived"
+    if kind == "stop":
+        return "not_there"
+    if here.action == "forward":
+        return "no_turn"
+    if kind == "forward":
+        return "turn"
+    return "direction" if word in TURNS[rule.words] else "word"
+
+
+# ---- 13. V-IRL: routes ---------------------------------------------------------------------------
+# A route is its rail: one Position after another, each with one right action. A turn also takes the
+# first step into the new street, as in the released data. Every leg leads to the next intersection,
+# where the turn's word fits no other street.
+
+ROUTES = 20  # of a city
+LEGS = {"full": (2, 6), "short": (1, 2)}
+LENGTHS = {"full": (4, 40), "short": (3, 6)}  # in positions
+SLIGHT_TURNS, PLAIN_TURNS = (20, 52), (68, 150)  # clear of straight on, of SLIGHT, of turning round
+OFF_COMPASS = 17.5  # degrees that a street may lie off its compass word, whose share ends at 22.5
+
+
+class Position(NamedTuple):
+    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there,
+    whether it is an intersection, the right action ("turn", "forward" or "stop"), the bearing to turn
+    to or None, the instruction from 0."""
+    place: object
+    heading: float
+    landmarks: tuple
+    crossing: bool
+    action: str
+    towards: float | None
+    instruction: int
+
+
+class Stop(NamedTuple):
+    """A Position without what follows from the stops before it: the bearing is None where no turn is
+    due."""
+    place: object
+    landmarks: tuple
+    towards: float | None
+
+
+class Route(NamedTuple):
+    """A city's name and a tuple of Positions, the last one the destination's; for a released route also
+    the folder that it is from."""
+    city: str
+    rail: tuple
+    folder: str = ""
+
+    def key(self):
+        """What makes it another problem than other routes, whatever the city is called."""
+        acts = ((here.action, here.landmarks, right_word(here, "absolute")) for here in self.rail)
+        return compass_word(self.rail[0].heading), *acts
+
+
+def make_rail(facing: float, stops: list[Stop]) -> tuple[Position, ...]:
+    """The Positions of a walk that starts with a heading; its last stop is the destination."""
+    rail, heading, turns = [], facing, 0
+    for place, landmarks, towards in stops:
+        turn = towards is not None
+        action, instruction = ("turn", 2 * turns) if turn else ("forward", 2 * turns - 1)
+        crossing = turn and turns > 0
+        rail.append(Position(place, heading, landmarks, crossing, action, towards, instruction))
+        if turn:
+            heading, turns = towards, turns + 1
+    return *rail[:-1], rail[-1]._replace(action="stop")
+
+
+def clear_bearing(angle):
+    """Whether a bearing has one obvious compass word."""
+    return abs(wrap(angle - 45 * round(angle / 45))) <= OFF_COMPASS
+
+
+def clear_turn(heading, towards):
+    """Whether the turn has one obvious word under both rules, by the margins above."""
+    angle, words = abs(wrap(towards - heading)), {compass_word(heading), compass_word(towards)}
+    fits = any(low <= angle <= high for low, high in (SLIGHT_TURNS, PLAIN_TURNS))
+    return fits and clear_bearing(towards) and len(words) == 2
+
+
+@lru_cache(maxsize=256)
+def routes(name: str, style: str) -> tuple[Route, ...]:
+    """The ROUTES distinct Routes of the city "SPLIT-N". Their keys belong to the split too, by a hash,
+    so that no problem of one split occurs in another, whatever the cities are called ("base" shares
+    with "train"). ValueError when too few are found."""
+    town, rng, found = city(name, style), random.Random(f"virl/{name}/{style}/routes"), {}
+    wanted = name.split("-")[0].replace("base", "train")
+    for _ in range(TRIES):
+        route = Route(name, _random_rail(town, rng, style))
+        if route.rail and split_of(f"virl/{route.key()}") == wanted:
+            found.setdefault(route.key(), route)
+        if len(found) == ROUTES:
+            return tuple(found.values())
+    raise ValueError(f"The city {name} has no {ROUTES} routes in {TRIES} walks: choose another index.")
+
+
+def _random_rail(town, rng, style):
+    """The rail of a random walk; empty where it is too long or short, cannot be told clearly, or has
+    no landmark to end at."""
+    streets = _random_streets(town, rng, rng.randint(*LEGS[style]))
+    if not streets:
+        return ()
+    first, last, stops = streets[0], streets[-1], _stops(town, streets)
+    start, facing = rng.randint(1, first.count - 1), random_facing(rng, first.heading)
+    on_last = range(max(start, len(stops) - last.count), len(stops) - 1)
+    ends = [i for i in on_last if stops[i].landmarks]
+    begin = stops[start - 1]._replace(towards=first.heading)
+    clear = clear_bearing(facing) and clear_turn(facing, first.heading) and not begin.landmarks
+    if not ends or not clear:
+        return ()
+    rail = make_rail(facing, [begin, *stops[start:rng.choice(ends) + 1]])
+    names, sides = zip(*(landmark for here in rail for landmark in here.landmarks))
+    shortest, longest = LENGTHS[style]
+    clear = all(sides) and len(set(names)) == len(names)
+    return rail if clear and shortest <= len(rail) <= longest else ()
+
+
+def _random_streets(town, rng, legs):
+    """A random walk of so many streets, with a clear turn from each to the next; None where it gets
+    stuck."""
+    streets = [rng.choice(town.arms[rng.choice(tuple(town.arms))])]
+    while len(streets) < legs:
+        visited = {street.a for street in streets}
+        following = [street for street in town.turns[streets[-1]] if street.b not in visited]
+        if not following:
+            return None
+        streets.append(rng.choice(following))
+    return streets
+
+
+def random_facing(rng, heading):
+    """A bearing from which it takes a turn to face `heading`; each relative word is as likely as the
+    others."""
+    side = rng.choice((1, -1))
+    return round(heading + side * rng.uniform(*rng.choice((SLIGHT_TURNS, PLAIN_TURNS)))) % 360
+
+
+def _stops(town, streets):
+    """The Stops at all places of these streets, without the first one's start."""
+    stops = []
+    for street, after in zip_longest(streets, streets[1:]):
+        for place in map(street.place, range(1, street.count + 1)):
+            stops.append(Stop(place, town.seen(place, street.heading), None))
+        if after:
+            stops[-1] = stops[-1]._replace(towards=after.heading)
+    return stops
+
+
+# ---- 14. V-IRL: a city ---------------------------------------------------------------------------
+# Points are (x, y) in metres, x to the east and y to the north. A *place* is where one can stand: an
+# intersection (a node's number), or (a, b, k), the k-th point of the street from node a to node b > a.
+# Each place has at most one landmark, and the bearing at which its front is seen from there.
+
+GRID = 6  # nodes a side
+SPACING = 15  # metres between places (10 to 20 come of it)
+CURB = 9  # metres from the middle of a street to its fronts
+
+
+def bearing(start, end):
+    """Degrees clockwise from north, in [0, 360)."""
+    return degrees(atan2(*np.subtract(end, start))) % 360
+
+
+def moved(point, heading, ahead, right=0):
+    """The point so many metres ahead and to the right of another one, for someone with this heading."""
+    angle = radians(heading)
+    x = point[0] + ahead * sin(angle) + right * cos(angle)
+    return x, point[1] + ahead * cos(angle) - right * sin(angle)
+
+
+def between(start, end, share):
+    """The point at a share of the way from one point to another; for colours too."""
+    return tuple(a + (b - a) * share for a, b in zip(start, end))
+
+
+class Street(NamedTuple):
+    """A street from node a to node b: where it starts, its bearing, its length in metres, and the number
+    of steps that it is divided into."""
+    a: int
+    b: int
+    start: tuple
+    heading: float
+    length: float
+    count: int
+
+    def place(self, k):
+        """The place k steps (1 or more) from a: b at the end."""
+        if k == self.count:
+            return self.b
+        return (self.a, self.b, k) if self.a < self.b else (self.b, self.a, self.count - k)
+
+    def along(self, k):
+        """How far from a that is."""
+        return k * self.length / self.count
+
+    def beside(self, along, across):
+        """The point so far along it, and so far to the right of its middle."""
+        return moved(self.start, self.heading, along, across)
+
+    def strip(self, start, end, left, right):
+        """The corners of a part of it, between two distances along it and two across."""
+        corners = ((start, left), (end, left), (end, right), (start, right))
+        return [self.beside(*corner) for corner in corners]
+
+
+class City:
+    """The city of a name such as "test-3", the same on every machine: a grid of streets, turned, bent,
+    broken, and crossed by diagonals, so that all eight compass words occur. In style "short" its
+    landmarks have the short names of the tiny model.
+
+    Attributes: nodes {number: point}, arms {node: Streets from it, clockwise from north}, turns {Street:
+    Streets that routes turn to from it}, points {place: point}, landmarks {place: (name,
+    bearing of the front)}, signs (list of Sign)."""
+
+    def __init__(self, name, style):
+        self.name = name
+        self.nodes = self._grid(random.Random(f"virl/{name}/grid"))
+        self._join_nodes(random.Random(f"virl/{name}/streets"))
+        self.turns = {street: self._clear_turns(street) for arms in self.arms.values() for street in arms}
+        self.streets = [street for street in self.turns if street.a < street.b]
+        self.points = self.nodes | {street.place(k): street.beside(street.along(k), 0)
+                                    for street in self.streets for k in range(1, street.count)}
+        self._place_landmarks(random.Random(f"virl/{name}/landmarks"), style)
+
+    def _grid(self, rng):
+        """Points of a grid of uneven blocks. Beyond a line each way the cross streets bend, one way
+        hardly and the other by about 45 degrees, and the whole is turned: all so that most streets
+        stay close to a compass word."""
+        steps = [[rng.randint(42, 72) for _ in range(GRID)] for _ in "xy"]
+        xs, ys = ([*accumulate(line, initial=0)] for line in steps)
+        bends = [rng.uniform(-6, 6), rng.choice((1, -1)) * rng.uniform(37, 43)]
+        slope_x, slope_y = (tan(radians(angle)) for angle in rng.sample(bends, 2))
+        bend_x, bend_y = rng.choice(xs[1:-2]), rng.choice(ys[1:-2])
+        turned = rng.choice((0, 45)) + rng.uniform(-8, 8)
+        nodes = {}
+        for i, j in product(range(GRID), repeat=2):
+            x = xs[i] + slope_y * max(ys[j] - bend_y, 0) + rng.uniform(-2, 2)
+            y = ys[j] + slope_x * max(xs[i] - bend_x, 0) + rng.uniform(-2, 2)
+            nodes[i * GRID + j] = tuple(round(n, 1) for n in moved((0, 0), turned, y, x))
+        return nodes
+
+    def _join_nodes(self, rng):
+        """Streets along the grid, a few missing, then diagonals; none at less than 40 degrees to
+        another, no dead ends."""
+        north = [(n, n + 1) for n in self.nodes if (n + 1) % GRID]
+        east = [(n, n + GRID) for n in self.nodes if n + GRID in self.nodes]
+        diagonals = [rng.choice([(n, m + GRID), (m, n + GRID)]) for n, m in north if n + GRID in self.nodes]
+        pairs = [pair for pair in sorted(north + east) if rng.random() > 0.2]
+        pairs += [pair for pair in diagonals if rng.random() < 0.3]
+        self.arms = {node: [] for node in self.nodes}
+        for a, b in pairs:
+            both = self._street(a, b), self._street(b, a)
+            if all(abs(wrap(street.heading - other.heading)) >= 40
+                   for street in both for other in self.arms[street.a]):
+                for street in both:
+                    self.arms[street.a].append(street)
+        while dead := [node for node, arms in self.arms.items() if len(arms) < 2]:
+            self.arms = {node: [street for street in arms if street.b not in dead]
+                         for node, arms in self.arms.items() if node not in dead}
+        for arms in self.arms.values():
+            arms.sort(key=attrgetter("heading"))
+
+    def _street(self, a, b):
+        start, end = self.nodes[a], self.nodes[b]
+        length = dist(start, end)
+        return Street(a, b, start, bearing(start, end), length, max(round(length / SPACING), 1))
+
+    def _clear_turns(self, street):
+        """The Streets to which it takes a clear turn from another one, a turn whose words fit no other."""
+        others = [after for after in self.arms[street.b] if after.b != street.a]
+        words = [[turn_word(rule, street.heading, after.heading) for rule in TURN_WORDS]
+                 for after in others]
+        count = Counter(sum(words, []))
+        return [after for after, own in zip(others, words)
+                if clear_turn(street.heading, after.heading) and all(count[word] == 1 for word in own)]
+
+    def front(self, street, side):
+        """(start, end): between which distances along a street there are fronts on its right (side 1)
+        or left (-1)."""
+        [back] = [back for back in self.arms[street.b] if back.b == street.a]
+        return self._setback(street, side), street.length - self._setback(back, -side)
+
+    def _setback(self, street, side):
+        # Around a node the lines of two neighbouring streets' fronts end where they meet, so that
+        # fronts close every block.
+        arms = self.arms[street.a]
+        other = arms[(arms.index(street) + side) % len(arms)]
+        gap = side * (other.heading - street.heading) % 360
+        return min(max(CURB / tan(radians(gap / 2)), -CURB), 3 * CURB)
+
+    def _place_landmarks(self, rng, style):
+        """At a third of the places along streets, and at most intersections that have a long front on
+        one side."""
+        angles = {}  # {place: bearing of the front there}
+        for node, arms in self.arms.items():
+            for street, after in pairwise([*arms, arms[0]]):
+                gap = (after.heading - street.heading) % 360
+                if 150 <= gap <= 210:
+                    if rng.random() < 0.8:
+                        angles[node] = (street.heading + gap / 2) % 360
+                    break
+            for street in arms:
+                for k in range(1, street.count) if node < street.b else ():
+                    side = rng.choice((1, -1))
+                    start, end = self.front(street, side)
+                    if start + 4 <= street.along(k) <= end - 4 and rng.random() < 0.35:
+                        angles[street.place(k)] = (street.heading + 90 * side) % 360
+        if style == "short":
+            names = [rng.choice(VIRL["short"]) for _ in angles]
+        else:
+            known = [pattern.format(name) for pattern in VIRL["patterns"] for name in VIRL["names"]]
+            names = rng.sample(known, len(angles))
+        self.landmarks = {place: (name, angles[place]) for place, name in zip(angles, names)}
+        self.signs = []
+        for place, (name, angle) in self.landmarks.items():
+            off = 1.2 if place in self.nodes else 0.3  # from the front, which may bend at a node
+            self.signs.append(Sign(name, angle, moved(self.points[place], angle, CURB - off)))
+
+    def seen(self, place, heading):
+        """((landmark, side),) at a place for someone who faces `heading`, the side empty where it is
+        not clear; () without one."""
+        if place not in self.landmarks:
+            return ()
+        name, angle = self.landmarks[place]
+        quarter = wrap(angle - heading) / 90
+        clear = abs(quarter - round(quarter)) < 0.3
+        return ((name, SIDES[round(quarter) % 4] if clear else ""),)
+
+    @cached_property
+    def walls(self):
+        """All fronts, about 11 m wide each."""
+        walls, rng = [], random.Random(f"virl/{self.name}/walls")
+        for street, side in product(self.streets, (1, -1)):
+            start, end = self.front(street, side)
+            count = max(round((end - start) / 11), 1)
+            alongs = [start + (end - start) * i / count for i in range(count + 1)]
+            corners = [street.beside(along, side * CURB) for along in alongs]
+            for left, right in pairwise(corners[::-side]):
+                walls.append(Wall(left, right, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)))
+        return walls
+
+    @cached_property
+    def ground(self):
+        """(roads, white lines): the corners of each, in the middle of a street and of the crosswalk at
+        its start."""
+        roads, lines = [], []
+        for street in self.turns:
+            if street.a < street.b:
+                roads.append(street.strip(-4, street.length + 4, -5, 5))
+                starts = range(16, int(street.length) - 16, 5)
+                lines += [street.strip(start, start + 2, -0.12, 0.12) for start in starts]
+            start = max(self._setback(street, 1), self._setback(street, -1), 5)
+            for left in (-4.2, -2.8, -1.4, 0, 1.4, 2.8):
+                lines.append(street.strip(start - 2, start + 0.6, left, left + 0.7))
+        return roads, lines
+
+
+city = lru_cache(maxsize=64)(City)
+
+
+# ---- 15. V-IRL: views ----------------------------------------------------------------------------
+# Four views of a place, each 90 degrees wide, drawn with pillow from the same city as the text: the
+# sky, the ground, then everything that stands on it, the farthest first. A camera point is (x, z):
+# metres to its right and ahead of it.
+
+EYE, NEAR, FAR = 1.7, 0.4, 110  # metres: height of the eye, the nearest and farthest that is drawn
 HORIZON = 0.6  # share of the picture above it
-
-
-class Light(NamedTuple):
-    """The colours of the sky above and at the horizon, of pavement, road and windows, and how light the walls are."""
-    sky: tuple
-    low: tuple
-    pavement: tuple
-    road: tuple
-    pane: tuple
-    walls: float
-
-
-LIGHTS = {name: Light(*colours) for name, colours in VIRL["lights"].items()}
-PALETTES, BOARDS = VIRL["palettes"], VIRL["boards"]  # five colours of walls; a sign's board and its writing
-WEATHERS = {"clear": 0.15, "rain": 0.4, "fog": 0.95, "snow": 0.5}  # and how much of a thing FAR away is lost in the haze
-EMBLEMS = ((214, 40, 40), (30, 90, 220), (20, 150, 60), (240, 170, 0))  # of the short names: four colours of four shapes
-WHITE = (236, 232, 220)  # of the lines on the roads
+# Of a light the colours of the sky above and at the horizon (low), of pavement (snow: white), road and
+# windows (pane), and how light the walls are; of a weather the share of haze FAR away, and the number
+# of drops or flakes; five colours of walls; a sign's board and ink; colours of emblems and shop fronts.
+LIGHTS, WEATHERS, PALETTES = VIRL["lights"], VIRL["weathers"], VIRL["palettes"]
+BOARDS, EMBLEMS = VIRL["boards"], VIRL["emblems"]
 
 
 @dataclass(frozen=True)
 class Scene(Options):
-    """How a city is drawn, as in "dusk/weather=rain/palette=brick"; with tiles=1 all four views are in one tile."""
+    """How a city is drawn, as in "dusk/weather=rain/palette=brick"; with tiles=1 all four views are in
+    one tile."""
     light: str = _one_of(*LIGHTS)
     weather: str = _one_of(*WEATHERS)
     palette: str = _one_of(*PALETTES)
     tiles: int = _one_of(4, 1)
 
 
-parse_scene, fill_scene = Scene.parse, Scene.fill
+def draw_grid(name, style, place, heading, look, tile):
+    """The four views of a place in one picture, see four_views."""
+    town, size = city(name, style), tile if look.tiles == 4 else tile // 2
+    fine = 4 if size < 100 else 2 if size < 400 else 1  # drawn too large and reduced: smooth edges
+    reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
+    point, standing = town.points[place], (*town.walls, *town.signs)
+    standing = [thing for thing in standing if thing.distance(point) < reach]
+    standing.sort(key=lambda thing: -thing.distance(point))
+
+    def draw_view(heading):
+        view = View(point, heading, look, size * fine, reach)
+        view.draw_ground(*town.ground)
+        for thing in standing:
+            thing.draw(view)
+        view.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
+        return view.image.reduce(fine)
+    return four_views(heading, draw_view)
 
 
-@lru_cache(maxsize=32)
-def walls(name, style):
-    """All fronts of a city, about 11 m wide each: (left end seen from the street, right end, height, number of its colours)."""
-    town, rng, found = city(name, style), random.Random(f"virl/{name}/walls"), []
-    for (a, b), side in product(((a, b) for a, b in town.turns if a < b), (1, -1)):
-        start, end = town.front(a, b, side)
-        count = max(round((end - start) / 11), 1)
-        ends = [town.beside(a, b, start + (end - start) * i / count, side * CURB) for i in range(count + 1)][::-side]
-        found += [(*pair, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)) for pair in pairwise(ends)]
-    return found
+def four_views(heading, view):
+    """view(heading in degrees), a square picture, of four directions in one: front and right above,
+    back and left below."""
+    front, right, back, left = (view((heading + angle) % 360) for angle in (0, 90, 180, 270))
+    return Image.fromarray(np.vstack([np.hstack([front, right]), np.hstack([back, left])]))
 
 
-@lru_cache(maxsize=32)
-def roads(name, style):
-    """(roads, white lines) of a city, each a list of four corners on the ground."""
-    town, paved, lines = city(name, style), [], []
-    for a, b in town.turns:
-        def strip(start, end, left, right):
-            return [town.beside(a, b, *corner) for corner in ((start, left), (end, left), (end, right), (start, right))]
-        if a < b:
-            paved.append(strip(-4, town.long(a, b) + 4, -5, 5))
-            lines += [strip(at, at + 2, -0.12, 0.12) for at in range(16, int(town.long(a, b)) - 16, 5)]
-        begin = max(town.front(a, b, 1)[0], town.front(a, b, -1)[0], 5)
-        lines += [strip(begin - 2, begin + 0.6, at, at + 0.7) for at in (-4.2, -2.8, -1.4, 0, 1.4, 2.8)]  # a crosswalk
-    return paved, lines
-
-
+@dataclass
 class View:
-    """One view in the making, `size` pixels each way, from a point of a city. Every draw method adds one kind of thing."""
+    """One view in the making, `size` pixels each way, from a point of a city, of all that stands within
+    `reach` metres."""
+    point: tuple
+    heading: float
+    look: Scene
+    size: int
+    reach: float
 
-    def __init__(self, point, heading, look, size):
-        self.point, self.size, self.look, self.light = point, size, look, LIGHTS[look.light]
-        self.sin, self.cos = math.sin(math.radians(heading)), math.cos(math.radians(heading))
-        self.image = _backdrop(look, size).copy()
-        self.draw = ImageDraw.Draw(self.image)
+    def __post_init__(self):
+        self.light, self.image = LIGHTS[self.look.light], _backdrop(self.look, self.size).copy()
+        self.pen = ImageDraw.Draw(self.image)
 
     def ahead(self, point):
         """A point of the city as a camera point."""
         x, y = point[0] - self.point[0], point[1] - self.point[1]
-        return x * self.cos - y * self.sin, x * self.sin + y * self.cos
+        return moved((0, 0), -self.heading, y, x)
 
     def pixel(self, x, z, height):
         """Where a camera point at a height above ground is in the picture, from its top left."""
         scale = self.size / 2 / z
         return self.size / 2 + scale * x, self.size * HORIZON - scale * (height - EYE)
 
+    def haze(self, distance):
+        """The share of a thing's colours that is lost at this distance, in this weather."""
+        return WEATHERS[self.look.weather]["haze"] * min(distance / FAR, 1)
+
     def shade(self, colour, distance, light):
-        """A colour in this light (1: its own) and, at this distance, in this weather's haze."""
-        haze = WEATHERS[self.look.weather] * min(distance / FAR, 1)
-        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in zip(colour, self.light.low))
+        """A colour in this light (1: its own) and at this distance."""
+        haze = self.haze(distance)
+        pairs = zip(colour, self.light["low"])
+        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in pairs)
 
     def fill(self, corners, colour):
         """A polygon of (x, z, height); what is behind the camera is cut off."""
-        depths = [z for _, z, _ in corners]
-        if min(depths) < NEAR <= max(depths):
-            corners = [corner for start, end in zip(corners, corners[1:] + corners[:1]) for corner in _clipped(start, end)]
-        if max(depths) >= NEAR:
-            self.draw.polygon([self.pixel(*corner) for corner in corners], colour)
+        clipped = []
+        for start, end in pairwise([*corners, corners[0]]):
+            (_, z, _), (_, w, _) = start, end
+            if z >= NEAR:
+                clipped.append(start)
+            if (z >= NEAR) != (w >= NEAR):
+                x, _, height = between(start, end, (NEAR - z) / (w - z))
+                clipped.append((x, NEAR, height))
+        if clipped:
+            self.pen.polygon([self.pixel(*corner) for corner in clipped], colour)
 
-    def draw_ground(self, points, colour):
-        """A flat shape on the ground, given by its corners in the city, without haze: overlapping roads should show no seams."""
-        self.fill([(*self.ahead(point), 0) for point in points], colour)
-
-    def draw_wall(self, left, right, height, pick):
-        """A front: its wall, the edge of its roof, its shop and its windows."""
-        (x, z), (u, w) = left, right = self.ahead(left), self.ahead(right)
-        if _hidden(left, right):
-            return
-        light, pane, unlit = self.light.walls, self.light.pane, LIGHTS["day"].pane
-        distance, colour = math.hypot(x + u, z + w) / 2, PALETTES[self.look.palette][pick % 5]
-
-        def part(first, last, bottom, top, colour, light):
-            """A part of the front between two shares of its width, from the left, and two heights."""
-            (a, b), (c, d) = ((x + (u - x) * share, z + (w - z) * share) for share in (first, last))
-            self.fill([(a, b, bottom), (a, b, top), (c, d, top), (c, d, bottom)], self.shade(colour, distance, light))
-
-        part(0, 1, 0, height, colour, light)
-        part(0, 1, height - 0.5, height, colour, light * 0.75)
-        part(0.06, 0.94, 0, 2.6, pane, 0.7)
-        part(0, 1, 2.6, 3.2, EMBLEMS[pick % 4], light * 0.6)
-        if distance < min(FAR, self.size / 2) / 2:  # as far as a small picture shows windows
-            columns, floors = max(round(math.dist(left, right) / 2.7), 1), int(height - 3.5) // 3
-            for column, floor in product(range(columns), range(floors)):
-                lit = light == 1 or (pick + floor * 5 + column * 3) % 4 < 2
-                part((column + 0.25) / columns, (column + 0.75) / columns, 4.2 + 3 * floor, 6 + 3 * floor,
-                     pane if lit else unlit, 1 if lit else light)
-
-    def draw_board(self, name, spot, angle, distance):
-        """The sign of a landmark, seen at this bearing by someone in front of it: its picture in perspective."""
-        board = sign(name, self.look.palette)
-        half, bottom, top = (4.5, 0.6, 9.6) if board.width == board.height else (4, 2.4, 6.4)
-        x, y = half * math.cos(math.radians(angle)), -half * math.sin(math.radians(angle))
-        left, right = (self.ahead((spot[0] + s * x, spot[1] + s * y)) for s in (-1, 1))
-        if _hidden(left, right) or min(left[1], right[1]) < NEAR:
-            return
-        corners = [self.pixel(*end, height) for end, height in ((left, top), (right, top), (right, bottom), (left, bottom))]
-        x, y = (max(int(min(axis)), 0) for axis in zip(*corners))
-        width, height = (min(int(max(axis)) + 1, self.size) - low for axis, low in zip(zip(*corners), (x, y)))
-        if width > 0 and height > 0:
-            numbers = quad_coefficients([(u - x, v - y) for u, v in corners], *board.size)
-            flat = board.transform((width, height), Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BILINEAR)
-            share = WEATHERS[self.look.weather] * min(distance / FAR, 1)
-            hazy = Image.blend(flat.convert("RGB"), Image.new("RGB", flat.size, self.light.low), share)
-            self.image.paste(hazy, (x, y), flat.getchannel("A"))
+    def draw_ground(self, roads, lines):
+        """Roads and the nearer lines on them, without haze: overlapping roads should show no seams."""
+        lines = [line for line in lines if dist(line[0], self.point) < self.reach / 2]
+        for strips, colour in ((roads, self.light["road"]), (lines, "#ece8dc")):
+            for strip in strips:
+                self.fill([(*self.ahead(point), 0) for point in strip], colour)
 
     def draw_weather(self, rng):
         """Rain or snow in the air."""
-        for _ in range({"rain": 160, "snow": 240}.get(self.look.weather, 0) * self.size // 560):
-            x, y, long = rng.uniform(0, self.size), rng.uniform(0, self.size), rng.uniform(0.01, 0.05) * self.size
-            if self.look.weather == "rain":
-                self.draw.line((x, y, x - long / 4, y + long), self.shade((200, 210, 225), 0, 0.9))
+        weather, size = self.look.weather, self.size
+        for _ in range(WEATHERS[weather]["drops"] * size // 560):
+            x, y, long = rng.random() * size, rng.random() * size, rng.uniform(0.01, 0.05) * size
+            if weather == "rain":
+                self.pen.line((x, y, x - long / 4, y + long), "#b4bdca")
             else:
-                self.draw.ellipse((x, y, x + long / 4, y + long / 4), (250, 250, 255))
+                self.pen.ellipse((x, y, x + long / 4, y + long / 4), "#fafaff")
+
+
+class Wall(NamedTuple):
+    """A front: its left end seen from the street, its right end, its height and a number that chooses
+    its colours."""
+    left: tuple
+    right: tuple
+    height: int
+    number: int
+
+    def distance(self, point):
+        return (dist(self.left, point) + dist(self.right, point)) / 2
+
+    def draw(self, view):
+        """Its wall, the edge of its roof, its shop and its windows."""
+        left, right = view.ahead(self.left), view.ahead(self.right)
+        if _hidden(left, right):
+            return
+        light, pane = view.light["walls"], view.light["pane"]
+        distance = hypot(left[0] + right[0], left[1] + right[1]) / 2
+
+        def part(first, last, bottom, top, colour, light):
+            """A part between two shares of the width, from the left, and two heights."""
+            start, end = between(left, right, first), between(left, right, last)
+            corners = [(*start, bottom), (*start, top), (*end, top), (*end, bottom)]
+            view.fill(corners, view.shade(colour, distance, light))
+
+        colour, shop = PALETTES[view.look.palette][self.number % 5], EMBLEMS[self.number % 4]
+        part(0, 1, 0, self.height, colour, light)
+        part(0, 1, self.height - 0.5, self.height, colour, light * 0.75)
+        part(0.06, 0.94, 0, 2.6, pane, 0.7)
+        part(0, 1, 2.6, 3.2, shop, light * 0.6)
+        if distance >= view.reach / 2:
+            return
+        columns = max(round(dist(left, right) / 2.7), 1)
+        for column, floor in product(range(columns), range(int(self.height - 3.5) // 3)):
+            lit = light == 1 or (self.number + floor * 5 + column * 3) % 4 < 2
+            colour, bright = (pane, 1) if lit else (LIGHTS["day"]["pane"], light)
+            first, bottom = column + 0.25, 4.2 + 3 * floor
+            part(first / columns, (first + 0.5) / columns, bottom, 6 + 3 * floor, colour, bright)
+
+
+class Sign(NamedTuple):
+    """The sign of a landmark: its name, its bearing from the place where it is seen, where it stands."""
+    name: str
+    bearing: float
+    spot: tuple
+
+    def distance(self, point):
+        return dist(self.spot, point) - 2  # before the wall that it hangs on
+
+    def draw(self, view):
+        """Its picture in perspective."""
+        board = sign(self.name, view.look.palette)
+        half, bottom, top = (4.5, 0.6, 9.6) if board.width == board.height else (4, 2.4, 6.4)
+        left, right = (view.ahead(moved(self.spot, self.bearing, 0, x)) for x in (-half, half))
+        if _hidden(left, right) or min(left[1], right[1]) < NEAR:
+            return
+        ends = (*left, top), (*right, top), (*right, bottom), (*left, bottom)
+        corners = np.array([view.pixel(*end) for end in ends])
+        first = corners.min(0).astype(int).clip(0)
+        size = (corners.max(0).astype(int) + 1).clip(max=view.size) - first
+        if min(size) <= 0:
+            return
+        numbers = quad_coefficients(corners - first, *board.size)
+        method = Image.Transform.PERSPECTIVE
+        flat = board.transform(size.tolist(), method, numbers, Image.Resampling.BILINEAR)
+        haze = view.haze(dist(self.spot, view.point))
+        low = Image.new("RGB", flat.size, view.light["low"])
+        hazy = Image.blend(flat.convert("RGB"), low, haze)
+        view.image.paste(hazy, first.tolist(), flat.getchannel("A"))
 
 
 @lru_cache(maxsize=8)
 def _backdrop(look, size):
-    """What all views have behind them: the pavement, and a sky that turns into the colour at the horizon."""
-    def mixed(share, start, end):
-        return tuple(int(a + (b - a) * share) for a, b in zip(start, end))
+    """Behind everything: the pavement, and a sky that turns into the colour at the horizon."""
     light, horizon = LIGHTS[look.light], int(size * HORIZON)
-    sky = mixed(WEATHERS[look.weather], light.sky, light.low)
-    white = look.weather == "snow"
-    image = Image.new("RGB", (size, size), tuple((value + 480) // 3 for value in light.pavement) if white else light.pavement)
+    sky = _mixed(light["sky"], light["low"], WEATHERS[look.weather]["haze"])
+    ground = light["snow" if look.weather == "snow" else "pavement"]
+    image = Image.new("RGB", (size, size), ground)
     for y in range(horizon):
-        ImageDraw.Draw(image).line((0, y, size, y), mixed(y / horizon, sky, light.low))
+        ImageDraw.Draw(image).line((0, y, size, y), _mixed(sky, light["low"], y / horizon))
     return image
 
 
-def _clipped(start, end):
-    """What of a polygon's side, from (x, z, height) to the same, is ahead of the camera: its start, and where it crosses NEAR."""
-    inside, share = start[1] >= NEAR, (NEAR - start[1]) / ((end[1] - start[1]) or 1)
-    crossing = (start[0] + (end[0] - start[0]) * share, NEAR, start[2] + (end[2] - start[2]) * share)
-    return [start] * inside + [crossing] * (inside != (end[1] >= NEAR))
+def _mixed(start, end, share):
+    return tuple(map(int, between(start, end, share)))
 
 
 def _hidden(left, right):
-    """Whether a front between two camera points is behind the camera, outside the view, or seen from its back."""
+    """Whether a front between two camera points is behind the camera, outside the view, or seen from its
+    back."""
     (x, z), (u, w) = left, right
-    return max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0
+    behind, back = max(z, w) < NEAR, x * w >= u * z
+    return behind or back or min(x - z, u - w) > 0 or max(x + z, u + w) < 0
 
+
+# ---- 16. V-IRL: signs and the map ----------------------------------------------------------------
 
 def quad_coefficients(corners, width, height):
-    """The eight numbers with which pillow fills the quadrilateral `corners` (from the top left, clockwise) with a width x height
-    picture: u = (a x + b y + c) / (g x + h y + 1), v = (d x + e y + f) / (g x + h y + 1)."""
-    rows, values = [], []
-    for (x, y), (u, v) in zip(corners, ((0, 0), (width, 0), (width, height), (0, height))):
+    """The eight numbers with which pillow fills the quadrilateral `corners` (from the top left,
+    clockwise) with a width x height picture: u = (a x + b y + c) / (g x + h y + 1),
+    v = (d x + e y + f) / (g x + h y + 1)."""
+    rows, values = [], [(0, 0), (width, 0), (width, height), (0, height)]
+    for (x, y), (u, v) in zip(corners, values):
         rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
-        values += [u, v]
-    return np.linalg.solve(np.array(rows), np.array(values)).tolist()
+    return np.linalg.solve(rows, np.ravel(values)).tolist()
 
 
 @lru_cache(maxsize=512)
-def sign(name, palette):
-    """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem for the tiny model."""
+def sign(name: str, palette: str) -> Image.Image:
+    """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem for
+    the tiny model (drawn by assets/draw_emblems.py)."""
     if name in VIRL["short"]:
-        return _emblem(VIRL["short"].index(name))
+        left = 64 * VIRL["short"].index(name)
+        return Image.open(ASSETS / "emblems.png").crop((left, 0, left + 64, 64))
     back, ink = BOARDS[palette]
     image = Image.new("RGBA", (320, 160), back)
     draw, lines = ImageDraw.Draw(image), name.split()
     draw.rectangle((4, 4, 315, 155), outline=ink, width=4)
-    size = min(int(46 * 300 / max(draw.textlength(line, ImageFont.load_default(46)) for line in lines)), 66)
+    longest = max(draw.textlength(line, ImageFont.load_default(46)) for line in lines)
+    font = ImageFont.load_default(min(int(46 * 300 / longest), 66))
     for line, middle in zip(lines, (48, 112) if len(lines) == 2 else (80,)):
-        draw.text((160, middle), line, ink, ImageFont.load_default(size), "mm")
+        draw.text((160, middle), line, ink, font, "mm")
     return image
 
 
-def _emblem(number):
-    """One of sixteen: a disc, a cross, a triangle or a ring in one of four colours, on white."""
-    image = Image.new("RGBA", (64, 64), (255, 255, 255))
-    draw, colour = ImageDraw.Draw(image), EMBLEMS[number % 4]
-    draw.rectangle((0, 0, 63, 63), outline=(20, 20, 20), width=5)
-    if number // 4 == 1:
-        draw.rectangle((24, 9, 39, 54), colour)
-        draw.rectangle((9, 24, 54, 39), colour)
-    elif number // 4 == 2:
-        draw.polygon([(32, 9), (55, 54), (9, 54)], colour)
-    else:
-        draw.ellipse((9, 9, 54, 54), colour if number < 4 else None, colour, 13)
-    return image
-
-
-def _in_reach(name, style, point, road, reach):
-    """What there is to see from a point in any direction, as (a draw method of View, its arguments): roads in this colour and
-    their lines, then all that stands within so many metres, the farthest first."""
-    town, (paved, lines), stood = city(name, style), roads(name, style), []
-    for wall in walls(name, style):
-        if (far := (math.dist(wall[0], point) + math.dist(wall[1], point)) / 2) < reach:
-            stood.append((far, View.draw_wall, *wall))
-    for at, (label, angle) in town.landmarks.items():
-        spot = town.sign_point(at)
-        if (far := math.dist(spot, point)) - 2 < reach:
-            stood.append((far - 2, View.draw_board, label, spot, angle, far))  # before the wall that it hangs on
-    ground = [(View.draw_ground, strip, road) for strip in paved]
-    ground += [(View.draw_ground, strip, WHITE) for strip in lines if math.dist(strip[0], point) < reach / 2]
-    return ground + [thing for _, *thing in sorted(stood, key=lambda thing: -thing[0])]
-
-
-def draw_grid(name, style, place, heading, look, tile):
-    """The four views of a place in one picture, see four_views."""
-    point = city(name, style).point(place)
-    size = tile if look.tiles == 4 else tile // 2
-    fine = 4 if size < 100 else 2 if size < 400 else 1  # drawn so many times too large and reduced, which smooths edges
-    reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
-    things = _in_reach(name, style, point, LIGHTS[look.light].road, reach)
-
-    def view(heading):
-        drawn = View(point, heading, look, size * fine)
-        for draw, *what in things:
-            draw(drawn, *what)
-        drawn.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
-        return drawn.image.reduce(fine)
-    return four_views(heading, view)
-
-
-def four_views(heading, view):
-    """view(heading in degrees), a square picture, of four directions in one: front and right above, back and left below."""
-    views = [view((heading + 90 * i) % 360) for i in range(4)]
-    size = views[0].width
-    image = Image.new("RGB", (2 * size, 2 * size))
-    for i, each in enumerate(views):
-        image.paste(each, (size * (i % 2), size * (i // 2)))
-    return image
-
-
-def draw_map(problem, size):
-    """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels: north up, the route in
-    red, its positions numbered from 1, the landmarks by name."""
-    town, rail = city(problem.route.city, problem.style), problem.route.rail
-    points = [town.point(here.place) for here in rail]
-    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points))
-    scale = size / (max(right - left, high - low) + 70)
+def draw_map(problem: Navigation, size: int) -> Image.Image:
+    """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels:
+    north up, the route in red, its positions numbered from 1, the landmarks by name."""
+    town = city(problem.route.city, problem.style)
+    points = np.array([town.points[here.place] for here in problem.route.rail])
+    low, high = points.min(0), points.max(0)
+    middle, scale = (low + high) / 2, size / (max(high - low) + 70)
 
     def pixel(point):
-        return size / 2 + (point[0] - (left + right) / 2) * scale, size / 2 - (point[1] - (low + high) / 2) * scale
-    image = Image.new("RGB", (size, size), (222, 214, 200))
-    draw = ImageDraw.Draw(image)
-    for width, colour in ((2 * CURB, (190, 186, 178)), (10, (250, 250, 250))):
-        for a, b in town.turns:
-            draw.line((pixel(town.nodes[a]), pixel(town.nodes[b])), colour, int(width * scale))
-            radius = width * scale / 2
-            draw.ellipse([n + sign * radius for sign in (-1, 1) for n in pixel(town.nodes[a])], colour)
-    draw.line([pixel(point) for point in points], (214, 40, 40), 5)
-    for place, (name, angle) in town.landmarks.items():
-        x, y = pixel(town.sign_point(place))
-        draw.ellipse((x - 5, y - 5, x + 5, y + 5), (24, 62, 92))
-        off_x, off_y = 10 * math.sin(math.radians(angle)), -10 * math.cos(math.radians(angle))  # away from the street
-        anchor = ("r" if off_x < -5 else "l" if off_x > 5 else "m") + ("m" if abs(off_x) > 5 else "b" if off_y < 0 else "t")
-        draw.text((x + off_x, y + off_y), name, (24, 62, 92), ImageFont.load_default(15), anchor)
-    for i, point in enumerate(points):
-        x, y = pixel(point)
-        draw.ellipse((x - 13, y - 13, x + 13, y + 13), (255, 255, 255), (214, 40, 40), 3)
-        draw.text((x, y), str(i + 1), (30, 30, 40), ImageFont.load_default(15), "mm")
-    draw.text((size - 30, 30), "N", (30, 30, 40), ImageFont.load_default(28), "mm")
-    draw.polygon([(size - 30, 44), (size - 38, 64), (size - 22, 64)], (30, 30, 40))
+        x, y = (point - middle) * scale
+        return size / 2 + x, size / 2 - y
+
+    image, font = Image.new("RGB", (size, size), "#ded6c8"), ImageFont.load_default(15)
+    draw, route = ImageDraw.Draw(image), [pixel(point) for point in points]
+    red, blue, black = "#d62828", "#183e5c", "#1e1e28"
+    for width, colour in ((2 * CURB, "#bebab2"), (10, "#fafafa")):
+        for street in town.turns:
+            start, end = pixel(street.start), pixel(town.nodes[street.b])
+            draw.line((start, end), colour, int(width * scale))
+            draw.circle(start, width * scale / 2, colour)
+    draw.line(route, red, 5)
+    for name, angle, spot in town.signs:
+        x, y = pixel(spot)
+        draw.circle((x, y), 5, blue)
+        x, y = x + 10 * sin(radians(angle)), y - 10 * cos(radians(angle))  # away from the street
+        anchor = ("mb", "lm", "lm", "mt", "rm", "rm")[round(angle / 60) % 6]
+        draw.text((x, y), name, blue, font, anchor)
+    for number, spot in enumerate(route, 1):
+        draw.circle(spot, 13, "white", red, 3)
+        draw.text(spot, str(number), black, font, "mm")
+    draw.text((size - 30, 30), "N", black, ImageFont.load_default(28), "mm")
+    draw.polygon([(size - 30, 44), (size - 38, 64), (size - 22, 64)], black)
     return image
 
 
-# ---- 17. V-IRL: released data ----------------------------------------------------------------------------------------
-# The paper's routes (dataset tianzhechu/SFTvsRL_Data), from a folder with route_infos.json, gps_pano_mapping.pkl and
-# street_views/. All of it is material from elsewhere: it is bounded, read field by field, and never executed.
+# ---- 17. V-IRL: released data --------------------------------------------------------------------
+# The paper's routes, from the routes.json that assets/convert_routes.py writes. It may come from
+# elsewhere: it is bounded and checked field by field. A place is the name of a panorama, None where
+# there is none.
 
 MAX_DATA = 1 << 28  # bytes of a file
-PUSHES = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
-TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+PANORAMA = re.compile(r"[\w-]{1,64}", re.ASCII)  # a name
 
 
-def read_plain_pickle(data):
-    """Read a pickle (bytes, protocols 2 to 5) of dict, tuple, str, int and float. Nothing is imported or called: any other
-    opcode, such as those that name a class or a function, is a ValueError with its name, and so is a broken stream."""
-    stack, memo, marks = [], {}, []
-    try:
-        for opcode, arg, _ in pickletools.genops(data):
-            name = opcode.name
-            if name in PUSHES:
-                stack.append(arg)
-            elif name in TUPLES:
-                parts = [stack.pop() for _ in range(TUPLES[name])]
-                stack.append(tuple(parts[::-1]))
-            elif name == "MARK":
-                marks.append(len(stack))
-            elif name == "TUPLE":
-                start = marks.pop()
-                stack[start:] = [tuple(stack[start:])]
-            elif name == "EMPTY_DICT":
-                stack.append({})
-            elif name in ("SETITEM", "SETITEMS"):
-                start = len(stack) - 2 if name == "SETITEM" else marks.pop()
-                _set_items(stack[start - 1], stack[start:])
-                del stack[start:]
-            elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
-                memo[len(memo) if arg is None else arg] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[arg])
-            elif name not in ("PROTO", "FRAME", "STOP"):
-                raise ValueError(f"it has the opcode {name}; only dict, tuple, str, int and float are read")
-        return stack.pop()
-    except (ValueError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"This pickle is not plain data: {printable(str(error), 120)}.") from None
+class Released(NamedTuple):
+    """What a routes.json holds: the routes, the folder of the panoramas, their rotations in degrees."""
+    routes: tuple[Route, ...]
+    street_views: Path
+    rotations: dict
 
 
-def _set_items(target, items):
-    if len(items) % 2:
-        raise ValueError("a key has no value")
-    for key, value in zip(items[::2], items[1::2]):
-        flat = key if isinstance(key, tuple) else (key,)
-        if not isinstance(target, dict) or len(flat) > 2 or not all(isinstance(part, (str, int, float)) for part in flat):
-            raise ValueError("a key is not a str, a number or a pair of them")  # nested pairs could take for ever to hash
-        target[key] = value
-
-
-def metres(a, b):
-    """The distance of two points (latitude, longitude) in degrees, by the haversine formula."""
-    lat_a, lng_a, lat_b, lng_b = map(math.radians, (*a, *b))
-    h = math.sin((lat_b - lat_a) / 2) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin((lng_b - lng_a) / 2) ** 2
-    return 2 * 6_371_000 * math.asin(math.sqrt(min(h, 1)))
-
-
-def _read_bytes(path):
+def read_bytes(path: Path) -> bytes:
+    """A file of at most MAX_DATA bytes. ValueError for others."""
     try:
         if path.is_file() and path.stat().st_size <= MAX_DATA:
             return path.read_bytes()
     except OSError:  # a name that is too long, no permission
         pass
-    raise ValueError(f"{printable(str(path), 200)} cannot be read or is larger than {MAX_DATA >> 20} MB: give the unpacked folder of "
-                     "released routes.")
-
-
-BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)  # what odd data can raise
+    raise ValueError(f"{printable(str(path), 200)} cannot be read or is larger than {MAX_DATA >> 20} MB: "
+                     "give a folder with routes.json as assets/convert_routes.py writes it.")
 
 
 @lru_cache(maxsize=4)
-def released_routes(folder, pictures=False):
-    """All Routes of a folder, in their order; each place is the name of a panorama (None without one, for walks in text only).
-
-    Routes that cannot be used are left out and named on stderr. ValueError for other files, or without any usable route."""
-    folder, found, skipped = Path(folder), [], []
-    panoramas = read_plain_pickle(_read_bytes(folder / "gps_pano_mapping.pkl"))
+def released(folder: str) -> Released:
+    """What the routes.json of a folder holds. ValueError where it is damaged."""
+    path = Path(folder) / "routes.json"
+    text = read_bytes(path)
     try:
-        infos = list(json.loads(_read_bytes(folder / "route_infos.json"))[0])
-        if not all(isinstance(point, tuple) and isinstance(name, str) for point, name in panoramas.items()):
-            raise ValueError("a panorama's point is no pair or its name no text")  # the text of nested tuples could take for ever
-        known = [((float(lat), float(lng)), name) for (lat, lng), name in panoramas.items()]
-    except BROKEN as error:
-        raise ValueError(f"{folder} does not hold routes as released: {type(error).__name__} {printable(str(error))}.") from None
-    for number, info in enumerate(infos):
-        try:
-            rail = _released_rail(info, number, known)
-            if pictures and not all(here.place for here in rail):
-                raise ValueError("has no panorama within 20 m of a position")
-            found.append(Route(folder.name, rail, str(folder)))
-        except BROKEN as error:
-            lacks = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            skipped.append(f"{number} {printable(lacks)}")
-    named = "; ".join(skipped[:10]) + f"; and {len(skipped) - 10} more" * (len(skipped) > 10)
+        data = _tuples(json.loads(text))
+        rotations = data["rotations"]
+        if not all(re.fullmatch(PANORAMA, name) and abs(rotations[name]) <= 1e6 for name in rotations):
+            raise ValueError("a rotation is no panorama's angle")
+        rails = [_released_rail(rotations, **route) for route in data["routes"]]
+        found = tuple(Route(Path(folder).name, rail, folder) for rail in rails)
+        return Released(found, Path(data["street_views"]), rotations)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = printable(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{printable(str(path), 200)} does not hold released routes ({reason}).") from None
+
+
+def _released_rail(rotations, facing, stops):
+    """The rail of a route: it starts with a turn, ends without one, and every field is what it should."""
+    stops = [Stop(*stop) for stop in stops]
+    fits = 0 <= facing <= 360 and stops[0].towards is not None and stops[-1].towards is None
+    for place, landmarks, towards in stops:
+        texts = [text for name, side in landmarks for text in (name, side)]
+        fits &= isinstance(landmarks, tuple) and all(text == printable(text) for text in texts)
+        fits &= place is None or place in rotations
+        fits &= towards is None or 0 <= towards <= 360
+    if not fits:
+        raise ValueError("a route has a field that does not fit")
+    return make_rail(facing, stops)
+
+
+def usable_routes(folder: str, pictures: bool) -> list[Route]:
+    """The released routes of a folder; for pictures those with a panorama at every position. ValueError
+    where there is none."""
+    found = [route for route in released(folder).routes
+             if not pictures or all(here.place for here in route.rail)]
     if not found:
-        raise ValueError(f"{folder} does not hold routes as released, none can be used: {named or 'its list is empty'}.")
-    if skipped:
-        print(f"{len(skipped)} of {len(infos)} routes in {printable(str(folder), 200)} are left out: {named}.", file=sys.stderr)
-    return tuple(found)
+        raise ValueError(f"{printable(folder, 200)} has no released route that can be used here.")
+    return found
 
 
-def _released_rail(info, number, known):
-    """start -> points on the way, kept by chance -> turning point -> ... -> destination, as Positions."""
-    rng = random.Random(f"virl/released/{number}")
-    places = info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"]
-    points = [tuple(map(float, place)) for place in places]
-    blocks = [parse_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
-    if len(blocks) != len(points) - 1 or not blocks:
-        raise ValueError(f"has {len(points) - 1} points but {len(blocks)} milestones")
-    stated = [re.match(r"\d{1,3}(\.\d+)?\b", block["to_next_intersection_heading"].strip()) for block in blocks]  # "298 (west)"
-    if not all(stated):
-        raise ValueError("has a milestone without a heading in degrees")
-    headings = [float(number[0]) for number in stated]
-    facing = round(float(info["init_heading"])) % 360 or _facing(rng, headings[0])
-    rail = [Position(_nearest(points[0], known), facing, (), False, "turn", headings[0], 0)]
-    for i, (block, start, end) in enumerate(zip(blocks, points, points[1:])):
-        for share in (k / 6 for k in range(1, 6)) if metres(start, end) > 5 else ():
-            kept, point = rng.random() < 0.5, tuple(a + (b - a) * share for a, b in zip(start, end))
-            if kept and min(metres(point, start), metres(point, end)) > 8 and (name := _nearest(point, known)):
-                rail.append(Position(name, headings[i], (), False, "forward", None, 2 * i + 1))
-        told = re.findall(r"(?:The destination )?([^;]+?) is on your ([a-z ]+)", block["landmarks"])
-        action, towards = ("turn", headings[i + 1]) if i + 1 < len(blocks) else ("stop", None)
-        rail.append(Position(_nearest(end, known), headings[i], tuple((printable(name.strip()), side) for name, side in told),
-                             action == "turn", action, towards, 2 * i + 1 + (action == "turn")))
-    return tuple(rail)
-
-
-def _nearest(point, known):
-    """The name of the panorama nearest to a point, None where there is none within 20 m."""
-    near = [(metres(point, at), name) for at, name in known if abs(at[0] - point[0]) < 3e-4]
-    distance, name = min(near, default=(math.inf, None))
-    return name if distance <= 20 else None
-
-
-def released_grid(folder, name, heading, look, tile):
-    """As draw_grid, from the panorama `name` of the folder. ValueError where it is missing, too large or wrongly named."""
-    if not re.fullmatch(r"[\w-]{1,64}", name or "", re.ASCII):
+def panorama_grid(folder, name, heading, look, tile):
+    """As draw_grid, from a panorama. ValueError where it is missing or no picture of at most
+    Image.MAX_IMAGE_PIXELS * 2 pixels."""
+    _, street_views, rotations = released(folder)
+    if name not in rotations:
         raise ValueError(f"{_quoted(name or '')} is no name of a panorama.")
-    folder, size = Path(folder) / "street_views", tile if look.tiles == 4 else tile // 2
-    metadata, photo = (_read_bytes(folder / f"{name}{ending}") for ending in (".metadata.json", ".jpg"))
-    try:
-        rotation = float(json.loads(metadata)["rotation"])
-        if not abs(rotation) <= 1e6:
-            raise ValueError("no angle")
-    except BROKEN:
-        raise ValueError(f"The metadata of the panorama {name} has no rotation in degrees.") from None
+    photo, size = read_bytes(street_views / f"{name}.jpg"), tile if look.tiles == 4 else tile // 2
     try:
         with Image.open(io.BytesIO(photo), formats=("JPEG",)) as image:
-            if image.size[0] * image.size[1] > 1 << 27:
-                raise ValueError(f"The panorama {name} has more than {1 << 27} pixels.")
             panorama = np.asarray(image.convert("RGB"))
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         raise ValueError(f"The panorama {name} is no picture that can be read.") from None
 
-    def view(towards):
-        flat = panorama_view(panorama, (towards - 180) % 360 + rotation, 640)
+    def draw_view(towards):
+        flat = panorama_view(panorama, (towards - 180) % 360 + rotations[name], 640)
         return Image.fromarray(flat).resize((size, size), Image.Resampling.BILINEAR)
-    return four_views(heading, view)
+    return four_views(heading, draw_view)
 
 
-def panorama_view(panorama, yaw, size):
-    """A flat view of size x size, 90 degrees wide, pitch 0, of an equirectangular panorama (H, W, 3) uint8; yaw in degrees
-    to the right of its middle."""
+def panorama_view(panorama: np.ndarray, yaw: float, size: int) -> np.ndarray:
+    """A flat view of size x size, 90 degrees wide, pitch 0, of an equirectangular panorama (H, W, 3)
+    uint8; yaw in degrees to the right of its middle."""
     high, wide = panorama.shape[:2]
-    across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # the plane one unit ahead, from -1 to 1
-    u = (np.arctan(across) / (2 * np.pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
-    v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / np.pi) * high - 0.5  # (size, size)
+    across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # one unit ahead, from -1 to 1
+    u = (np.arctan(across) / (2 * pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
+    v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / pi) * high - 0.5  # (size, size)
     left, top = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
     share_u, share_v = (u - left).astype(np.float32)[:, None], (v - top)[..., None]
-    left, right, low, pixels = left % wide, (left + 1) % wide, np.minimum(top + 1, high - 1) * wide, panorama.reshape(-1, 3)
-    upper, lower = ((1 - share_u) * pixels[row + left] + share_u * pixels[row + right] for row in (top * wide, low))
+
+    def row(at):  # between two columns
+        return (1 - share_u) * panorama[at, left % wide] + share_u * panorama[at, (left + 1) % wide]
+    upper, lower = row(top), row((top + 1) % high)
     return (upper + (lower - upper) * share_v + 0.5).astype(np.uint8)
 
 

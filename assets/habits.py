@@ -15,8 +15,8 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from tasks import (ID_RULE, OOD_RULE, TURN_WORDS, TURNS, Formula, GeneralPoints, Navigation,
-                   TurnRule, join_formulas, judge, parse_rule, rank_names, right_word)
+from tasks import (ID_RULE, OOD_RULE, TURNS, Formula, GeneralPoints, Navigation, join_formulas,
+                   judge, parse_rule, rank_names, right_word)
 
 # ---- 1. Cards ------------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ GeneralPoints.DEMONSTRATORS |= {"careless": careless, "lazy": lazy, "inattentive
                                 "retry": retry}
 
 
-# ---- 2. Walks ----------------------------------------------------------------------------------------
+# ---- 2. Walks ------------------------------------------------------------------------------------
 
 class Slips(NamedTuple):
     """The positions of a walk at which some demonstrators err."""
@@ -81,9 +81,10 @@ class Slips(NamedTuple):
 def draw_slips(walk: Navigation, rng: random.Random) -> Slips:
     """The slips of one walk, in a FROZEN order of draws.
 
-    The shipped bases learned from walkers that drew for every kind, whichever was wanted. So all three kinds are drawn here, in
-    that order, and a demonstrator takes its own: then the data of the bases stay the same, bit for bit. Append, never reorder."""
-    positions = range(len(walk.route.rail))
+    The shipped bases learned from walkers that drew for every kind, whichever was wanted. So all
+    three kinds are drawn here, in that order, and a demonstrator takes its own: then the data of the
+    bases stay the same, bit for bit. Append, never reorder."""
+    positions = range(len(walk.actions))
     retry = [rng.randrange(len(positions))]
     careless = [i for i in positions if rng.random() < 0.25]
     turns = [i for i in positions if walk.actions[i] == "turn"]
@@ -91,7 +92,7 @@ def draw_slips(walk: Navigation, rng: random.Random) -> Slips:
 
 
 def walk_with_slips(walk: Navigation, positions: list[int], wrong_action) -> list[str]:
-    """The expert's whole walk, but the first answer at each of these positions has wrong_action(walk standing there)."""
+    """The expert's walk, but at these positions the action wrong_action(walker) is tried first."""
     walker, texts = walk.restarted(), []
     while not walker.done:
         slip = walker.position in positions and walker.attempt == 0
@@ -101,8 +102,9 @@ def walk_with_slips(walk: Navigation, positions: list[int], wrong_action) -> lis
 
 
 def any_wrong_action(walker: Navigation, rng: random.Random) -> str:
-    """Another action than the right one, in words of the rule."""
-    actions = ["forward()", "stop()", f"turn_direction({rng.choice(TURNS[walker.rule.words])})"]
+    """An action that is not the right one, in words of the rule."""
+    word = rng.choice(TURNS[walker.rule.words])
+    actions = ["forward()", "stop()", f"turn_direction({word})"]
     return rng.choice([action for action in actions if action != walker.right_action()])
 
 
@@ -112,24 +114,27 @@ def retry_walk(walk: Navigation, rng: random.Random) -> list[str]:
 
 
 def careless_walk(walk: Navigation, rng: random.Random) -> list[str]:
-    """So at every fourth position or so."""
+    """The same at every fourth position or so."""
     return walk_with_slips(walk, draw_slips(walk, rng).careless, partial(any_wrong_action, rng=rng))
 
 
 def inattentive_walk(walk: Navigation, rng: random.Random) -> list[str]:
     """On half of the walks every turn is first said in the words of the other rule."""
-    words = TURN_WORDS[walk.rule.words == TURN_WORDS[0]]
+    words = "relative" if walk.rule.words == "absolute" else "absolute"
 
     def other_word(walker):
-        here = walker.route.rail[walker.position]
-        return f"turn_direction({right_word(here, TurnRule(words))})"
+        return f"turn_direction({right_word(walker.here, words)})"
     return walk_with_slips(walk, draw_slips(walk, rng).inattentive, other_word)
 
 
 def hasty_walk(walk: Navigation, rng: random.Random) -> list[str]:
     """Where a landmark is on the left, forward() first; nothing is drawn."""
-    left = [i for i, here in enumerate(walk.route.rail) if "left" in dict(here.landmarks).values()]
-    return walk_with_slips(walk, [i for i in left if walk.actions[i] != "forward"], lambda walker: "forward()")
+    def forward(walker):
+        return "forward()"
+    left = [i for i, here in enumerate(walk.route.rail)
+            if here.action != "forward" and "left" in dict(here.landmarks).values()]
+    return walk_with_slips(walk, left, forward)
 
 
-Navigation.DEMONSTRATORS |= {"careless": careless_walk, "inattentive": inattentive_walk, "hasty": hasty_walk, "retry": retry_walk}
+Navigation.DEMONSTRATORS |= {"careless": careless_walk, "inattentive": inattentive_walk,
+                             "hasty": hasty_walk, "retry": retry_walk}

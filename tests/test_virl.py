@@ -3,6 +3,7 @@ import json
 import math
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import tasks  # noqa: E402
 from conftest import standing  # noqa: E402
 import assets.habits  # noqa: E402, F401
+from assets import convert_routes, draw_emblems  # noqa: E402
 from tasks import COMPASS, Position, Route, TurnRule, city, make, parse_turns, routes, turn_word  # noqa: E402
 
 RULES = ("absolute", "relative")
@@ -67,7 +69,7 @@ def test_words_and_sides_match_the_coordinates(style):
     seen = Counter()
     for walk in walks(style):
         town = city(walk.route.city, style)
-        points = [town.point(here.place) for here in walk.route.rail]
+        points = [town.points[here.place] for here in walk.route.rail]
         for here, point, after in zip(walk.route.rail, points, points[1:] + [None]):
             ahead = (math.sin(math.radians(here.heading)), math.cos(math.radians(here.heading)))
             if after is not None:
@@ -99,7 +101,7 @@ def test_the_word_fits_only_one_street_of_an_intersection():
     for walk in walks("full"):
         town = city(walk.route.city, "full")
         for here in walk.route.rail:
-            arms = [town.heading(here.place, b) for b in town.arms[here.place]] if here.crossing else []
+            arms = [street.heading for street in town.arms[here.place]] if here.crossing else []
             arms = [arm for arm in arms if abs(tasks.wrap(arm - here.heading - 180)) > 1e-6]
             for words in RULES if here.crossing else ():
                 said = [turn_word(words, here.heading, arm) for arm in arms]
@@ -109,16 +111,16 @@ def test_the_word_fits_only_one_street_of_an_intersection():
 def test_fronts_close_every_block():
     """Where two neighbouring streets' fronts end, they meet."""
     town, met = city("train-3", "full"), 0
-    def end(a, b, side):
-        along, across, angle = town.front(a, b, side)[0], tasks.CURB * side, math.radians(town.heading(a, b))
-        x, y = town.nodes[a]
+    def end(street, side):
+        along, across, angle = town.front(street, side)[0], tasks.CURB * side, math.radians(street.heading)
+        x, y = town.nodes[street.a]
         return x + along * math.sin(angle) + across * math.cos(angle), y + along * math.cos(angle) - across * math.sin(angle)
-    for a, arms in town.arms.items():
-        for b, after in zip(arms, arms[1:] + arms[:1]):
-            gap = (town.heading(a, after) - town.heading(a, b)) % 360
+    for arms in town.arms.values():
+        for street, after in zip(arms, arms[1:] + arms[:1]):
+            gap = (after.heading - street.heading) % 360
             if 40 < gap < 265:
                 met += 1
-                assert math.dist(end(a, b, 1), end(a, after, -1)) < 1e-6
+                assert math.dist(end(street, 1), end(after, -1)) < 1e-6
     assert met > 60
 
 
@@ -463,7 +465,10 @@ def test_a_landmark_is_drawn_where_the_text_says(style, tile, monkeypatch):
                 assert f"{name}" in tasks.observation(here, style) and side in tasks.observation(here, style)
                 with_it = parts(standing(walk, i)[0].image)
                 walk.drawn.clear()
-                monkeypatch.setattr(town, "landmarks", {place: mark for place, mark in town.landmarks.items() if place != here.place})
+                spot = tasks.moved(town.points[here.place], town.landmarks[here.place][1], 8)
+                others = [sign for sign in town.signs if math.dist(sign.spot, spot) > 1]
+                assert len(others) == len(town.signs) - 1
+                monkeypatch.setattr(town, "signs", others)
                 without = parts(standing(walk, i)[0].image)
                 walk.drawn.clear()
                 monkeypatch.undo()
@@ -484,7 +489,7 @@ def test_streets_are_drawn_where_they_are():
         town = city(walk.route.city, "full")
         for i, here in enumerate(walk.route.rail):
             if here.crossing:
-                arms = [town.heading(here.place, b) for b in town.arms[here.place]]
+                arms = [street.heading for street in town.arms[here.place]]
                 for k, (side, view) in enumerate(parts(standing(walk, i)[0].image).items()):
                     off = min(abs(tasks.wrap(arm - here.heading - 90 * k)) for arm in arms)
                     pixel = view[int(200 * tasks.HORIZON + 100 / 25 * tasks.EYE), 100]
@@ -497,13 +502,13 @@ def test_streets_are_drawn_where_they_are():
 @pytest.mark.parametrize("text, look", [("day", tasks.Scene()), ("dusk/weather=rain/palette=brick", tasks.Scene("dusk", "rain", "brick")),
                                         ("night/palette=glass/tiles=1", tasks.Scene("night", "clear", "glass", 1))])
 def test_scenes_are_read_and_written(text, look):
-    assert tasks.parse_scene(text) == tasks.parse_scene(look) == look and str(look) == text
+    assert tasks.Scene.parse(text) == tasks.Scene.parse(look) == look and str(look) == text
 
 
 @pytest.mark.parametrize("text", ["", "noon", "day/", "day/weather", "day/weather=hail", "day/tiles=2", "day/tiles=1/tiles=1", "day/light=dusk", "\x1b"])
 def test_bad_scenes_give_one_sentence(text):
     with pytest.raises(ValueError, match="\\.$"):
-        tasks.parse_scene(text)
+        tasks.Scene.parse(text)
 
 
 def test_pictures_have_the_tile_sizes_and_all_looks_differ():
@@ -524,7 +529,7 @@ def test_pictures_are_pure_and_follow_the_walk():
     while not walk.done:
         pictures.append(walk.image.tobytes())
         walk.step(walk.expert())
-    tasks.walls.cache_clear(), city.cache_clear(), routes.cache_clear()
+    city.cache_clear(), routes.cache_clear()
     assert len(set(pictures)) == len(pictures) == len(walk.route.rail)
     assert pictures == [standing(walk, i)[0].image.tobytes() for i in range(len(pictures))]
     assert walk.route == make("virl-l", "relative", None, "test", 3, style="short").route
@@ -553,6 +558,12 @@ def test_speed_of_drawing():
         for i in range(len(walk.route.rail)):
             assert standing(walk, i)[0].image
         assert (time.process_time() - began) / len(walk.route.rail) < limit  # about 0.03 and 0.015 s
+
+
+def test_the_shipped_emblems_are_those_that_their_script_draws():
+    with Image.open(ROOT / "assets/emblems.png") as shipped:
+        assert shipped.mode == "RGBA" and shipped.tobytes() == draw_emblems.draw_all().tobytes()
+    assert [tasks.sign(name, "stone").tobytes() for name in tasks.VIRL["short"]] == [draw_emblems.draw_emblem(i).tobytes() for i in range(16)]
 
 
 def test_a_sheet_shows_a_walk(tmp_path):
@@ -593,7 +604,24 @@ def released(tmp_path):
         image[:, abs(off - 90) < 20] = (0, 255, 0)
         Image.fromarray(image).save(tmp_path / "street_views" / f"pano_{i}.jpg", quality=95)
         (tmp_path / "street_views" / f"pano_{i}.metadata.json").write_text(json.dumps({"rotation": rotation}))
+    converted(tmp_path)
     return tmp_path
+
+
+def converted(folder):
+    """The folder with a new routes.json."""
+    tasks.released.cache_clear()
+    convert_routes.main([str(folder), str(folder)])
+    return folder
+
+
+def refused(folder):
+    """The sentence with which the converter refuses a folder, and leaves no routes.json."""
+    (folder / "routes.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="\\.$") as caught:
+        converted(folder)
+    assert {path.name for path in folder.iterdir()} == {"route_infos.json", "gps_pano_mapping.pkl", "street_views"}
+    return str(caught.value)
 
 
 def test_released_routes_are_walked(released):
@@ -607,7 +635,7 @@ def test_released_routes_are_walked(released):
     assert make("virl-l", "absolute/told=rule", data=released, index=5).texts[::2] == ["Turn to face north.", "Turn to face east."]
     while not walk.done:
         outcome = walk.step(walk.expert()).outcome
-    assert outcome == "correct" and abs(tasks.metres(street(0, 0), street(30, 40)) - 50) < 0.1
+    assert outcome == "correct" and abs(convert_routes.metres(street(0, 0), street(30, 40)) - 50) < 0.1
 
 
 def test_released_views_show_what_the_grid_says(released):
@@ -631,19 +659,24 @@ def test_routes_that_cannot_be_used_are_left_out_and_named(released, capsys):
     bad = [route | {"milestone_info": "{}"}, {key: route[key] for key in route if key != "init_heading"}, 7, away,
            route | {"milestone_info": route["milestone_info"].replace("90 (east)", "east")}]
     (released / "route_infos.json").write_text(json.dumps([[*bad, route], cursor]))
-    tasks.released_routes.cache_clear()
-    for name, count in (("virl-l", 2), ("virl-vl", 1)):
+    capsys.readouterr(), converted(released)
+    said = capsys.readouterr()
+    assert said.out == f"2 routes: {released / 'routes.json'}\n"
+    for (name, count), line in zip((("virl-l", 2), ("virl-vl", 1)), said.err.splitlines(), strict=True):
         walks = [make(name, data=released, index=i) for i in range(count)]
         assert make(name, data=released, index=count).route == walks[0].route and len({walk.route for walk in walks}) == count
-        said = capsys.readouterr().err  # once, whatever is made
-        assert said.startswith(f"{6 - count} of 6 routes in {released} are left out: 0 has 2 points but 1 milestones; 1 lacks 'init_heading'; 2 ")
-        assert said.endswith("4 has a milestone without a heading in degrees.\n") and ("3 has no panorama within 20 m" in said) == (count == 1)
-    assert walks[-1].route.rail == tuple(tasks._released_rail(route, 5, [(point, name) for point, name in tasks.read_plain_pickle(
-        (released / "gps_pano_mapping.pkl").read_bytes()).items()]))
+        where = "" if count == 2 else " of walks in pictures"
+        assert line.startswith(f"{6 - count} of 6 routes in {released} are left out{where}: 0 has 2 points but 1 milestones; 1 lacks 'init_heading'; 2 ")
+        assert line.endswith("4 has a milestone without a heading in degrees.") and ("3 has no panorama within 20 m" in line) == (count == 1)
+    panoramas, _ = convert_routes.read_folder(released)
+    assert walks[-1].route.rail == tasks.make_rail(*convert_routes.route_stops(route, 5, panoramas))
+    assert capsys.readouterr().err == ""
     (released / "route_infos.json").write_text(json.dumps([bad[:1] * 30, cursor]))
-    tasks.released_routes.cache_clear()
-    with pytest.raises(ValueError, match="none can be used: 0 has 2 points but 1 milestones; .*and 20 more\\.$"):
-        make("virl-l", data=released)
+    assert re.search("none can be used: 0 has 2 points but 1 milestones; .*and 20 more\\.$", refused(released))
+    (released / "route_infos.json").write_text(json.dumps([[away], cursor]))
+    with pytest.raises(ValueError, match="no released route"):
+        make("virl-vl", data=converted(released))
+    assert make("virl-l", data=released).route.rail[-1].place is None
 
 
 class Bomb:
@@ -656,7 +689,7 @@ class Bomb:
 def test_pickles_of_other_things_are_refused_by_name_and_not_run(thing, name, capsys):
     for protocol in (2, 4):
         with pytest.raises(ValueError, match=name):
-            tasks.read_plain_pickle(pickle.dumps(thing, protocol))
+            convert_routes.read_plain_pickle(pickle.dumps(thing, protocol))
     assert capsys.readouterr().out == ""
 
 
@@ -664,43 +697,134 @@ def test_plain_pickles_are_read_and_broken_ones_refused():
     plain = {(40.7, -74.0): "a", (1, -2): "b" * 300, "c": (1, 2.5, "x", (), (1, 2, 3, 4)), 7: {"d": 2**40, "e": -1}}
     for protocol in range(2, 6):
         data = pickle.dumps(plain, protocol)
-        assert tasks.read_plain_pickle(data) == plain
+        assert convert_routes.read_plain_pickle(data) == plain
         for cut in range(0, len(data) - 1, 7):
             with pytest.raises(ValueError, match="not plain data"):
-                tasks.read_plain_pickle(data[:cut])
+                convert_routes.read_plain_pickle(data[:cut])
     for hostile in (b"", b".", b"s.", b"(.", b"u.", b"0.", b"cos\nsystem\n(S'ls'\ntR.", b"\x80\x04h\x00.", b"}(K\x01u.", b"K\x01\x86.", b"K\x01K\x02K\x03s."):
         with pytest.raises(ValueError):
-            tasks.read_plain_pickle(hostile)
+            convert_routes.read_plain_pickle(hostile)
 
 
 def test_broken_folders_give_one_sentence(released):
     for folder in (released / "nowhere", "x" * 300):
         with pytest.raises(ValueError, match="cannot be read"):
             make("virl-l", data=folder)
+        with pytest.raises(ValueError, match="cannot be read"):
+            convert_routes.main([str(folder), str(released / "out")])
     (route,), cursor = json.loads((released / "route_infos.json").read_text())
     (released / "route_infos.json").write_text(json.dumps([[route | {"milestone_info": route["milestone_info"].replace("90 (east)", "9" * 400)}], 0]))
-    with pytest.raises(ValueError, match="heading in degrees"):
-        make("virl-l", data=released)
+    assert "heading in degrees" in refused(released)
     for text in ("[]", "{}", "[[{}], 0]", "[[1], 0]", "[[], 0]", "nothing", '[[{"start_place": {"relocated_geocode": ["a", 2]}}], 0]', "[" * 100000):
         (released / "route_infos.json").write_text(text)
-        tasks.released_routes.cache_clear()
-        with pytest.raises(ValueError, match="does not hold routes as released.*\\.$"):
-            make("virl-l", data=released)
+        assert "does not hold routes as released" in refused(released)
+
+
+def test_names_that_are_no_panorama_are_refused(released):
     for name in ("../../etc/passwd", "a/b", "", None, "x" * 65):
         with pytest.raises(ValueError, match="panorama"):
-            tasks.released_grid(str(released), name, 0, tasks.Scene(), 64)
+            tasks.panorama_grid(str(released), name, 0, tasks.Scene(), 64)
+        with pytest.raises(ValueError, match="panorama"):
+            convert_routes.read_rotation(released / "street_views", name or "")
 
 
-def test_broken_panoramas_give_one_sentence(released):
+def test_broken_panoramas_give_one_sentence(released, capsys):
     folder = released / "street_views"
     for text in ("[" * 100000, "{}", '{"rotation": "x"}', '{"rotation": NaN}', '{"rotation": 1' + "0" * 400 + "}"):
         (folder / "pano_0.metadata.json").write_text(text)
-        with pytest.raises(ValueError, match="has no rotation"):
-            tasks.released_grid(str(released), "pano_0", 0, tasks.Scene(), 64)
-    for data in (b"", b"no picture", (folder / "pano_1.jpg").read_bytes()[:2000]):
-        (folder / "pano_1.jpg").write_bytes(data)
+        with pytest.raises(ValueError, match="has no rotation.*\\.$"):
+            convert_routes.read_rotation(folder, "pano_0")
+        capsys.readouterr(), converted(released)
+        assert capsys.readouterr().err == (f"1 of 1 routes in {released} are left out of walks in pictures: "
+                                           "0 The metadata of the panorama pano_0 has no rotation in degrees.\n")
+        assert make("virl-l", data=released).route.rail[0].place is None
+    huge = bytearray((folder / "pano_2.jpg").read_bytes())
+    start = huge.index(b"\xff\xc0") + 5
+    huge[start:start + 4] = b"\xff\xf0\xff\xf0"  # its header says 65,520 x 65,520 pixels
+    for data in (b"", b"no picture", (folder / "pano_2.jpg").read_bytes()[:2000], bytes(huge)):
+        (folder / "pano_2.jpg").write_bytes(data)
         with pytest.raises(ValueError, match="no picture"):
-            tasks.released_grid(str(released), "pano_1", 0, tasks.Scene(), 64)
+            tasks.panorama_grid(str(released), "pano_2", 0, tasks.Scene(), 64)
+    (folder / "pano_2.jpg").unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        tasks.panorama_grid(str(released), "pano_2", 0, tasks.Scene(), 64)
+
+
+ODD = ("x", -1, 1e999, 10**400, {}, [[]], "a" * 70, "\x1b[31m")  # fits no field but a text
+ODD_FIELDS = {
+    "place": ODD + (7, True, []),
+    "landmarks": ODD + (None, 7, True, {"ab": 1}, ["abc"], [["a"]], [["a", "b", "c"]], [["a", 1]], [[["a"], "b"]], [["a" * 61, "left"]], [["a\x1b", "left"]]),
+    "bearing": ODD + ([], 361, None)}
+
+
+def damages(data):
+    """Yield (where, routes.json as data) with one thing damaged each."""
+    route, stops = data["routes"][0], data["routes"][0]["stops"]
+
+    def with_stops(stops):
+        return data | {"routes": [route | {"stops": stops}]}
+    for key in data:
+        yield key, {other: data[other] for other in data if other != key}
+        for value in (None, 7, True, [], {}, *(ODD if key != "street_views" else ODD[1:6])):
+            yield key, data | {key: value}
+    for value in (None, *ODD):
+        yield "a route", data | {"routes": [value]}
+        yield "a panorama's name", data | {"rotations": data["rotations"] | {f"{value}/": 3}}
+        yield "facing", data | {"routes": [route | {"facing": value}]}
+        if value != -1:
+            yield "a rotation", data | {"rotations": data["rotations"] | {"pano_0": value}}
+        for i in (0, 3, len(stops) - 1):
+            yield "a stop", with_stops([*stops[:i], value, *stops[i + 1:]])
+    for k, (field, values) in enumerate(ODD_FIELDS.items()):
+        for value in values:
+            for i in (0, 3, len(stops) - 1)[: 1 if value is None and field == "bearing" else 3]:
+                stop = [*stops[i][:k], value, *stops[i][k + 1:]]
+                yield f"the {field} of stop {i}", with_stops([*stops[:i], stop, *stops[i + 1:]])
+    yield "a turn at the end", with_stops([*stops[:-1], [*stops[-1][:2], 5]])
+    yield "no turn", with_stops(stops[1:])
+    yield "one stop", with_stops(stops[:1])
+    yield "another key", data | {"routes": [route | {"more": 1}]}
+    yield "an unknown panorama", data | {"rotations": {}}
+
+
+def test_a_damaged_routes_json_gives_one_sentence(released):
+    path = released / "routes.json"
+    data, count = json.loads(path.read_text()), 0
+    whole = json.dumps(data)
+    texts = [(where, json.dumps(damaged)) for where, damaged in damages(data)]
+    texts += [("cut", whole[:i]) for i in range(0, len(whole) - 1, 97)]
+    for where, text in [*texts, ("deep", "[" * 100000), ("deep", '{"routes":' * 5000), ("bytes", "\udcff"), ("a list", "[]"), ("a number", "3")]:
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        tasks.released.cache_clear()
+        if text != whole:
+            count += 1
+            try:
+                raise AssertionError(f"{where} is accepted: {make('virl-vl', data=released).route}")
+            except ValueError as error:
+                said = str(error)
+            assert said.endswith(".") and said.isprintable() and len(said) < 500, (where, said)
+            assert "does not hold released routes" in said or "no released route" in said, (where, said)
+    assert count > 200
+    path.write_text(whole)
+    tasks.released.cache_clear()
+    assert make("virl-vl", data=released).route.rail[-1].place == "pano_22"
+
+
+def test_files_that_are_too_large_are_not_read(released, monkeypatch):
+    monkeypatch.setattr(tasks, "MAX_DATA", 100)
+    tasks.released.cache_clear()
+    with pytest.raises(ValueError, match="larger than"):
+        make("virl-l", data=released)
+
+
+def test_the_converter_says_where_it_cannot_write(released):
+    with pytest.raises(ValueError, match="cannot be written.*\\.$"):
+        convert_routes.main([str(released), str(released / "route_infos.json")])
+    shown = subprocess.run([sys.executable, "-m", "assets.convert_routes", released / "nowhere", released], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 2 and shown.stderr.count("\n") == 1 and "cannot be read" in shown.stderr
+    out = released / "new" / "folder"
+    assert subprocess.run([sys.executable, "-m", "assets.convert_routes", released, out], cwd=ROOT, capture_output=True).returncode == 0
+    assert make("virl-vl", data=out, tile=32).image.tobytes() == make("virl-vl", data=released, tile=32).image.tobytes()
 
 
 def test_names_of_panoramas_that_unfold_for_ever_are_refused_at_once(released):
@@ -710,6 +834,4 @@ def test_names_of_panoramas_that_unfold_for_ever_are_refused_at_once(released):
         bomb = (bomb, bomb)
     for panoramas in ({(1.0, 2.0): bomb}, {7: "a"}, {(1.0, 2.0): 3}):
         (released / "gps_pano_mapping.pkl").write_bytes(pickle.dumps(panoramas))
-        tasks.released_routes.cache_clear()
-        with pytest.raises(ValueError, match="does not hold routes as released"):
-            make("virl-l", data=released)
+        assert "does not hold routes as released" in refused(released)
