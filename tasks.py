@@ -21,12 +21,15 @@ Contents, up to 5 the reading path
     8. Formulas and solver   exact arithmetic, one notation; solve, solutions
     9. Looks                 Options (as text, with wildcards), Look
     10. Pictures of cards    picture
-    11. - 17. V-IRL          a walk, words, routes, a city, views, signs and the map, released data
+    11. V-IRL: a walk        Navigation
+    12. V-IRL: words         TurnRule, observation, instructions, parse_action, judge_walk
+    13. V-IRL: routes        Position, Route, routes
+    14. V-IRL: a city        City: streets, fronts and landmarks; words for bearings and turns
+    15. V-IRL: views         Scene, draw_grid (for the model)
+    16. V-IRL: signs and the map   sign, draw_map (for people)
+    17. V-IRL: released data released_routes, panorama_view
     18. Tasks and suites     TASKS, task_of, suite_rows, suite_names
     19. Command line         python tasks.py --task gp-l
-
-Protocol and rewards: Chu et al., "SFT Memorizes, RL Generalizes", arXiv 2501.17161. We differ where
-the released code is weak: exact rationals, a split by class, one outcome per answer, true feedback.
 """
 import argparse
 import hashlib
@@ -65,7 +68,7 @@ CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8")))
 
 SPLITS = ("base", "train", "val", "test")  # "base" stands in for pretraining
 STYLES = ("full", "short")  # of prompts and feedback: for an instruct model; of few tokens
-TASKS: dict[str, "Task"] = {}  # the table of section 18
+TASKS: dict = {}  # name: Task, the table of section 18
 
 
 class Step(NamedTuple):
@@ -155,8 +158,7 @@ def make(name: str, rule: str | None = None, visual: str | None = None, split: s
     index: from 0; the seed shifts it in "base" and "train" only. attempts: answers per question.
     judged_by: the verifier's face values or rule for turns ("fake rule"; None: the prompt's). The
         target and the number of cards are the prompt's, and the expert follows the prompt.
-    style: the walks of "short" are others than those of "full", and shorter.
-    tile: pixels of the model's image tiles (None: 32; street views in style "full" 560).
+    style: walks of "short" are shorter. tile: pixels of image tiles (None: 32; "full" walks 560).
     data: for V-IRL, a folder of released routes to take, over and over, in place of a city's."""
     for value, known in ((name, TASKS), (split, SPLITS), (style, STYLES)):
         if value not in known:
@@ -174,11 +176,10 @@ def make(name: str, rule: str | None = None, visual: str | None = None, split: s
 
 # ---- 2. Cards and rules --------------------------------------------------------------------------
 
-RANKS = ("A", "2", "3", "4", "5", "6", "7", "8", "9", "10", "J", "Q", "K")
+RANKS = CARDS["ranks"]["index"]  # A, 2 to 10, J, Q, K
 DECK = tuple((rank, suit) for suit in "SHDC" for rank in range(1, 14))  # a card: (rank 1..13, suit)
 ID_RULE, OOD_RULE = "10", "11,12,13"  # the trained rule and the other one
-TARGETS = (10, 40)  # lowest and highest target that is drawn
-TRIES = 10_000  # deals of a hand, walks through a city
+TARGETS, TRIES = (10, 40), 10_000  # lowest and highest target drawn; deals of a hand
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,8 @@ class Rule:
     courts: int = 0                        # a hand has at least so many face cards
 
     def __post_init__(self):
-        faces_fit = len(self.faces) == 3 and all(1 <= face <= 99 for face in self.faces)
-        hand_fits = 3 <= self.cards <= 6 and 0 <= self.courts <= self.cards
-        if not (faces_fit and hand_fits and 0 <= self.target <= 999):
+        fits = 3 <= self.cards <= 6 and 0 <= self.courts <= self.cards and 0 <= self.target <= 999
+        if not fits or len(self.faces) != 3 or not all(1 <= face <= 99 for face in self.faces):
             raise ValueError(f"The rule {self} is out of range: J, Q, K count 1 to 99, a target is "
                              "1 to 999, a hand has 3 to 6 cards and at most so many face cards.")
 
@@ -237,9 +237,9 @@ def split_of(cls: str) -> str:
 def deal(rule: Rule, split: str, index: int, suits: int = 4) -> tuple[tuple, Rule]:
     """(hand, rule with its target drawn): the first that fits in the stream of hands of an index.
     Every hand is solvable under its rule. In "val" and "test" it has a face card and is solvable
-    under ID_RULE and OOD_RULE too, so both test the same hands; a third rule may get others. No rank
-    is dealt more than `suits` times: one colour has two. ValueError where TRIES deals are not enough."""
-    held_out = split in ("val", "test")
+    under ID_RULE and OOD_RULE too, so both test the same hands; a third rule may get others. No
+    rank comes more than `suits` times: one colour has two. ValueError where TRIES deals fail."""
+    held_out, wanted = split in ("val", "test"), "train" if split == "base" else split
     faces = [rule.faces] + [parse_rule(text).faces for text in (ID_RULE, OOD_RULE) if held_out]
     rng = random.Random(f"gp/{split}/{index}")  # a text as seed gives the same stream everywhere
     for _ in range(TRIES):
@@ -250,19 +250,18 @@ def deal(rule: Rule, split: str, index: int, suits: int = 4) -> tuple[tuple, Rul
         by_value = split_of(problem_class(values(hand, rule), dealt.target))
         # J=3 would make J-7-2-A of train a 3-7-2-A of test, or the reverse
         leaks = split != "base" and (by_value == "train") == held_out
-        courts = sum(rank > 10 for rank in ranks)
-        if leaks or by_rank != ("train" if split == "base" else split):
-            continue
-        if courts < max(rule.courts, held_out) or max(map(ranks.count, ranks)) > suits:
-            continue
-        if all(solve(values(hand, replace(rule, faces=each)), dealt.target) for each in faces):
+        fits = by_rank == wanted and not leaks and max(map(ranks.count, ranks)) <= suits
+        courts_fit = sum(rank > 10 for rank in ranks) >= max(rule.courts, held_out)
+        if fits and courts_fit and all(
+                solve(values(hand, replace(rule, faces=each)), dealt.target) for each in faces):
             return hand, dealt
     raise ValueError(f"No solvable {split} hand in {TRIES} deals for rule {rule}: choose another "
                      "target or number of cards.")
 
 
 # ---- 4. The verifier -----------------------------------------------------------------------------
-# It never executes or evaluates a response: parse_answer and parse_formula read it within bounds.
+# Protocol and rewards: Chu et al., arXiv 2501.17161. We differ where the released code is weak:
+# exact rationals, a split by class, one outcome per answer, true feedback, no text is evaluated.
 
 REWARD = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3}
 LAST_ATTEMPT = -1  # in addition, where the last attempt fails too
@@ -417,7 +416,7 @@ def parse_rule(text: str | Rule, rng: random.Random | None = None) -> Rule:
 
 def _small_int(digits, text):
     if not re.fullmatch("[1-9][0-9]{0,2}", digits):
-        raise ValueError(f"{printable(text)!r} is no rule such as 10 or 11,12,13/target=36/cards=5.")
+        raise ValueError(f"{printable(text)!r} is no rule like 10 or 11,12,13/target=36/cards=5.")
     return int(digits)
 
 
@@ -559,7 +558,8 @@ def _check_tokens(tokens, target):
         if token[0] in "0123456789":
             count += 1
             if len(token) > MAX_DIGITS or token[0] == "0" and len(token) > 1:
-                raise Illegal(f"{_quoted(token)} has a leading zero or more than {MAX_DIGITS} digits")
+                raise Illegal(f"{_quoted(token)} has a leading zero or more than {MAX_DIGITS} "
+                              "digits")
         elif token == "=":
             raise Illegal(f"'=' may stand only once, at the end, as '={target}'")
         elif token not in "+-*/()":
@@ -997,9 +997,8 @@ def _lay(image, card, look, place, at, rng):
 def _noisy(image, deviation, seed):
     start, count = seed % GRAIN, image.width * image.height
     grain = Image.frombytes("L", image.size, _grain(count)[start:start + count])
-    levels = [round(128 + (level - 128) / 30 * deviation) for level in range(256)]
-    grain = grain.point([max(0, min(255, level)) for level in levels])
-    return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
+    levels = [max(0, min(255, round(128 + (level - 128) / 30 * deviation))) for level in range(256)]
+    return ImageChops.add(image, Image.merge("RGB", [grain.point(levels)] * 3), offset=-128)
 
 
 @lru_cache(maxsize=4)
@@ -1022,15 +1021,12 @@ class Card(NamedTuple):
     angle: int
 
 
-def _draw_card(card, scale, stamps):
-    """A card with its shadow as an RGBA image, drawn `scale` times too large and reduced."""
+def _draw_card(card, size, scale):
+    """A card with its shadow as an RGBA image, drawn `scale` times too large and reduced. Its size
+    is "small", for a place of 32 pixels, or "large", as from a real pack."""
     paper, edge, *inks = STYLE_COLOURS[card.style]
-    ink = inks[card.suit in "HD"]
     face = Image.new("RGB", (card.width * scale, card.height * scale), paper)
-    for stamp in stamps(card, *face.size):
-        _press(stamp, face, ink)
-    if stamps is _large_stamps and card.rank > 10 and card.scheme in ("index", "numbers"):
-        _draw_court(card, face, ink)
+    _paint(card, face, inks[card.suit in "HD"], CARDS["layouts"][size])
     outline = Image.new("L", face.size)
     box, radius = (0, 0, face.width - 1, face.height - 1), .09 * face.width
     ImageDraw.Draw(outline).rounded_rectangle(box, radius, 255)
@@ -1051,56 +1047,41 @@ def _with_shadow(face, outline, margin):
     return image
 
 
-class Stamp(NamedTuple):
-    """A mask to be painted in ink, with its centre at (x, y) in shares of the card."""
-    mask: Image.Image
-    x: float
-    y: float
-    upside_down: bool = False
+_small_card = lru_cache(maxsize=4096)(partial(_draw_card, size="small", scale=4))  # 30 KB each
+_large_card = lru_cache(maxsize=256)(partial(_draw_card, size="large", scale=2))  # up to 1 MB each
 
 
-def _press(stamp, face, ink):
-    mask = stamp.mask.transpose(Image.Transpose.ROTATE_180) if stamp.upside_down else stamp.mask
-    left, top = stamp.x * face.width - mask.width / 2, stamp.y * face.height - mask.height / 2
-    face.paste(ink, (round(left), round(top)), mask)
+def _paint(card, face, ink, layouts):
+    """Paint the parts of a layout in assets/cards.json: [kind, width and height of its mask in
+    shares of the card, x and y of its centre, whether it is upside down]."""
+    scheme = "index" if card.scheme == "numbers" else card.scheme
+    layout = layouts.get(f"{scheme} {min(card.rank, 11)}", layouts[scheme])
+    for kind, across, down, *place in layout:
+        across, down = across * face.width, down * face.height
+        if kind == "label":
+            _stamp(face, ink, _label(card, across, down), *place)
+        elif kind == "sign":
+            _stamp(face, ink, _sign(card.suit, across + down), *place)
+        elif kind == "pips":
+            sign = _sign(card.suit, across + down)
+            for spot in _pips(card.rank, *place):
+                _stamp(face, ink, sign, *spot)
+        else:
+            _draw_court(card, face, ink)
 
 
-def _small_stamps(card, width, height):
-    """A card for a place of 32 pixels: the rank as large as possible, the suit below; or signs."""
-    if card.scheme == "pips":
-        return _pips(card, .19 * height, .21, .14)
-    label = _label(card, .88 * width, (.34 if card.scheme == "words" else .5) * height)
-    return [Stamp(label, .5, .34), Stamp(_sign(card.suit, .3 * height), .5, .8)]
+def _stamp(image, ink, mask, x, y, upside_down=False):
+    """Paint a mask in ink with its centre at (x, y), in shares of the image."""
+    mask = mask.transpose(Image.Transpose.ROTATE_180) if upside_down else mask
+    left, top = x * image.width - mask.width / 2, y * image.height - mask.height / 2
+    image.paste(ink, (round(left), round(top)), mask)
 
 
-def _large_stamps(card, width, height):
-    """A card as from a real pack: indices in two corners, signs in the classic places."""
-    if card.scheme == "pips":
-        return _pips(card, .18 * width, .22, .13)
-    if card.scheme == "words":
-        label = Stamp(_label(card, .84 * width, .13 * height), .5, .5)
-        return [label, *_twice(_sign(card.suit, .26 * width), .5, .2)]
-    stamps = _twice(_label(card, .15 * width, .105 * height), .11, .095)
-    stamps += _twice(_sign(card.suit, .125 * width), .11, .205)
-    if card.rank <= 10:
-        stamps += _pips(card, .185 * width * (1 + (card.rank == 1)), .32, .16)
-    return stamps
-
-
-_small_card = lru_cache(maxsize=4096)(partial(_draw_card, scale=4, stamps=_small_stamps))  # 30 KB
-_large_card = lru_cache(maxsize=256)(partial(_draw_card, scale=2, stamps=_large_stamps))  # to 1 MB
-
-
-def _twice(mask, x, y):
-    return [Stamp(mask, x, y), Stamp(mask, 1 - x, 1 - y, True)]
-
-
-def _pips(card, size, left, top):
-    """As many suit signs as the rank, the outer ones at `left` and `top` in shares of the card, the
-    lower ones upside down."""
-    sign, (sides, middle) = _sign(card.suit, size), CARDS["pips"][str(card.rank)]
+def _pips(rank, left, top):
+    """(x, y, upside down) of as many signs as the rank, the outer ones at `left` and `top`."""
+    sides, middle = CARDS["pips"][str(rank)]
     columns = (left, sides), (1 - left, sides), (.5, middle)
-    return [Stamp(sign, x, top + (1 - 2 * top) * (twelfths / 12), twelfths > 6)
+    return [(x, top + (1 - 2 * top) * (twelfths / 12), twelfths > 6)
             for x, heights in columns for twelfths in heights]
 
 
@@ -1149,17 +1130,17 @@ def _draw_court(card, face, ink):
     """A frame with the figure of J, Q or K, or with its number, and the same upside down below."""
     width, height = round(.58 * face.width), round(.37 * face.height)
     half = Image.new("RGB", (width, height), STYLE_COLOURS[card.style][0])
-    stamp = Stamp(_sign(card.suit, .12 * face.width), .14, .14)
     if card.scheme == "numbers":
-        stamp = Stamp(_label(card, .4 * face.width, .2 * face.height), .5, .5)
+        label = _label(card, .4 * face.width, .2 * face.height)
+        _stamp(half, ink, label, .5, .5)
     else:
         _draw_figure(half, str(card.rank), ink)
-    _press(stamp, half, ink)
+        _stamp(half, ink, _sign(card.suit, .12 * face.width), .14, .14)
     left, top = (face.width - width) // 2, face.height // 2 - height
     face.paste(half, (left, top))
     face.paste(half.transpose(Image.Transpose.ROTATE_180), (left, top + height))
-    frame = (left, top, left + width, top + 2 * height)
-    ImageDraw.Draw(face).rectangle(frame, None, ink, max(1, face.width // 120))
+    ImageDraw.Draw(face).rectangle(
+        (left, top, left + width, top + 2 * height), None, ink, max(1, face.width // 120))
 
 
 def _draw_figure(image, rank, ink):
@@ -2318,12 +2299,12 @@ PICTURES_PROBES = (
 WALKS_SUITE = (Row("id", "absolute"), Row("rule", "relative"), Row("fake", "relative", "absolute"))
 WALKS_PROBES = tuple(  # the instructions have the words of the rule alone, which can be copied
     Row(f"told-{name}", f"{rule}/told=rule", judged_by) for name, rule, judged_by, _ in WALKS_SUITE)
-DUSK = Row("visual", "absolute", visual="dusk/weather=rain/palette=brick")
 TASKS |= {
     "gp-l": Task(GeneralPoints, ID_RULE, None, CARDS_SUITE, CARDS_PROBES),
     "gp-vl": Task(GeneralPoints, ID_RULE, "black", PICTURES_SUITE, PICTURES_PROBES),
     "virl-l": Task(Navigation, "absolute", None, WALKS_SUITE, WALKS_PROBES),
-    "virl-vl": Task(Navigation, "absolute", "day", (*WALKS_SUITE, DUSK)),
+    "virl-vl": Task(Navigation, "absolute", "day", (
+        *WALKS_SUITE, Row("visual", "absolute", visual="dusk/weather=rain/palette=brick"))),
 }
 
 
@@ -2343,8 +2324,7 @@ def task_of(suite: str) -> Task:
 
 def suite_rows(suite: str) -> tuple[Row, ...]:
     """The rows of a suite. ValueError for an unknown suite."""
-    task = task_of(suite)
-    return task.probes if suite.endswith("-probes") else task.suite
+    return task_of(suite).probes if suite.endswith("-probes") else task_of(suite).suite
 
 
 # ---- 19. Command line ----------------------------------------------------------------------------
@@ -2368,8 +2348,8 @@ def parse_args(argv=None):
     which("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
     pictures = parser.add_argument_group("pictures").add_argument
     pictures("--visual", metavar="LOOK", help="such as red/layout=grid or dusk/weather=rain; * for "
-             f"any value, a|b for one of some. Cards (default black): {cards}. Streets (default day): "
-             f"{streets}")
+             f"any value, a|b for one of some. Cards (default black): {cards}. Streets (default "
+             f"day): {streets}")
     pictures("--tile", type=int, default=560, help="pixels of the model's tiles (default 560)")
     answers = parser.add_argument_group("answers").add_argument
     answers("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
