@@ -24,10 +24,10 @@ Contents, up to 5 the reading path
     11. V-IRL: a walk        Navigation
     12. V-IRL: words         TurnRule, observation, instructions, parse_action, judge_walk
     13. V-IRL: routes        Position, Route, routes
-    14. V-IRL: a city        City: streets, fronts and landmarks; words for bearings and turns
+    14. V-IRL: a city        Street, City: streets, fronts and landmarks
     15. V-IRL: views         Scene, draw_grid (for the model)
     16. V-IRL: signs and the map   sign, draw_map (for people)
-    17. V-IRL: released data released_routes, panorama_view
+    17. V-IRL: released data usable_routes, panorama_view
     18. Tasks and suites     TASKS, task_of, suite_rows, suite_names
     19. Command line         python tasks.py --task gp-l
 """
