@@ -68,7 +68,7 @@ CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8")))
 
 SPLITS = ("base", "train", "val", "test")  # "base" stands in for pretraining
 STYLES = ("full", "short")  # of prompts and feedback: for an instruct model; of few tokens
-TASKS: dict = {}  # name: Task, the table of section 18
+TASKS: dict[str, "Task"] = {}  # the table of section 18
 
 
 class Step(NamedTuple):
@@ -348,7 +348,7 @@ class GeneralPoints(Problem):
         name, tile = f"gp/{split}/{index}", 32 if tile is None else tile
         rule = parse_rule(rule, random.Random(f"{name}/rule"))
         look = visual and Look.drawn(visual, f"{name}/look", rule.cards, tile)
-        hand, rule = deal(rule, split, index, suits=2 if visual else 4)  # "text" too
+        hand, rule = deal(rule, split, index, suits=2 if visual else 4)  # look "text" too
         judged_by = replace(rule, faces=parse_rule(judged_by or rule).faces)
         return cls(hand, rule, attempts, style, judged_by, look, tile, f"{name}/picture")
 
