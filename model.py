@@ -1,24 +1,29 @@
 """Llama-3.2-Vision by hand: one set of classes for `tiny` (two CPU cores), `small` and the real `11b`.
 
 Contents
-  1. Configuration        the hub's config.json, the three sizes
-  2. Linear and LoRA      y = W x + (alpha / rank) B A x
-  3. Text decoder         self-attention layers, and gated cross-attention layers that look at the image
-  4. Vision tower         tiles -> patches -> local and global layers -> six stacked feature maps
-  5. Images               any picture -> 8-bit RGB -> a canvas of up to four tiles
-  6. The whole model      forward, logits, log-probabilities of chosen tokens
-  7. Cache and generation static KV cache, prompts shared by a group, per-row stopping
-  8. Tokenizer and chat   text never becomes a special token
-  9. Loading and saving   safetensors and names as on the hub, adapters as PEFT writes them
- 10. Cost                 parameters, FLOPs and memory
- 11. Command line         the dry run: what a size takes, without taking it
+  1. Linear and LoRA         y = W x + (alpha / rank) B A x
+  2. Attention               RMSNorm, RoPE, grouped queries; over text, over image tokens
+  3. Decoder                 self-attention layers, gated cross-attention layers for images
+  4. The whole model         forward, logits, log-probabilities of chosen tokens
+  5. Cache and generation    static KV cache, one prompt for a group, per-row stopping
+  Can be skipped:
+  6. Configuration           sizes, the hub's config.json, random weights; all of LoRA's on and off
+  7. Images in the decoder   which token sees which image; the cache with images
+  8. Shared prompts          the training pass computes a group's prompt once
+  9. Vision tower            tiles -> patches -> layers -> six stacked feature maps
+ 10. Pictures                any picture -> 8-bit RGB -> a canvas of up to four tiles
+ 11. Tokenizer and chat      text never becomes a special token
+ 12. Saving, 13. loading     safetensors as on the hub, adapters as PEFT writes them
+ 14. Cost, 15. dry run       parameters, FLOPs, memory
 
-Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head size, V vocabulary,
-R sets of I images, M tile slots of an image, L pixels of a tile's side, P tokens of a tile, C hidden size of the tower,
-N image tokens of a set.
-Module names are the hub's (`language_model.model.layers.0.self_attn.q_proj.weight`), so a checkpoint loads with
-`load_state_dict(strict=True)`. Where Meta's code and transformers differ, the default is Meta's semantics.
+Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head size,
+V vocabulary; R sets of I images, M tile slots of an image, L pixels of a tile's side, P tokens of a
+tile, N image tokens of a set, C hidden size of the tower.
+Modules have the hub's names (`language_model.model.layers.0.self_attn.q_proj.weight`), so a checkpoint
+loads with `load_state_dict(strict=True)`. Where transformers differs from Meta's code, we follow Meta.
 """
+
+from __future__ import annotations
 
 import argparse
 import io
@@ -27,33 +32,30 @@ import math
 import os
 import sys
 import warnings
-import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.weak import WeakIdKeyDictionary
 
-# ---------------------------------------------------------------- 1. Configuration
+# ---- 1. Linear and LoRA --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TextConfig:
     """The decoder. The defaults are those of the 11B; names are those of the hub's `text_config`."""
 
-    vocab_size: int = 128256  # rows of lm_head; the embedding has 8 more, the first of them is <|image|>
+    vocab_size: int = 128256  # rows of lm_head; the embedding has 8 more, the first is <|image|>
     hidden_size: int = 4096
     intermediate_size: int = 14336
     num_hidden_layers: int = 40
@@ -69,177 +71,25 @@ class TextConfig:
 
     @property
     def head_dim(self):
-        """Size of one head."""
         return self.hidden_size // self.num_attention_heads
 
 
-@dataclass(frozen=True)
-class VisionConfig:
-    """The tower. The defaults are those of the 11B Instruct; names are those of the hub's `vision_config`."""
-
-    hidden_size: int = 1280
-    attention_heads: int = 16
-    intermediate_size: int = 5120
-    num_hidden_layers: int = 32
-    num_global_layers: int = 8
-    patch_size: int = 14
-    image_size: int = 560
-    max_num_tiles: int = 4
-    intermediate_layers_indices: tuple = (3, 7, 15, 23, 30)
-    norm_eps: float = 1e-5
-
-    @property
-    def tokens(self):
-        """Tokens of one tile: its patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
-
-    @property
-    def output_dim(self):
-        """Features of one image token: the final state and the tapped ones."""
-        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
-
-
-@dataclass(frozen=True)
-class Config:
-    """The whole model.
-
-    vision_taps: "input" (Meta: a tapped state is what enters the named layer) or "output" (transformers >= 4.56).
-    mask_prefix_attention: True (Meta: a token that sees no image gets nothing from a cross layer) or False
-    (transformers: such a token still gets the attention output).
-    """
-
-    text: TextConfig = field(default_factory=TextConfig)
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    vision_taps: str = "input"
-    mask_prefix_attention: bool = True
-
-
-SIZES = {
-    "tiny": Config(
-        TextConfig(480, 128, 256, 5, 4, 2, (3,), rope_theta=10000.0, rope_factor=1.0),
-        VisionConfig(96, 4, 288, 4, 1, 8, 32, 4, (1, 2)),
-    ),
-    "small": Config(
-        TextConfig(4096, 768, 2048, 12, 12, 4, (2, 6, 10), rope_theta=10000.0, rope_factor=1.0),
-        VisionConfig(384, 6, 1536, 8, 2, 14, 112, 4, (2, 4, 6)),
-    ),
-    "11b": Config(),
-}
-
-
-def config_to_json(config):
-    """The hub's config.json as a dict: what transformers' MllamaConfig reads."""
-    text, vision = asdict(config.text), asdict(config.vision)
-    factor, low, high, original = (text.pop(f"rope_{k}") for k in ("factor", "low", "high", "original"))
-    scaling = {"rope_type": "default"}
-    if factor != 1.0:
-        scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-                   "original_max_position_embeddings": original}
-    text |= {"model_type": "mllama_text_model", "rope_scaling": scaling, "hidden_act": "silu"}
-    vision |= {"model_type": "mllama_vision_model", "vision_output_dim": config.vision.output_dim}
-    return {"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"],
-            "image_token_index": config.text.vocab_size, "text_config": text, "vision_config": vision,
-            "vision_taps": config.vision_taps, "mask_prefix_attention": config.mask_prefix_attention}
-
-
-def config_from_json(data):
-    """Config from the hub's config.json (a dict), old and new layout of the RoPE entries; only known fields are read.
-
-    What the file leaves out has transformers' default (so 448 px). Raises ValueError with one sentence when it is not a
-    config of this architecture, asks for something that is not built here, or holds a number that is out of range.
-    """
-    if not isinstance(data, dict) or data.get("model_type") != "mllama":
-        raise ValueError("config.json does not describe a Llama-3.2-Vision model (model_type must be \"mllama\").")
-    parts = [data.get(f"{part}_config") for part in ("text", "vision")]
-    rope = parts[0] and isinstance(parts[0], dict) and (parts[0].get("rope_parameters") or parts[0].get("rope_scaling"))
-    if not all(isinstance(part, dict) for part in (*parts, rope or {})):
-        raise ValueError("config.json: text_config, vision_config and the RoPE entry must be objects.")
-    for part, fixed in zip(parts, FIXED):
-        for name, value in fixed.items():
-            if part.get(name, value) not in (value, None):
-                raise ValueError(f"config.json: {name} must be {json.dumps(value)}: nothing else is built here.")
-    config = Config(_rope(_known(TextConfig(), parts[0]), rope or {}), _known(VisionConfig(image_size=448), parts[1]),
-                    data.get("vision_taps", "input"), data.get("mask_prefix_attention", True))
-    if data.get("image_token_index", config.text.vocab_size) != config.text.vocab_size:
-        raise ValueError("config.json: image_token_index must be vocab_size, the first id behind lm_head.")
-    _check_config(config)
-    return config
-
-
-# Entries of text_config and vision_config that would change the computation.
-FIXED = ({"hidden_act": "silu", "tie_word_embeddings": False},
-         {"hidden_act": "gelu", "num_channels": 3, "max_num_tiles": 4,
-          "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]})
-ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
-        "original_max_position_embeddings": "rope_original"}
-
-
-def _known(default, data):
-    """A config dataclass with those entries of `data` that it names."""
-    return replace(default, **{name: _number(f"config.json: {name}", value, type(getattr(default, name)))
-                               for name, value in data.items() if value is not None
-                               and name in default.__dataclass_fields__ and name not in ROPE.values()})
-
-
-def _number(name, value, wanted):
-    """An entry of a JSON file as int, float or tuple of ints; NaN, strings, booleans and absurd sizes are refused."""
-    if wanted is tuple and isinstance(value, (list, tuple)) and len(value) <= 200:
-        return tuple(n if n == 0 and type(n) is int else _number(name, n, int) for n in value)
-    if type(value) not in (int, float) or wanted is tuple:
-        raise ValueError(f"{name} must be {'a list of at most 200 numbers' if wanted is tuple else 'a number'}.")
-    if not 0 < value < 2**21 or wanted(value) != value:
-        raise ValueError(f"{name} is {str(value)[:40]}, which is out of range.")
-    return wanted(value)
-
-
-def _rope(text, rope):
-    """`text` with the entries of rope_parameters or rope_scaling. Absent means plain RoPE, as in transformers."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3") or (kind == "llama3" and ROPE.keys() - rope.keys()):
-        raise ValueError(f"config.json: the RoPE entry must be \"default\", or \"llama3\" with {', '.join(ROPE)}.")
-    names = (ROPE if kind == "llama3" else {}) | {"rope_theta": "rope_theta"}
-    read = {ours: _number(f"config.json: {theirs}", rope[theirs], type(getattr(text, ours)))
-            for theirs, ours in names.items() if theirs in rope}
-    return replace(text, **{"rope_factor": 1.0} | read)
-
-
-def _check_config(config):
-    """Refuse sizes that cannot be meant before memory is taken for them."""
-    text, vision = config.text, config.vision
-    if text.hidden_size % (2 * text.num_attention_heads) or text.num_attention_heads % text.num_key_value_heads:
-        raise ValueError("config.json: the heads of the decoder do not divide its hidden size.")
-    if vision.hidden_size % vision.attention_heads or vision.image_size % vision.patch_size:
-        raise ValueError("config.json: the heads or patches of the vision tower do not divide its sizes.")
-    if config.vision_taps not in ("input", "output") or type(config.mask_prefix_attention) is not bool:
-        raise ValueError('config.json: vision_taps must be "input" or "output", mask_prefix_attention true or false.')
-    if max((text.num_hidden_layers, vision.num_hidden_layers, vision.num_global_layers)) > 200:
-        raise ValueError("config.json: more than 200 layers, which is out of range.")
-    for part, name in ((text, "cross_attention_layers"), (vision, "intermediate_layers_indices")):
-        layers, indices = part.num_hidden_layers, getattr(part, name)
-        if list(indices) != sorted(set(indices)) or max(indices, default=0) >= layers:
-            raise ValueError(f"config.json: {name} must be rising numbers below {layers}, the number of layers.")
-    if vision.tokens * vision.hidden_size > 2**36 or text.rope_high <= text.rope_low:
-        raise ValueError("config.json: image_size, or high_freq_factor against low_freq_factor, is out of range.")
-
-
-# ---------------------------------------------------------------- 2. Linear and LoRA
-
-
 class Linear(nn.Linear):
-    """A linear layer that can carry a low-rank adapter: W x + (alpha / rank) B (A x), B starting at zero (Hu et al.,
-    arXiv 2106.09685). The adapter is float32 beside weights of any type; W itself is never written to."""
+    """A linear layer that can carry a low-rank adapter: W x + (alpha / rank) B (A x), B starting at zero
+    (Hu et al., arXiv 2106.09685). The adapter is float32 beside weights of any type. W itself is never
+    written to: rounding errors of adapters that go in and out would pile up in bfloat16."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register_module("lora_A", None)
-        self.register_module("lora_B", None)
+        self.lora_A = self.lora_B = None
         self.lora_scale, self.lora_on = 0.0, True
 
     def add_lora(self, rank, alpha):
         """Freeze W and add A (rank, in), B (out, rank)."""
         self.requires_grad_(False)
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=self.weight.device, dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=self.weight.device, dtype=torch.float32)
+        to = {"bias": False, "device": self.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(self.in_features, rank, **to)
+        self.lora_B = nn.Linear(rank, self.out_features, **to)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.lora_scale = alpha / rank
@@ -249,55 +99,12 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         rows = x.flatten(0, -2)
         low = F.linear(rows, self.lora_A.weight.to(x.dtype))
-        y = F.linear(rows, self.weight, self.bias).addmm_(low, self.lora_B.weight.to(x.dtype).T, alpha=self.lora_scale)
+        y = F.linear(rows, self.weight, self.bias)
+        y = y.addmm_(low, self.lora_B.weight.to(x.dtype).T, alpha=self.lora_scale)
         return y.view(*x.shape[:-1], -1)
 
-    def merged(self):
-        """W + (alpha / rank) B A in W's type, summed in float32 so that it rounds once."""
-        if self.lora_A is None:
-            return self.weight
-        delta = self.lora_scale * (self.lora_B.weight @ self.lora_A.weight)
-        return (self.weight.float() + delta).to(self.weight.dtype)
 
-
-PARTS = {"decoder": "language_model.model.", "projector": "multi_modal_projector", "tower": "vision_model."}
-
-
-def add_lora(model, rank, alpha, where=PARTS["decoder"]):
-    """Adapters on every Linear whose name starts with `where` (one or a tuple; default: all of the decoder, not lm_head);
-    everything else is frozen. Add them after loading weights. Returns the number of adapted layers."""
-    model.requires_grad_(False)
-    chosen = [m for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith(where)]
-    if not chosen:
-        raise ValueError(f"no linear layer's name starts with {where!r}, so there is nothing to adapt.")
-    for module in chosen:
-        module.add_lora(rank, alpha)
-    return len(chosen)
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Add every adapter into its weights and take it out: the same model, all of it trainable again."""
-    for module in [m for m in model.modules() if isinstance(m, Linear) and m.lora_A is not None]:
-        module.weight.copy_(module.merged())
-        module.lora_A = module.lora_B = None
-        model.requires_grad_(True)
-
-
-@contextmanager
-def adapters_off(model):
-    """Within this context the model is the one that the adapters started from: the reference policy for free."""
-    layers = [m for m in model.modules() if isinstance(m, Linear)]
-    for layer in layers:
-        layer.lora_on = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.lora_on = True
-
-
-# ---------------------------------------------------------------- 3. Text decoder
+# ---- 2. Attention --------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -314,23 +121,26 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(c):
-    """Inverse wavelengths (E/2,), float32. "llama3" divides those of low frequency by `rope_factor` and blends in
-    between (Llama 3.1's context extension)."""
+    """Inverse wavelengths (E/2,), float32. "llama3" divides those of low frequency by `rope_factor`
+    and blends in between (Llama 3.1's context extension)."""
     inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
     turns = c.rope_original * inverse / (2 * math.pi)  # full turns within the original context
-    keep = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
-    return inverse * (keep + (1 - keep) / c.rope_factor)
+    plain = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
+    return inverse * (plain + (1 - plain) / c.rope_factor)
 
 
 def rope_table(c, positions):
-    """cos and sin (B, 1, T, E) in float32 for positions (B, T); the first half of sin has the minus of `rotate`."""
-    angles = (positions[..., None].float() * rope_frequencies(c).to(positions.device))[:, None]  # (B, 1, T, E/2)
+    """cos and sin (B, 1, T, E) in float32 for positions (B, T). The first half of sin has the minus
+    sign that `rotate` needs. In bfloat16 neighbouring positions beyond 256 would be one."""
+    frequencies = rope_frequencies(c).to(positions.device)
+    angles = (positions[..., None].float() * frequencies)[:, None]  # (B, 1, T, E/2)
     return angles.cos().repeat(1, 1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
-def rotate(x, table):
-    """RoPE on x (B, heads, T, E): the two halves of a head are the real and imaginary parts ("rotate_half")."""
-    cos, sin = table
+def rotate(x, rope):
+    """RoPE (Su et al., arXiv 2104.09864) on x (B, heads, T, E): the two halves of a head are the real
+    and imaginary parts ("rotate_half")."""
+    cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -340,13 +150,14 @@ def split_heads(x, heads):
 
 
 def grouped_attention(q, k, v, mask):
-    """Attention of q (B, H, T, E) over k, v (B, K, S, E), H a multiple of K, without repeating k and v: the query
-    heads that share a key head become more queries of it. mask (B, 1, T or 1, S): True where seen, or what to add to the
-    scores; None: all is seen. -> (B, T, H * E)"""
+    """q (B, H, T, E) over k, v (B, K, S, E), H a multiple of K (Ainslie et al., arXiv 2305.13245) ->
+    (B, T, H * E). The query heads that share a key head become more queries of it, so k and v are not
+    repeated. mask (B, 1, T or 1, S): True where seen, or numbers to add to scores; None: all seen."""
     B, H, T, E = q.shape
     share = H // k.shape[1]
     q = q.reshape(B, k.shape[1], share * T, E)
-    if T == 1 and mask is not None and mask.is_floating_point():  # torch's kernel is slow on CPU for so few queries
+    if T == 1 and mask is not None and mask.is_floating_point():
+        # Decoding on the CPU: torch's kernel is slow for so few queries. Mask and scores in one call.
         bias = mask.expand(-1, k.shape[1], -1, -1).flatten(0, 1)
         scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=E**-0.5)
         return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, 1, H * E)
@@ -360,31 +171,35 @@ def causal_attention(q, k, v, mask):
     """The same where mask None means causal among the T tokens, which needs none."""
     if mask is not None:
         return grouped_attention(q, k, v, mask)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
-    """The projections of grouped-query attention: H query heads over K key and value heads of size E."""
+    """The projections of grouped-query attention: H query heads, K key and value heads of size E."""
 
     def __init__(self, c):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = Linear(c.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size, bias=False)
+        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.q_proj = Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
+        self.o_proj = Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
 
 
 class SelfAttention(Attention):
     """Causal grouped-query attention with RoPE."""
 
     def forward(self, x, rope, mask=None, store=None):
-        """x (B, T, D). mask None: causal among the T tokens. `store` puts k, v into the cache and returns all of it."""
+        """x (B, T, D). mask None: causal among the T tokens. store(k, v) puts the new keys and values
+        into a cache and returns all that the queries may see."""
         q = rotate(split_heads(self.q_proj(x), self.heads), rope)
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), rope)
         v = split_heads(self.v_proj(x), self.kv_heads)
-        return self.o_proj(causal_attention(q, *(store(k, v) if store else (k, v)), mask))
+        if store is not None:
+            k, v = store(k, v)
+        return self.o_proj(causal_attention(q, k, v, mask))
 
 
 class CrossAttention(Attention):
@@ -392,17 +207,21 @@ class CrossAttention(Attention):
 
     def __init__(self, c):
         super().__init__(c)
-        self.q_norm, self.k_norm = RMSNorm(self.head_dim, c.rms_norm_eps), RMSNorm(self.head_dim, c.rms_norm_eps)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
     def keys_values(self, features):
-        """features (B, N, D) -> k (normed), v (B, K, N, E): computed once per image, kept for every later token."""
+        """features (R, N, D) -> k (normed), v (R, K, N, E): once per image, for every later token."""
         return (self.k_norm(split_heads(self.k_proj(features), self.kv_heads)),
                 split_heads(self.v_proj(features), self.kv_heads))
 
     def forward(self, x, keys_values, image, mask):
-        """x (B, T, D) -> (B, T, D): rows that share a set of images are queries of the same keys. mask: of `visible`."""
+        """x (B, T, D) -> (B, T, D). Rows that share a set of images are queries of the same keys."""
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
         return self.o_proj(image.unfold(grouped_attention(image.fold(q), *keys_values, mask)))
+
+
+# ---- 3. Decoder ----------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
@@ -433,7 +252,8 @@ class SelfLayer(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """The same with cross attention, each branch behind tanh of a learned gate; zero for tokens that see no image."""
+    """The same with cross attention, each branch behind tanh of a learned gate. The gates are zero in
+    a fresh model, which therefore ignores images (`init_weights` opens them)."""
 
     def __init__(self, c, mask_prefix_attention):
         super().__init__()
@@ -445,7 +265,8 @@ class CrossLayer(nn.Module):
         self.mask_prefix_attention = mask_prefix_attention
 
     def forward(self, h, image, mask, sees, keys_values=None):
-        """h (B, T, D); mask and sees of ImageContext.visible; keys_values: kept ones, or None to compute them here."""
+        """h (B, T, D); mask and sees: of ImageContext.visible; keys_values: from a cache, or None to
+        compute them here. A token that sees no image gets nothing from this layer."""
         if keys_values is None:
             keys_values = self.cross_attn.keys_values(image.features)
         attention, mlp = self.cross_attn_attn_gate.tanh(), self.cross_attn_mlp_gate.tanh() * sees
@@ -455,97 +276,553 @@ class CrossLayer(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Embedding, layers, final norm. Text-only calls skip the cross layers, which is the same as seeing no image."""
+    """Embedding, layers, final norm."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config.text
         self.embed_tokens = nn.Embedding(c.vocab_size + 8, c.hidden_size)
         self.layers = nn.ModuleList(
-            CrossLayer(c, config.mask_prefix_attention) if i in c.cross_attention_layers else SelfLayer(c)
-            for i in range(c.num_hidden_layers))
+            CrossLayer(c, config.mask_prefix_attention) if i in c.cross_attention_layers
+            else SelfLayer(c) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.recompute = False
 
     def forward(self, ids, positions, mask, image=None, cache=None):
-        """ids, positions (B, T); mask (B, 1, T, S) or None; image: ImageContext or None (a cache has its own)."""
+        """ids, positions (B, T) -> hidden states (B, T, D). mask (B, 1, T, S), None: causal. image: an
+        ImageContext or None. A cache knows positions and images of its rows itself."""
         h = self.embed_tokens(ids)
-        rope = [t.to(h.dtype) for t in (rope_table(self.config, positions) if cache is None else cache.rope())]
         image = image if cache is None else cache.image
+        rope = rope_table(self.config, positions) if cache is None else cache.rope
+        rope = [part.to(h.dtype) for part in rope]
         if image is not None:
             shown = ids == self.config.vocab_size  # <|image|> has the first row behind the vocabulary
-            sight = image.visible(shown) if cache is None else image.visible(cache.note_image_tokens(shown), cache.at)
+            mask_and_sees = (cache or image).visible(shown)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, SelfLayer):
-                store = None if cache is None else cache.writer(i)
-                h = _run(self, layer, h, rope, mask, store)
-            elif image is not None:
-                kept = None if cache is None else cache.keys_values(i, layer.cross_attn)
-                h = _run(self, layer, h, image, *sight, kept)
+                h = run_layer(self, layer, h, rope, mask, cache and partial(cache.store, i))
+            elif image is not None:  # without an image the layer would add zero
+                h = run_layer(self, layer, h, image, *mask_and_sees, cache and cache.cross[i])
         return self.norm(h)
 
 
-def _run(owner, layer, *args):
-    """Call a layer, keeping only its input for the backward pass when `owner.recompute` asks for it."""
+def run_layer(owner, layer, *args):
+    """Call a layer. Where `owner.recompute` asks for it, only its input is kept for the backward pass
+    (gradient checkpointing: Chen et al., arXiv 1604.06174)."""
     if owner.recompute and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
 
 
-class ImageContext:
-    """What rows of text may look at: R sets of up to I images, and the set of each row. Rows that share a set (the
-    episodes of a group) share its keys and values: they are folded into the query axis.
+# ---- 4. The whole model --------------------------------------------------------------------------
 
-    features (R, I * M * P, D): projected image tokens; tiles (R, I, M) bool: those that exist; rows (B,) long: the set
-    of each row of text, by default its own. prefix_looks: tokens before an image look at everything (transformers).
+
+class CausalLM(nn.Module):
+    """The decoder and its output layer (a module of its own because the hub's names have it)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = TextModel(config)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+
+
+class LlamaVision(nn.Module):
+    """Llama-3.2-Vision: vision tower, projector, decoder."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTower(config)
+        self.multi_modal_projector = Linear(config.vision.output_dim, config.text.hidden_size)
+        self.language_model = CausalLM(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.lm_head.weight.device
+
+    @property
+    def trains_vision(self) -> bool:
+        """Is anything before the decoder trained? Then every pass encodes its pictures with gradient."""
+        return any(p.requires_grad for name, p in self.named_parameters()
+                   if not name.startswith("language_model"))
+
+    def recompute(self, on: bool = True):
+        """Gradient checkpointing of every layer: less memory, one more forward pass."""
+        self.vision_model.recompute = self.language_model.model.recompute = on
+
+    def encode_images(self, tiles: Tensor, ratio_ids: Tensor, rows: Tensor | None = None):
+        """The ImageContext of images as `pack_images` packs them: tiles (R, I, M, 3, L, L), ratio_ids
+        (R, I), 0 = no image; None without any. rows (B,): the set of each row of text, by default its
+        own. Call it under no_grad while tower and projector are frozen, once for all uses."""
+        return ImageContext.encode(self, tiles, ratio_ids, rows)
+
+    def forward(self, ids: Tensor, image: ImageContext | None = None) -> Tensor:
+        """Hidden states (B, T, D) of ids (B, T) after the final norm. Rows may be padded on the right:
+        no token sees later ones. ValueError when a row has more <|image|> tokens than images."""
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return self.language_model.model(ids, positions, None, image)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32."""
+        return self.language_model.lm_head(hidden).float()
+
+    def log_probs(self, ids: Tensor, chosen: Tensor, temperature: float = 1.0,
+                  image: ImageContext | None = None) -> Tensor:
+        """Log-probabilities of the tokens ids[b, t] with chosen[b, t] = True, given all before them.
+
+        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (number chosen,)
+        float32 in row-major order, of softmax(logits / temperature): the distribution that was sampled
+        from, so that the ratio to `old_log_probs` is 1 before an update.
+        """
+        # = self(ids[:, :-1], image)[chosen[:, 1:]], as the state at t - 1 predicts token t; but a prompt
+        # that several rows begin with is computed once. Only these states reach lm_head: the logits
+        # of the 11B cost 1 MB a token.
+        hidden = states_before(self, ids, chosen, image)
+        log_p = (self.logits(hidden) / temperature).log_softmax(-1)
+        return log_p.gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
+
+    def extend(self, cache: TextCache, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Feed ids (B, T), of which the first `lengths` (B,) of each row are real, after the tokens that
+        `cache` holds. Returns logits (B, V) float32 behind the last real token of each row. Padding goes
+        to slots behind the row's end, which a later token overwrites before any query sees them."""
+        slots = cache.next_slots(ids.shape[1])  # (B, T)
+        mask = None  # the first tokens of all rows are causal among themselves
+        if cache.used > ids.shape[1]:
+            mask = (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
+            if ids.shape[1] == 1 and ids.device.type == "cpu":  # as `grouped_attention` adds it
+                low = torch.finfo(cache.dtype).min
+                mask = torch.zeros((), dtype=cache.dtype).where(mask, low)
+        hidden = self.language_model.model(ids, None, mask, cache=cache)
+        cache.length = cache.length + lengths
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.logits(hidden[rows, (lengths - 1).clamp(min=0)])
+
+
+# ---- 5. Cache and generation ---------------------------------------------------------------------
+
+
+class TextCache:
+    """Keys and values of every self-attention layer, in slots that are taken once.
+
+    Token t of a row lies in slot t whatever the other rows hold, so rows need not be equally long.
+    length (B,): tokens of each row. `Cache` (with images) and `Prompts` (with gradients) offer the
+    decoder the same: image, cross, rope, store, visible.
     """
 
-    def __init__(self, features, tiles, rows=None, prefix_looks=False):
-        self.features, self.tiles, self.prefix_looks = features, tiles, prefix_looks
-        self.rows = torch.arange(len(tiles), device=tiles.device) if rows is None else rows
+    image = None
+
+    def __init__(self, model, rows, slots):
+        c, weight = model.config.text, model.language_model.lm_head.weight
+        self.config, self.dtype, self.slots, self.used = c, weight.dtype, 0, 0
+        shape = (2, rows, c.num_key_value_heads, 0, c.head_dim)  # keys and values
+        self.kv = {i: weight.new_zeros(shape) for i in range(c.num_hidden_layers)
+                   if i not in c.cross_attention_layers}
+        self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.reserve(slots)
+
+    def reserve(self, count: int) -> TextCache:
+        """Make room for `count` more tokens in every row. Call it between turns: it asks the device."""
+        self.used = int(self.length.max())
+        extra = self.used + count - self.slots
+        if extra > 0:
+            self.kv = {i: F.pad(kv, (0, 0, 0, extra)) for i, kv in self.kv.items()}
+            self.slots += extra
+            positions = torch.arange(self.slots, device=self.length.device)
+            self.table = rope_table(self.config, positions[None])
+        return self
+
+    def next_slots(self, count):
+        """Slots (B, count) for the next `count` tokens of each row. ValueError: not reserved."""
+        self.used += count  # an upper bound of the longest row, without asking the device
+        if self.used > self.slots:
+            raise ValueError(f"{self.used} tokens do not fit into the {self.slots} slots of the cache: "
+                             "reserve more.")
+        device = self.length.device
+        self.rows = torch.arange(len(self.length), device=device)[:, None]
+        self.at = self.length[:, None] + torch.arange(count, device=device)
+        self.rope = [part[0, 0, self.at][:, None] for part in self.table]
+        return self.at
+
+    def store(self, i, k, v):
+        """Write k, v (B, K, T, E) of layer i to the next slots; return k, v of all slots in use."""
+        for stored, new in zip(self.kv[i], (k, v)):
+            stored[self.rows, :, self.at] = new.transpose(1, 2)
+        return self.kv[i][:, :, :, : self.used]
+
+    def select(self, rows: Tensor) -> TextCache:
+        """Keep, drop or repeat rows: one prompt becomes a group of episodes, solved ones leave."""
+        self.kv = {i: kv[:, rows] for i, kv in self.kv.items()}
+        self.length = self.length[rows]
+        return self
+
+
+@dataclass
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0  # 0 = greedy
+    generator: torch.Generator | None = None
+    batch: int = 256  # episodes computed side by side: memory, not the result
+
+
+def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
+    """One token for each row of logits (B, V), and its log-probability, both (B,). temperature 0: the
+    likeliest token, with its log-probability at temperature 1."""
+    log_p = (logits / (temperature or 1)).log_softmax(-1)
+    if temperature == 0:
+        token = log_p.argmax(-1)
+    else:
+        # One uniform number a row, looked up in the cumulated probabilities, needs no answer from the
+        # device. In float32 the sum of 128,256 of them is off by more than rare tokens weigh.
+        total = log_p.exp().cumsum(-1, dtype=torch.float64)
+        point = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device,
+                           generator=generator) * total[:, -1:]
+        token = torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    return token, log_p.gather(1, token[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def generate(model: LlamaVision, cache: TextCache, logits: Tensor, sampling: Sampling,
+             stop_ids: set[int]) -> tuple[list, list]:
+    """Sample a response for every row of `cache`, whose next-token logits (B, V) are given.
+
+    A row ends with a token of stop_ids, which belongs to its response, or after max_new_tokens.
+    Returns (responses, log_probs): for each row a list of token ids and a list of floats. The cache
+    then holds all tokens of a response but its last: continue with `extend`.
+    """
+    stops = torch.tensor(sorted(stop_ids), device=logits.device)
+    running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    tokens, log_probs, counted = [], [], []
+    for step in range(1, sampling.max_new_tokens + 1):
+        token, log_p = sample(logits, sampling.temperature, sampling.generator)
+        tokens.append(token)
+        log_probs.append(log_p)
+        counted.append(running)
+        running = running & (token[:, None] != stops).all(1)
+        # Asking the device whether all rows are done costs a wait: after every fourth token only.
+        if step == sampling.max_new_tokens or (step % 4 == 0 and not running.any()):
+            break
+        # Finished rows are computed along but do not grow: their slot is written again later.
+        logits = model.extend(cache, token[:, None], running.long())
+    counts = torch.stack(counted).sum(0).tolist()
+    tokens, log_probs = torch.stack(tokens, 1).tolist(), torch.stack(log_probs, 1).tolist()
+    return [t[:n] for t, n in zip(tokens, counts)], [p[:n] for p, n in zip(log_probs, counts)]
+
+
+# ==== The reading path ends here. Everything below can be skipped. ====
+
+# ---- 6. Configuration ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The tower. The defaults are those of the 11B Instruct; names are those of the hub."""
+
+    hidden_size: int = 1280
+    attention_heads: int = 16
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_global_layers: int = 8
+    patch_size: int = 14
+    image_size: int = 560
+    max_num_tiles: int = 4
+    intermediate_layers_indices: tuple = (3, 7, 15, 23, 30)
+    norm_eps: float = 1e-5
+
+    @property
+    def tokens(self):
+        """Tokens of one tile: its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def output_dim(self):
+        """Features of one image token: the final state and the tapped ones."""
+        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole model.
+
+    vision_taps: "input" (Meta: a tapped state enters the named layer) or "output" (transformers
+    since 4.56: it leaves the layer). mask_prefix_attention: True (Meta: a token that sees no image
+    gets nothing from a cross layer) or False (transformers: it still gets the attention's output).
+    """
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision_taps: str = "input"
+    mask_prefix_attention: bool = True
+
+
+SIZES = {
+    "tiny": Config(
+        TextConfig(480, 128, 256, 5, 4, 2, (3,), rope_theta=10000.0, rope_factor=1.0),
+        VisionConfig(96, 4, 288, 4, 1, 8, 32, 4, (1, 2)),
+    ),
+    "small": Config(
+        TextConfig(4096, 768, 2048, 12, 12, 4, (2, 6, 10), rope_theta=10000.0, rope_factor=1.0),
+        VisionConfig(384, 6, 1536, 8, 2, 14, 112, 4, (2, 4, 6)),
+    ),
+    "11b": Config(),
+}
+
+# Entries of text_config and vision_config that would change the computation: only these are built.
+FIXED = ({"hidden_act": "silu", "tie_word_embeddings": False},
+         {"hidden_act": "gelu", "num_channels": 3, "max_num_tiles": 4,
+          "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]})
+# Names of the "llama3" entries of RoPE, on the hub and here.
+ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
+        "original_max_position_embeddings": "rope_original"}
+LIMITS = {"num_hidden_layers": 201, "num_global_layers": 201}  # numbers lie below; else below 2^21
+
+
+def config_to_json(config):
+    """The hub's config.json as a dict: what transformers' MllamaConfig reads."""
+    text, vision = asdict(config.text), asdict(config.vision)
+    scaling = {"rope_type": "llama3"} | {theirs: text.pop(ours) for theirs, ours in ROPE.items()}
+    rope = {"rope_type": "default"} if config.text.rope_factor == 1.0 else scaling
+    text |= {"model_type": "mllama_text_model", "rope_scaling": rope, "hidden_act": "silu"}
+    vision |= {"model_type": "mllama_vision_model", "vision_output_dim": config.vision.output_dim}
+    return {"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"],
+            "image_token_index": config.text.vocab_size, "text_config": text,
+            "vision_config": vision, "vision_taps": config.vision_taps,
+            "mask_prefix_attention": config.mask_prefix_attention}
+
+
+def config_from_json(data):
+    """Config from the hub's config.json (a dict); only known fields are read.
+
+    transformers 5 writes RoPE as rope_parameters, before it was rope_scaling beside rope_theta. What the
+    file leaves out has transformers' default (so 448 px, plain RoPE). Raises ValueError with one sentence
+    when it is not a config of this architecture, asks for something that is not built here, or holds a
+    number that is out of range.
+    """
+    if not isinstance(data, dict) or data.get("model_type") != "mllama":
+        raise ValueError("config.json does not describe a Llama-3.2-Vision model "
+                         "(model_type must be \"mllama\").")
+    text, vision = data.get("text_config"), data.get("vision_config")
+    rope = isinstance(text, dict) and (text.get("rope_parameters") or text.get("rope_scaling")) or {}
+    if not all(isinstance(part, dict) for part in (text, vision, rope)):
+        raise ValueError("config.json: text_config, vision_config and the RoPE entry must be objects.")
+    for part, fixed in zip((text, vision), FIXED):
+        for name, value in fixed.items():
+            if part.get(name, value) not in (value, None):
+                raise ValueError(f"config.json: {name} must be {json.dumps(value)}: "
+                                 "nothing else is built here.")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3") or (kind == "llama3" and None in map(rope.get, ROPE)):
+        raise ValueError('config.json: the RoPE entry must be "default", or "llama3" with '
+                         f"{', '.join(ROPE)}.")
+    entries = {name: value for name, value in text.items() if name not in ROPE.values()}
+    names = {"rope_theta": "rope_theta"} | (ROPE if kind == "llama3" else {})
+    entries |= {ours: rope[theirs] for theirs, ours in names.items() if theirs in rope}
+    config = Config(_known(TextConfig(rope_factor=1.0), entries),
+                    _known(VisionConfig(image_size=448), vision),
+                    data.get("vision_taps", "input"), data.get("mask_prefix_attention", True))
+    _check_config(config, data.get("image_token_index", config.text.vocab_size))
+    return config
+
+
+def _known(default, data):
+    """A config dataclass with those entries of `data` that it names."""
+    return replace(default, **{
+        name: _number(f"config.json: {name}", value, type(getattr(default, name)), LIMITS.get(name))
+        for name, value in data.items()
+        if value is not None and name in default.__dataclass_fields__})
+
+
+def _number(name, value, wanted, limit=None, above=0):
+    """An entry of a JSON file as int, float or tuple of ints; NaN, texts, booleans are refused."""
+    if wanted is tuple and isinstance(value, (list, tuple)) and len(value) <= 200:
+        return tuple(_number(name, n, int, above=-1) for n in value)
+    if type(value) not in (int, float) or wanted is tuple:
+        kind = "a list of at most 200 numbers" if wanted is tuple else "a number"
+        raise ValueError(f"{name} must be {kind}.")
+    if not above < value < (limit or 2**21) or wanted(value) != value:
+        raise ValueError(f"{name} is {str(value)[:40]}, which is out of range.")
+    return wanted(value)
+
+
+def _check_config(config, image_token):
+    """Refuse numbers that do not fit together, before memory is taken for them."""
+    text, vision, switch = config.text, config.vision, config.mask_prefix_attention
+    for name, part in (("cross_attention_layers", text), ("intermediate_layers_indices", vision)):
+        indices, layers = getattr(part, name), part.num_hidden_layers
+        if list(indices) != sorted(set(indices)) or max(indices, default=0) >= layers:
+            raise ValueError(f"config.json: {name} must be rising numbers below {layers}, "
+                             "the number of layers.")
+    for wrong, sentence in (
+            (text.hidden_size % (2 * text.num_attention_heads)
+             or text.num_attention_heads % text.num_key_value_heads,
+             "the heads of the decoder do not divide its hidden size"),
+            (vision.hidden_size % vision.attention_heads or vision.image_size % vision.patch_size,
+             "the heads or patches of the vision tower do not divide its sizes"),
+            (vision.tokens * vision.hidden_size > 2**36 or text.rope_high <= text.rope_low,
+             "image_size, or high_freq_factor against low_freq_factor, is out of range"),
+            (config.vision_taps not in ("input", "output") or type(switch) is not bool,
+             'vision_taps must be "input" or "output", mask_prefix_attention true or false'),
+            (image_token != text.vocab_size,
+             "image_token_index must be vocab_size, the first id behind lm_head")):
+        if wrong:
+            raise ValueError(f"config.json: {sentence}.")
+
+
+def init_weights(model: LlamaVision, seed: int) -> LlamaVision:
+    """Random weights for training from scratch: normal, 0.02 for embeddings, 0.6 / sqrt(inputs) for
+    matrices (smaller where they write to the residual stream).
+
+    Gates start at 0.5: at the zero of a fresh Llama-3.2-Vision a model that is trained from nothing
+    ignores images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    depth = model.config.text.num_hidden_layers
+    for name, p in model.named_parameters():
+        if "gate" in name.rsplit(".", 1)[-1]:
+            nn.init.constant_(p, 0.5)
+        elif p.dim() == 1:
+            nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
+            table = "embed" in name or "lm_head" in name
+            scale = 0.6 / math.sqrt(p[0].numel()) / (math.sqrt(depth) if writes else 1)
+            nn.init.normal_(p, std=0.02 if table else scale, generator=generator)
+    return model
+
+
+PARTS = {"decoder": "language_model.model.", "projector": "multi_modal_projector",
+         "tower": "vision_model."}
+
+
+def add_lora(model: LlamaVision, rank: int, alpha: float, where=PARTS["decoder"]) -> int:
+    """Adapters on every Linear whose name starts with `where` (one or a tuple; default: all of the
+    decoder, not lm_head); everything else is frozen. Add them after loading weights. Returns the number
+    of adapted layers."""
+    model.requires_grad_(False)
+    adapted = [m for name, m in linear_layers(model).items() if name.startswith(where)]
+    if not adapted:
+        raise ValueError(f"no linear layer's name starts with {where!r}, so there is nothing to adapt.")
+    for module in adapted:
+        module.add_lora(rank, alpha)
+    return len(adapted)
+
+
+def linear_layers(model):
+    """{name: Linear}."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+
+
+def merged(linear):
+    """W + (alpha / rank) B A in W's type, summed in float32 so that it rounds once."""
+    if linear.lora_A is None:
+        return linear.weight
+    delta = linear.lora_scale * (linear.lora_B.weight @ linear.lora_A.weight)
+    return (linear.weight.float() + delta).to(linear.weight.dtype)
+
+
+@torch.no_grad()
+def merge_lora(model: LlamaVision):
+    """Add every adapter into its weights and take it out: the same model, all of it trainable again."""
+    for linear in linear_layers(model).values():
+        if linear.lora_A is not None:
+            linear.weight.copy_(merged(linear))
+            linear.lora_A = linear.lora_B = None
+            model.requires_grad_(True)
+
+
+@contextmanager
+def adapters_off(model: LlamaVision):
+    """Within this context the model is the one that the adapters started from: the reference policy,
+    without a second copy of the weights."""
+    layers = linear_layers(model).values()
+    for linear in layers:
+        linear.lora_on = False
+    try:
+        yield
+    finally:
+        for linear in layers:
+            linear.lora_on = True
+
+
+# ---- 7. Images in the decoder --------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class ImageContext:
+    """The images that rows of text may see: R sets of up to I images, and the set of each row. Rows
+    that share a set (the episodes of a group) share its keys and values: they become its queries.
+
+    features (R, I * M * P, D): projected image tokens; tiles (R, I, M) bool: those that exist; rows (B,)
+    long: the set of each row of text, by default its own. prefix_looks: tokens before an image see
+    everything (transformers).
+    """
+
+    features: Tensor
+    tiles: Tensor
+    rows: Tensor | None = None
+    prefix_looks: bool = False
+
+    def __post_init__(self):
+        if self.rows is None:
+            self.rows = torch.arange(len(self.tiles), device=self.tiles.device)
         same = self.rows[:, None] == self.rows
         self.share = int(same.sum(1).max())  # rows of the set that has most
-        self.place = self.rows * self.share + same.tril(-1).sum(1)  # (B,) of the R * share slots, each row's
-        self.whole = bool(tiles.all())
+        self.slot = self.rows * self.share + same.tril(-1).sum(1)  # (B,): each row's of R * share slots
+        self.whole = bool(self.tiles.all())
 
-    def regroup(self, rows):
-        """The same sets for other rows of text: rows (B,) is the set of each."""
-        return ImageContext(self.features, self.tiles, rows, self.prefix_looks)
+    @classmethod
+    def encode(cls, model, tiles, ratio_ids, rows=None):
+        """LlamaVision.encode_images."""
+        if not ratio_ids.any():
+            return None
+        tiles, ratio_ids = tiles.to(model.device), ratio_ids.to(model.device)
+        tiles_of_ratio = ratio_ids.new_tensor([0, *map(math.prod, RATIOS)])
+        count = tiles_of_ratio[ratio_ids][..., None]  # (R, I, 1)
+        slot = torch.arange(tiles.shape[2], device=model.device)
+        # A missing image is encoded as one empty tile: with transformers' semantics, tokens before an
+        # image attend to it.
+        tile_mask = slot < count.clamp(min=1)
+        states = model.vision_model(*(x.flatten(0, 1) for x in (tiles, ratio_ids, tile_mask)))
+        features = model.multi_modal_projector(states).unflatten(0, ratio_ids.shape).flatten(1, 3)
+        return cls(features, slot < count, rows, not model.config.mask_prefix_attention)
 
     def select(self, rows):
         """The context of the given rows of text (a LongTensor), without the sets that none of them uses."""
         sets, rows = self.rows[rows].unique(return_inverse=True)
         if len(sets) == len(self.tiles):
-            return self.regroup(rows)
-        return ImageContext(self.features[sets], self.tiles[sets], rows, self.prefix_looks)
+            return replace(self, rows=rows)
+        return replace(self, features=self.features[sets], tiles=self.tiles[sets], rows=rows)
 
     def fold(self, x):
         """(B, heads, T, E) of rows -> (R, heads, share * T, E) of sets. Slots without a row hold ones."""
-        slots = x.new_ones(len(self.tiles) * self.share, *x.shape[1:]).index_copy(0, self.place, x)
+        slots = x.new_ones(len(self.tiles) * self.share, *x.shape[1:]).index_copy(0, self.slot, x)
         return slots.unflatten(0, (-1, self.share)).transpose(1, 2).flatten(2, 3)
 
     def unfold(self, x):
         """(R, share * T, D) of sets -> (B, T, D) of rows."""
-        return x.unflatten(1, (self.share, -1)).flatten(0, 1)[self.place]
+        return x.unflatten(1, (self.share, -1)).flatten(0, 1)[self.slot]
 
     def visible(self, shown, at=None):
-        """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for, by default all S.
+        """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for, by default all.
 
-        A token sees the latest image up to itself, and those directly before that one in the same run of <|image|>
-        tokens. Returns (mask (R, 1, share * T or 1, N) bool, True where seen, or None; sees (B, T, 1) bool). A token
-        that sees nothing has a mask of ones (of -inf it would be NaN, in the gradient too), and `sees` discards it.
+        A token sees the latest image up to itself, and those directly before that one in the same run of
+        <|image|> tokens. Returns (mask (R, 1, share * T or 1, N) bool, True where seen, or None; sees
+        (B, T, 1) bool). A token that sees nothing has a mask of ones (of -inf it would be NaN, in the
+        gradient too), and `sees` discards its result.
         """
-        end = shown.cumsum(1)  # tokens see the images first .. end - 1 of their row
+        end = shown.cumsum(1)  # tokens see the images first .. end of their row
         begins = shown & ~F.pad(shown, (1, 0))[:, :-1]
-        first = (begins * end).cummax(1).values - 1
+        first = (begins * end).cummax(1).values
         if at is not None:
             first, end = first.gather(1, at), end.gather(1, at)
-        tiles, tokens = self.tiles[self.rows], self.features.shape[1] // self.tiles[0].numel()  # (B, I, M), P
+        tiles, tokens = self.tiles[self.rows], self.features.shape[1] // self.tiles[0].numel()
         number = tiles.any(-1).cumsum(1)  # (B, I): missing images are not counted
+        # Not for single tokens of decoding, where the question would make the CPU wait for the device.
         if end.shape[1] > 1 and bool((end[:, -1] > number[:, -1]).any()):
             raise ValueError("a row of text has more <|image|> tokens than it was given images.")
-        number = (number - 1)[:, None]
-        seen = (number >= first[..., None]) & (number < end[..., None])
+        number = number[:, None]
+        seen = (number >= first[..., None]) & (number <= end[..., None])
         seen = (seen[..., None] & tiles[:, None]).flatten(2)  # (B, T, I * M)
         sees = seen.any(-1, keepdim=True)
         if self.tiles.shape[1] == 1 and not self.prefix_looks:  # one image a row: its tiles are mask enough
@@ -555,49 +832,141 @@ class ImageContext:
         return self.fold(mask[:, None]), sees
 
 
-class Prompts:
-    """Prompts that rows of a training pass begin with, each computed once for all of them: a cache with gradients.
+def image_keys(model, features):
+    """{cross layer: [k, v] (R, K, N, E)} of the features of an ImageContext."""
+    layers = model.language_model.model.layers
+    return {i: layers[i].cross_attn.keys_values(features)
+            for i in model.config.text.cross_attention_layers}
 
-    A pass over the U prompts, ids (U, T), fills it; after `follow`, a pass over the B rows reads it. Prompts are padded
-    on the right: the mask of the second pass has to hide that.
+
+class Cache(TextCache):
+    """A TextCache whose rows may see images. The keys and values of an image are computed once for all
+    rows that share it, and for all their turns and tokens."""
+
+    def __init__(self, model: LlamaVision, rows: int, slots: int, image: ImageContext | None = None):
+        super().__init__(model, rows, slots)
+        self.shown = torch.zeros(rows, 0, dtype=torch.bool, device=model.device)  # <|image|> stands here
+        self.model, self.image, self.cross = model, None, {}
+        self.add_images(image)
+
+    @torch.no_grad()
+    def add_images(self, more: ImageContext | None):
+        """Further images for the turn that is fed next: an ImageContext of the cache's rows (with empty
+        sets for rows that get none). Rows share from now on what both their old and new sets share."""
+        if more is None:
+            return
+        if self.image is None:
+            self.image, self.cross = more, image_keys(self.model, more.features)
+            return
+        (old, new), rows = torch.stack([self.image.rows, more.rows]).unique(dim=1, return_inverse=True)
+        more = replace(more, features=more.features[new], tiles=more.tiles[new], rows=rows)
+        keys = image_keys(self.model, more.features)
+        self.cross = {i: [torch.cat([a[old], b], 2) for a, b in zip(self.cross[i], keys[i])] for i in keys}
+        self.image = replace(more, features=torch.cat([self.image.features[old], more.features], 1),
+                             tiles=torch.cat([self.image.tiles[old], more.tiles], 1))
+
+    def visible(self, shown):
+        """ImageContext.visible of the next slots; shown (B, T): where <|image|> stands in them."""
+        self.shown = F.pad(self.shown, (0, self.slots - self.shown.shape[1]))
+        self.shown.scatter_(1, self.at, shown)
+        return self.image.visible(self.shown[:, : self.used], self.at)
+
+    def keep_latest_image(self):
+        """Drop all images but the latest of each row, with their keys and values: no token to come sees
+        the others. Not for rows whose latest <|image|> follows directly on another one, which tokens
+        see together."""
+        exists = self.image.tiles.any(-1)  # (R, I)
+        number = torch.arange(exists.shape[1], device=exists.device)
+        sets, latest = torch.arange(len(exists), device=exists.device), (exists * number).argmax(1)
+
+        def of_latest(x, dim):
+            return x.unflatten(dim, (len(number), -1)).movedim(dim, 1)[sets, latest]
+        self.cross = {i: [of_latest(part, 2) for part in pair] for i, pair in self.cross.items()}
+        self.image = replace(self.image, features=of_latest(self.image.features, 1),
+                             tiles=of_latest(self.image.tiles, 1))
+        self.shown = self.shown & (self.shown.cumsum(1) == self.shown.sum(1, keepdim=True))
+
+    def select(self, rows: Tensor) -> Cache:
+        self.shown = self.shown[rows]
+        if self.image is not None:
+            sets = self.image.rows[rows].unique()
+            if len(sets) < len(self.image.tiles):
+                self.cross = {i: [part[sets] for part in pair] for i, pair in self.cross.items()}
+            self.image = self.image.select(rows)
+        return super().select(rows)
+
+
+# ---- 8. Shared prompts ---------------------------------------------------------------------------
+
+
+class Prompts:
+    """What rows of a training pass begin with, computed once for all of them: a cache with gradients.
+
+    One pass, over the prompts, makes it; a second one, over the rows, has its own with `before` = the
+    first and rows (B,) = the prompt of each row. at (B, T): positions of the tokens of this pass in
+    their rows, whose ids are given whole. Neither changes afterwards: with gradient checkpointing both
+    passes run again, in the order of the backward pass. Prompts are padded on the right, which the mask of
+    the second pass has to hide.
     """
 
-    def __init__(self, config, ids, image):
-        self.config, self.image, self.kept, self.cross, self.rows = config, image, {}, {}, None
-        self.shown, self.at = ids == config.vocab_size, torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    def __init__(self, model, ids, at, image, before=None, rows=None):
+        c = model.config.text
+        self.rope, self.at, self.image, self.shown = rope_table(c, at), at, image, ids == c.vocab_size
+        self.before, self.rows, self.stored = before, rows, {}
+        self.cross = before.cross if before else image and image_keys(model, image.features)
 
-    def follow(self, rows, ids, at, image):
-        """Row b goes on from prompt rows[b] with the tokens at[b] of ids[b], which begins with that prompt."""
-        self.rows, self.shown, self.at, self.image = rows, ids == self.config.vocab_size, at, image
+    def store(self, i, k, v):
+        if self.before is None:
+            self.stored.setdefault(i, (k, v))  # not the second time, when the layer runs again
+            return k, v
+        return [torch.cat([old.index_select(0, self.rows), new], 2)
+                for old, new in zip(self.before.stored[i], (k, v))]
 
-    def writer(self, i):
-        """A function of k, v (B, K, T, E) of layer i that returns those of the prompts before them."""
-        rows, before = self.rows, self.kept.get(i)
-
-        def store(k, v):
-            if before is None:
-                self.kept.setdefault(i, (k, v))  # not the second time, when layers are recomputed
-                return k, v
-            return [torch.cat([old.index_select(0, rows), new], 2) for old, new in zip(before, (k, v))]
-
-        return store
-
-    def rope(self):
-        """`rope_table` of the tokens of this pass."""
-        return rope_table(self.config, self.at)
-
-    def note_image_tokens(self, _):
-        """Where <|image|> stands in the rows, their prompts included."""
-        return self.shown
-
-    def keys_values(self, i, attention):
-        """k, v (R, K, N, E) of the images for cross layer i, for both passes."""
-        if i not in self.cross:
-            self.cross[i] = attention.keys_values(self.image.features)
-        return self.cross[i]
+    def visible(self, _):
+        return self.image.visible(self.shown, self.at)
 
 
-# ---------------------------------------------------------------- 4. Vision tower
+def states_before(model, ids, chosen, image):
+    """Hidden states (N, D) from which the chosen tokens follow: model(ids[:, :-1], image)[chosen[:, 1:]].
+    A prompt (the tokens before the first chosen one) that several rows have is computed once, with its
+    gradient: arguments and values are those of LlamaVision.log_probs."""
+    start = (chosen.int().argmax(1) - 1).clamp(min=0)  # (B,): the last token of each prompt
+    rows, first = common_prompts(ids, start, image)
+    if start.sum() - start[first].sum() <= ids.numel() // 16:  # too little is saved
+        return model(ids[:, :-1], image)[chosen[:, 1:]]
+    row, t = chosen[:, 1:].nonzero(as_tuple=True)
+    width, count = int(start.max()), int((t - start[row]).max()) + 1  # of the prompts, of the rest
+    decoder, positions = model.language_model.model, torch.arange(ids.shape[1], device=ids.device)
+    prompts, at = ids[first, :width], positions[:width].expand(len(first), -1)
+    shared = Prompts(model, prompts, at, image and replace(image, rows=image.rows[first]))
+    decoder(prompts, None, None, cache=shared)
+    at = (start[:, None] + positions[:count]).clamp(max=ids.shape[1] - 2)
+    causal = torch.ones(len(ids), count, count, dtype=torch.bool, device=ids.device).tril()
+    of_prompt = (positions[:width] < start[:, None])[:, None].expand(-1, count, -1)
+    mask = torch.cat([of_prompt, causal], 2)[:, None]
+    own = Prompts(model, ids, at, image, before=shared, rows=rows)
+    return decoder(ids.gather(1, at), None, mask, cache=own)[row, t - start[row]]
+
+
+def common_prompts(ids, start, image):
+    """Which rows of ids (B, T) have the same tokens before start (B,), and the same images. Returns
+    rows (B,): the number of each row's prompt, and first (U,): a row that has it."""
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    key = ids.masked_fill(positions >= start[:, None], -1)
+    key = key if image is None else torch.cat([key, image.rows[:, None]], 1)
+    prompts, rows = key.unique(dim=0, return_inverse=True)
+    numbers = torch.arange(len(prompts), device=ids.device)[:, None]
+    return rows, (rows == numbers).int().argmax(1)
+
+
+def pad_rows(rows: list[list], pad, device) -> tuple[Tensor, Tensor]:
+    """Lists of token ids -> ids (B, T), filled up with `pad` on the right, and lengths (B,)."""
+    lengths = [len(row) for row in rows]
+    ids = [[*row, *[pad] * (max(lengths) - len(row))] for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
+
+
+# ---- 9. Vision tower -----------------------------------------------------------------------------
 
 
 class VisionAttention(nn.Module):
@@ -611,7 +980,8 @@ class VisionAttention(nn.Module):
 
     def forward(self, x, mask):
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):
@@ -645,16 +1015,8 @@ class VisionLayer(nn.Module):
         return x + (self.gate_ffn.tanh() * m if self.gated else m)
 
 
-class VisionLayers(nn.Module):
-    """A stack of vision layers (a module of its own because the hub's names have it)."""
-
-    def __init__(self, c, count, gated):
-        super().__init__()
-        self.layers = nn.ModuleList(VisionLayer(c, gated) for _ in range(count))
-
-
 class TileEmbedding(nn.Module):
-    """x (I, M, P, C) + tanh(gate) * what the aspect ratio says of each tile's place."""
+    """x (I, M, P, C) + tanh(gate) * what the aspect ratio says of the position of each tile."""
 
     def __init__(self, c):
         super().__init__()
@@ -667,7 +1029,7 @@ class TileEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """x (I, M, P, C) + (1 - tanh g) * (place in the tile) + tanh g * (place in the tile, tile and aspect ratio)."""
+    """x (I, M, P, C) + (1 - tanh g) * (of the patch in its tile) + tanh g * (of patch, tile and ratio)."""
 
     def __init__(self, c):
         super().__init__()
@@ -680,13 +1042,19 @@ class PositionEmbedding(nn.Module):
         return x + (1 - g) * self.embedding + g * self.tile_embedding(ratio_ids).view(x.shape)
 
 
+def vision_layers(c, count, gated):
+    """A stack of layers under the hub's names."""
+    return nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(c, gated) for _ in range(count))})
+
+
 class VisionTower(nn.Module):
-    """Tiles of images to the final state of every patch with the tapped states of earlier layers beside it."""
+    """Tiles of images -> the final state of every patch with the tapped states of earlier layers."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config.vision
-        self.taps = [i - (config.vision_taps == "input") for i in c.intermediate_layers_indices]  # layers' outputs
+        # Layers whose outputs are tapped. Meta names the layers that these states enter.
+        self.taps = [i - (config.vision_taps == "input") for i in c.intermediate_layers_indices]
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, c.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
         self.gated_positional_embedding = PositionEmbedding(c)
@@ -694,73 +1062,73 @@ class VisionTower(nn.Module):
         self.post_tile_positional_embedding = TileEmbedding(c)
         self.layernorm_pre = nn.LayerNorm(c.hidden_size, c.norm_eps)
         self.layernorm_post = nn.LayerNorm(c.hidden_size, c.norm_eps)
-        self.transformer = VisionLayers(c, c.num_hidden_layers, gated=False)
-        self.global_transformer = VisionLayers(c, c.num_global_layers, gated=True)
+        self.transformer = vision_layers(c, c.num_hidden_layers, gated=False)
+        self.global_transformer = vision_layers(c, c.num_global_layers, gated=True)
         self.recompute = False
 
     def embed(self, tiles, ratio_ids):
         """tiles (I, M, 3, L, L) -> tokens (I, M, P, C) before the first layer."""
         I, M = tiles.shape[:2]
-        x = self.patch_embedding(tiles.flatten(0, 1).to(self.class_embedding.dtype)).flatten(2)  # (I * M, C, P - 1)
+        x = self.patch_embedding(tiles.flatten(0, 1).to(self.class_embedding.dtype)).flatten(2)
         x = self.pre_tile_positional_embedding(x.transpose(1, 2).unflatten(0, (I, M)), ratio_ids)
         x = torch.cat([self.class_embedding.expand(I, M, 1, -1), x], 2)
         return self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))
 
     def forward(self, tiles, ratio_ids, tile_mask):
-        """tiles (I, M, 3, L, L); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real -> (I, M, P, C * 6).
+        """tiles (I, M, 3, L, L); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real ->
+        (I, M, P, output_dim).
 
-        Tokens are padded to a multiple of 8 per tile, and only pad-to-pad attention is forbidden: real tokens do attend
-        to pads and to empty tiles. That is what the checkpoint was trained with; "fixing" it changes the features.
+        Tokens are padded to a multiple of 8 per tile, and only padding to padding is forbidden: real
+        tokens do attend to padding and to empty tiles. That is what the checkpoint was trained with;
+        "fixing" it changes the features.
         """
-        I, M, P = tiles.shape[0], tiles.shape[1], self.config.tokens
+        M, P = tiles.shape[1], self.config.tokens
         x = F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8))
         slots = x.shape[2]
-        real = (tile_mask.bool()[:, :, None] & (torch.arange(slots, device=x.device) < P)).flatten(1)  # (I, M * slots)
+        patch = torch.arange(slots, device=x.device) < P
+        real = (tile_mask.bool()[:, :, None] & patch).flatten(1)  # (I, M * slots)
         mask = (real[:, :, None] | real[:, None, :])[:, None]  # (I, 1, M * slots, M * slots)
         x = x.flatten(1, 2)
-        kept = {-1: x}  # layer -> its output, of the tapped layers only
+        tapped = {-1: x}  # only these: all 40 states of the 11B would be 0.7 GB an image
         for i, layer in enumerate(self.transformer.layers):
-            x = _run(self, layer, x, mask)
+            x = run_layer(self, layer, x, mask)
             if i in self.taps:
-                kept[i] = x
+                tapped[i] = x
         x = self.layernorm_post(x).unflatten(1, (M, slots))
         x = self.post_tile_positional_embedding(x, ratio_ids).flatten(1, 2)
         for layer in self.global_transformer.layers:
-            x = _run(self, layer, x, mask)
+            x = run_layer(self, layer, x, mask)
         # The tap index runs fastest: feature c * taps + j, not blocks of C.
-        out = torch.cat([x, torch.stack([kept[i] for i in self.taps], -1).flatten(2)], -1)
+        out = torch.cat([x, torch.stack([tapped[i] for i in self.taps], -1).flatten(2)], -1)
         return out.unflatten(1, (M, slots))[:, :, :P]
 
 
-# ---------------------------------------------------------------- 5. Images
+# ---- 10. Pictures --------------------------------------------------------------------------------
 
-RATIOS = [(rows, cols) for rows in range(1, 5) for cols in range(1, 5) if rows * cols <= 4]  # id = index + 1; height first
+# Canvases in tiles, id = index + 1. Height first: (width, height) would be silently wrong.
+RATIOS = [(rows, cols) for rows in range(1, 5) for cols in range(1, 5) if rows * cols <= 4]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
-def open_image(source):
-    """A picture as a person sees it, in 8-bit RGB: upright (EXIF), alpha over white, 16-bit grey scaled down.
-
-    source: a path, bytes or a PIL image. Raises ValueError with one sentence when it cannot be read, or when its header
-    announces more than MAX_PIXELS pixels: then none of them is decoded.
-    """
+def open_image(source) -> Image.Image:
+    """A picture as a person sees it, in 8-bit RGB: upright (EXIF), alpha over white, 16-bit grey scaled
+    down. source: a path, bytes or a PIL image. Raises ValueError with one sentence when it cannot be
+    read, or when its header announces more than MAX_PIXELS pixels: then none of them is decoded."""
     name = str(source)[:200] if isinstance(source, (str, Path)) else "the picture"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # PIL's limit is higher than ours
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
-        large = image.width * image.height > MAX_PIXELS
-        rgb = None if large else _to_rgb(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        large = True
+            if image.width * image.height <= MAX_PIXELS:
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        pass
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         raise ValueError(f"{name} cannot be read as a picture ({str(error)[:120]}).") from None
-    if large:
-        raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: scale it down first.")
-    return rgb
+    raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: scale it down first.")
 
 
 def _to_rgb(image):
@@ -774,11 +1142,13 @@ def _to_rgb(image):
 
 
 def cut_tiles(image, tile):
-    """An 8-bit RGB PIL image -> tiles (n, 3, tile, tile) float32, row by row, and the id 1..8 of their arrangement.
+    """An 8-bit RGB PIL image -> tiles (n, 3, tile, tile) float32, row by row, and the id 1..8 of their
+    arrangement.
 
-    The picture goes to the top left of the canvas of `RATIOS` that scales it up least, or else down least (the smaller
-    one when several do), shrunk but never enlarged beyond one tile; black fills the rest before normalising. Equal
-    to transformers' MllamaImageProcessorPil with the checkpoint's settings, to the last bit.
+    The picture goes to the top left of the canvas of `RATIOS` that scales it up least, or else down
+    least (the smaller one when several do), shrunk but never enlarged beyond one tile; black fills the
+    rest before normalising. Equal to transformers' MllamaImageProcessorPil with the checkpoint's
+    settings, to the last bit.
     """
     width, height = image.size
     scales = [min(rows * tile / height, cols * tile / width) for rows, cols in RATIOS]
@@ -791,367 +1161,46 @@ def cut_tiles(image, tile):
         w = min(max(int(width * (h / height)), 1), w)
     canvas = np.zeros((rows * tile, cols * tile, 3), np.uint8)
     canvas[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR))
-    levels = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]
-    levels = (levels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (256, 3): every value a pixel can have
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]  # every value of a pixel
+    levels = (levels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (256, 3)
     tiles = levels[canvas, np.arange(3)].reshape(rows, tile, cols, tile, 3).transpose(0, 2, 4, 1, 3)
-    return np.ascontiguousarray(tiles.reshape(rows * cols, 3, tile, tile)), RATIOS.index((rows, cols)) + 1
+    tiles = np.ascontiguousarray(tiles.reshape(rows * cols, 3, tile, tile))
+    return tiles, RATIOS.index((rows, cols)) + 1
 
 
-def pack_images(sets, tile):
-    """Sets of pictures (lists of what `open_image` returns) -> tiles (R, I, 4, 3, tile, tile) float32 and ratio_ids
-    (R, I) long, both 0 where there is none. I is the size of the largest set, at least 1."""
+def pack_images(sets: list[list[Image.Image]], tile: int) -> tuple[Tensor, Tensor]:
+    """Sets of pictures (lists of what `open_image` returns) -> tiles (R, I, 4, 3, tile, tile) float32 and
+    ratio_ids (R, I) long, both 0 where there is none. I: the size of the largest set, at least 1."""
     count = max([1, *map(len, sets)])
     tiles = torch.zeros(len(sets), count, 4, 3, tile, tile)
     ratio_ids = torch.zeros(len(sets), count, dtype=torch.long)
     for r, pictures in enumerate(sets):
         for i, picture in enumerate(pictures):
-            cut, ratio_ids[r, i] = cut_tiles(picture, tile)
-            tiles[r, i, : len(cut)] = torch.from_numpy(cut)
+            found, ratio_ids[r, i] = cut_tiles(picture, tile)
+            tiles[r, i, : len(found)] = torch.from_numpy(found)
     return tiles, ratio_ids
 
 
-# ---------------------------------------------------------------- 6. The whole model
-
-
-def common_prompts(ids, start, image):
-    """Which rows of ids (B, T) have the same tokens before start (B,), and the same images (an ImageContext or None).
-    Returns rows (B,): the number of each row's prompt, and first (U,): a row that has it."""
-    key = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= start[:, None], -1)
-    key = key if image is None else torch.cat([key, image.rows[:, None]], 1)
-    prompts, rows = key.unique(dim=0, return_inverse=True)
-    return rows, (rows == torch.arange(len(prompts), device=ids.device)[:, None]).int().argmax(1)
-
-
-class CausalLM(nn.Module):
-    """The decoder and its output layer (a module of its own because the hub's names have it)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.model = TextModel(config)
-        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-
-
-class LlamaVision(nn.Module):
-    """Llama-3.2-Vision: vision tower, projector, decoder."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.vision_model = VisionTower(config)
-        self.multi_modal_projector = Linear(config.vision.output_dim, config.text.hidden_size)
-        self.language_model = CausalLM(config)
-
-    @property
-    def device(self):
-        """Where the weights are."""
-        return self.language_model.lm_head.weight.device
-
-    @property
-    def trains_vision(self):
-        """Whether anything is trained before the decoder: then pictures are encoded with gradient, in every pass."""
-        return any(p.requires_grad for part in (self.vision_model, self.multi_modal_projector) for p in part.parameters())
-
-    def recompute(self, on=True):
-        """Gradient checkpointing of every layer, of the tower too: less memory, one more forward pass."""
-        self.vision_model.recompute = self.language_model.model.recompute = on
-
-    def image_features(self, tiles, ratio_ids, tile_mask):
-        """tiles (I, M, 3, L, L), ratio_ids (I,), tile_mask (I, M) -> projected image tokens (I, M * P, D)."""
-        return self.multi_modal_projector(self.vision_model(tiles, ratio_ids, tile_mask)).flatten(1, 2)
-
-    def encode_images(self, tiles, ratio_ids, rows=None):
-        """Encode sets of images as `pack_images` packs them: tiles (R, I, M, 3, L, L), ratio_ids (R, I), 0 = no image.
-
-        rows (B,): the set of each row of text, by default its own. Returns an ImageContext, None without any image.
-        Call it under no_grad while tower and projector are frozen, once for all that is done with the images.
-        """
-        if not ratio_ids.any():
-            return None
-        tiles, ratio_ids = tiles.to(self.device), ratio_ids.to(self.device)
-        exists, slot = ratio_ids > 0, torch.arange(tiles.shape[2], device=self.device)
-        count = ratio_ids.new_tensor([0] + [math.prod(ratio) for ratio in RATIOS])[ratio_ids][..., None]  # (R, I, 1)
-        # With transformers' semantics tokens before an image attend to missing images too: these are encoded as well.
-        wanted = exists if self.config.mask_prefix_attention else torch.ones_like(exists)
-        encoded = self.image_features(tiles[wanted], ratio_ids[wanted], (slot < count.clamp(min=1))[wanted])
-        features = encoded.new_zeros(*exists.shape, *encoded.shape[1:])
-        features[wanted] = encoded
-        return ImageContext(features.flatten(1, 2), slot < count, rows, not self.config.mask_prefix_attention)
-
-    def forward(self, ids, real=None, image=None):
-        """Hidden states (B, T, D) of ids (B, T) after the final norm.
-
-        real (B, T) bool marks tokens that are not padding. Padding on the right needs none: no token looks ahead.
-        image: what `encode_images` made of the rows' images. ValueError when a row has more <|image|> tokens than images.
-        """
-        if real is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-            return self.language_model.model(ids, positions, None, image)
-        positions = (real.cumsum(1) - 1).clamp(min=0)
-        mask = real[:, None, :].expand(-1, ids.shape[1], -1).tril()
-        mask = mask | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)  # pads see themselves: no NaN
-        return self.language_model.model(ids, positions, mask[:, None], image)
-
-    def logits(self, hidden):
-        """(..., D) -> (..., V) float32."""
-        return self.language_model.lm_head(hidden).float()
-
-    def extend(self, cache, ids, lengths):
-        """Feed ids (B, T), of which the first `lengths` (B,) of each row are real, after what `cache` holds.
-
-        Returns logits (B, V) float32 behind the last real token of each row. A pad writes to a slot beyond the row's
-        end, which no query sees before a later token has overwritten it.
-        """
-        first = cache.used == 0
-        slots = cache.next_slots(ids.shape[1])  # (B, T)
-        # (B, 1, T, used); the first tokens of all rows are causal among themselves, which needs no mask
-        mask = None if first else (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
-        if mask is not None and ids.shape[1] == 1 and ids.device.type == "cpu":
-            mask = torch.zeros((), dtype=cache.dtype).where(mask, torch.finfo(cache.dtype).min)  # once for all layers
-        hidden = self.language_model.model(ids, slots, mask, cache=cache)
-        cache.length = cache.length + lengths
-        last = hidden[torch.arange(len(ids), device=ids.device), (lengths - 1).clamp(min=0)] if ids.shape[1] > 1 else hidden[:, 0]
-        return self.logits(last)
-
-    def log_probs(self, ids, chosen, temperature=1.0, image=None):
-        """Log-probabilities of the tokens ids[b, t] with chosen[b, t] = True, each given all tokens before it.
-
-        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (number chosen,) float32 in
-        row-major order, of softmax(logits / temperature): the distribution that was sampled from, so that the ratio to
-        `old_log_probs` is 1 before an update. Only chosen positions reach lm_head.
-        A prompt (what comes before the first chosen token) that several rows have is computed once, with its gradient.
-        """
-        start = (chosen.int().argmax(1) - 1).clamp(min=0)  # (B,): a prompt's last token predicts the first chosen one
-        rows, first = common_prompts(ids, start, image)
-        if start.sum() - start[first].sum() <= ids.numel() // 16:  # too little is saved
-            hidden, ids, chosen = self(ids[:, :-1], image=image), ids[:, 1:], chosen[:, 1:]
-        else:
-            hidden, ids, chosen = self._after_prompts(ids, chosen, image, start, rows, first)
-        logits = self.logits(hidden[chosen])
-        log_p = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
-        return log_p.gather(1, ids[chosen][:, None])[:, 0]
-
-    def _after_prompts(self, ids, chosen, image, start, rows, first):
-        """Hidden states (B, T', D) from the last token of each row's prompt on, and of the token behind each: its id and
-        whether it is chosen, both (B, T'). start (B,): where that last token is; rows and first: of `common_prompts`."""
-        width, end = int(start.max()), ids.shape[1] - 1
-        count = int(((chosen * torch.arange(end + 1, device=ids.device)).amax(1) - start).max())  # up to the last chosen
-        prompts = Prompts(self.config.text, ids[first, :width], image and image.regroup(image.rows[first]))
-        self.language_model.model(ids[first, :width], None, None, cache=prompts)
-        at = start[:, None] + torch.arange(count, device=ids.device)
-        inside, at = at < end, at.clamp(max=end - 1)
-        prompts.follow(rows, ids, at, image)
-        begin = start[:1] if (start == width).all() else start  # one mask for all rows where it is the same
-        mask = torch.cat([(torch.arange(width, device=ids.device) < begin[:, None])[:, None].expand(-1, count, -1),
-                          torch.ones(len(begin), count, count, dtype=torch.bool, device=ids.device).tril()], 2)
-        hidden = self.language_model.model(ids.gather(1, at), None, mask[:, None], cache=prompts)
-        return hidden, ids.gather(1, at + 1), chosen.gather(1, at + 1) & inside
-
-
-def init_weights(model, seed):
-    """Random weights for training from scratch: normal, 0.02 for embeddings, 0.6 / sqrt(inputs) for matrices (smaller
-    where they write to the residual stream).
-
-    Gates start at 0.5: at the zero of a fresh Llama-3.2-Vision a model that is trained from nothing ignores images.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    depth = model.config.text.num_hidden_layers
-    for name, p in model.named_parameters():
-        if "gate" in name.rsplit(".", 1)[-1]:
-            nn.init.constant_(p, 0.5)
-        elif p.dim() == 1:
-            nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        else:
-            writes = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
-            table = "embed" in name or "lm_head" in name
-            std = 0.02 if table else 0.6 / math.sqrt(p[0].numel()) / (math.sqrt(depth) if writes else 1)
-            nn.init.normal_(p, std=std, generator=generator)
-    return model
-
-
-# ---------------------------------------------------------------- 7. Cache and generation
-
-
-class Cache:
-    """Keys and values of every self-attention layer in slots taken once: rows need not be equally long.
-
-    Token t of a row lies in slot t, whatever the other rows hold. `length` (B,) counts the tokens of each row.
-    `image` is the ImageContext of the rows: the keys and values of its sets are computed at first use and kept.
-    """
-
-    def __init__(self, model, rows, slots, image=None):
-        c, weight = model.config.text, model.language_model.lm_head.weight
-        self.layers, self.dtype = [i for i in range(c.num_hidden_layers) if i not in c.cross_attention_layers], weight.dtype
-        self.config, shape = c, (rows, c.num_key_value_heads, slots, c.head_dim)
-        self.k = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
-        self.v = {i: torch.zeros(shape, dtype=weight.dtype, device=weight.device) for i in self.layers}
-        self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.shown = torch.zeros(rows, slots, dtype=torch.bool, device=weight.device)  # where <|image|> stands
-        self.slots, self.used, self.image, self.cross = slots, 0, image, {}
-        self.table = ()
-
-    def reserve(self, count):
-        """Make sure that `count` more tokens fit into every row. Call it between turns: it asks the device."""
-        self.used = int(self.length.max())
-        extra = self.used + count - self.slots
-        if extra > 0:
-            for kept in (self.k, self.v):
-                kept.update({i: F.pad(t, (0, 0, 0, extra)) for i, t in kept.items()})
-            self.shown = F.pad(self.shown, (0, extra))
-            self.slots += extra
-        return self
-
-    def next_slots(self, count):
-        """Slots (B, count) for the next `count` tokens of each row. Raises ValueError when they were not reserved."""
-        self.used += count  # an upper bound of the longest row, without asking the device
-        if self.used > self.slots:
-            raise ValueError(f"{self.used} tokens do not fit into the {self.slots} slots of the cache: reserve more.")
-        device, heads = self.length.device, self.config.num_key_value_heads
-        self.at = self.length[:, None] + torch.arange(count, device=device)
-        first = torch.arange(len(self.at) * heads, device=device).view(-1, heads, 1) * self.slots
-        self.place = (first + self.at[:, None]).flatten()  # where these tokens are in k or v, all rows and heads in one line
-        return self.at
-
-    def writer(self, i):
-        """A function that stores k, v (B, K, T, E) of layer i in the opened slots and returns all slots in use."""
-        def store(k, v):
-            for kept, new in ((self.k[i], k), (self.v[i], v)):
-                kept.view(-1, kept.shape[-1]).index_copy_(0, self.place, new.reshape(-1, kept.shape[-1]))
-            return self.k[i][:, :, : self.used], self.v[i][:, :, : self.used]
-
-        return store
-
-    def rope(self):
-        """`rope_table` of the opened slots, looked up in one of all slots."""
-        if not self.table or self.table[0].shape[2] < self.slots:
-            self.table = rope_table(self.config, torch.arange(self.slots, device=self.at.device)[None])
-        return [t[0, 0, self.at][:, None] for t in self.table]
-
-    def note_image_tokens(self, shown):
-        """Note where <|image|> stands in the opened slots (B, T) -> where it stands in all slots in use."""
-        self.shown.scatter_(1, self.at, shown)
-        return self.shown[:, : self.used]
-
-    def keys_values(self, i, attention):
-        """k, v (R, K, N, E) of the images for cross layer i: once for all rows that share a set, and all their turns."""
-        kept = self.cross.get(i)
-        done = kept[0].shape[2] if kept else 0
-        if done < self.image.features.shape[1]:
-            new = attention.keys_values(self.image.features[:, done:])
-            self.cross[i] = tuple(torch.cat(pair, 2) for pair in zip(kept, new)) if kept else new
-        return self.cross[i]
-
-    def add_images(self, more):
-        """Further images for the turn that is fed next: `more` is an ImageContext of the cache's rows (with empty sets
-        for rows that get none) or None. Nothing is encoded again; rows share what both their old and new sets share."""
-        if more is not None and self.image is not None:
-            (old, new), rows = torch.stack([self.image.rows, more.rows]).unique(dim=1, return_inverse=True)
-            self.cross = {i: (k[old], v[old]) for i, (k, v) in self.cross.items()}
-            more = ImageContext(torch.cat([self.image.features[old], more.features[new]], 1),
-                                torch.cat([self.image.tiles[old], more.tiles[new]], 1), rows, more.prefix_looks)
-        self.image = more or self.image
-
-    def keep_latest_image(self):
-        """Drop all images but the latest of each row, with their keys and values: no token to come looks at the others.
-        Not for rows whose latest <|image|> follows directly on another one, which tokens see together."""
-        exists = self.image.tiles.any(-1)  # (R, I)
-        number = torch.arange(exists.shape[1], device=exists.device)
-        sets, latest = torch.arange(len(exists), device=exists.device), (exists * number).argmax(1)
-
-        def keep(x, dim):
-            return x.unflatten(dim, (len(number), -1)).movedim(dim, 1)[sets, latest]
-        self.cross = {i: (keep(k, 2), keep(v, 2)) for i, (k, v) in self.cross.items()}
-        self.image = ImageContext(keep(self.image.features, 1), keep(self.image.tiles, 1), self.image.rows,
-                                  self.image.prefix_looks)
-        self.shown = self.shown & (self.shown.cumsum(1) == self.shown.sum(1, keepdim=True))
-
-    def select(self, rows):
-        """Keep, drop or repeat rows (a LongTensor): one prompt becomes a group of episodes, solved ones leave."""
-        for i in self.layers:
-            self.k[i], self.v[i] = self.k[i][rows], self.v[i][rows]
-        self.length, self.shown = self.length[rows], self.shown[rows]
-        if self.image is not None:
-            before, sets = len(self.image.tiles), self.image.rows[rows].unique()
-            self.image = self.image.select(rows)
-            if len(sets) < before:
-                self.cross = {i: (k[sets], v[sets]) for i, (k, v) in self.cross.items()}
-        return self
-
-
-def sample(logits, temperature, generator=None):
-    """One token for each row of logits (B, V), and its log-probability, both (B,). temperature 0: the likeliest, with
-    its log-probability at temperature 1."""
-    log_p = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
-    if temperature == 0:
-        token = log_p.argmax(-1)
-    else:  # one uniform number a row, looked up in the cumulated probabilities, needs no answer from the device
-        total = log_p.exp().cumsum(-1, dtype=torch.float64)
-        point = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator) * total[:, -1:]
-        token = torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    return token, log_p.gather(1, token[:, None])[:, 0]
-
-
-@dataclass
-class Sampling:
-    """How responses are drawn."""
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0  # 0 = greedy
-    generator: torch.Generator | None = None
-    batch: int = 256  # episodes computed side by side: memory, not the result
-
-
-@torch.inference_mode()
-def generate(model, cache, logits, sampling, stop_ids):
-    """Sample a response for every row of `cache`, whose next-token logits (B, V) are given.
-
-    A row ends with a token of stop_ids, which belongs to its response, or after sampling.max_new_tokens. Returns
-    (responses, log_probs): for each row a list of token ids and a list of floats. The cache then holds all tokens of a
-    response but its last: continue with `extend`.
-    """
-    rows = logits.shape[0]
-    stops = torch.tensor(sorted(stop_ids), device=logits.device)
-    running = torch.ones(rows, dtype=torch.bool, device=logits.device)
-    tokens, log_probs, alive = [], [], []
-    for step in range(sampling.max_new_tokens):
-        token, log_p = sample(logits, sampling.temperature, sampling.generator)
-        tokens.append(token), log_probs.append(log_p), alive.append(running)
-        running = running & (token[:, None] != stops).all(1)
-        # Asking the device whether all rows are done costs a wait; every fourth token is often enough.
-        if step + 1 == sampling.max_new_tokens or (step % 4 == 3 and not running.any()):
-            break
-        # Finished rows are computed along but do not grow: their slot is written again by whatever comes next.
-        logits = model.extend(cache, token[:, None], running.long())
-    counts = torch.stack(alive).sum(0).tolist()
-    tokens, log_probs = torch.stack(tokens, 1).tolist(), torch.stack(log_probs, 1).tolist()
-    return [t[:n] for t, n in zip(tokens, counts)], [p[:n] for p, n in zip(log_probs, counts)]
-
-
-def pad_rows(rows, pad, device, side="right"):
-    """Lists of token ids -> ids (B, T) and lengths (B,)."""
-    width = max(len(r) for r in rows)
-    fill = [[pad] * (width - len(r)) for r in rows]
-    ids = [list(r) + f if side == "right" else f + list(r) for r, f in zip(rows, fill)]
-    return torch.tensor(ids, device=device), torch.tensor([len(r) for r in rows], device=device)
-
-
-# ---------------------------------------------------------------- 8. Tokenizer and chat
+# ---- 11. Tokenizer and chat ----------------------------------------------------------------------
 
 BOS, EOT, PAD, IMAGE = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"
 STOPS = ("<|end_of_text|>", "<|eom_id|>", EOT)
-TINY_SPECIAL = (BOS, EOT, PAD, "<|user|>", "<|assistant|>", IMAGE)  # <|image|> last: its id lies outside lm_head
 DATE = "26 Jul 2024"  # pinned, or prompts would change every day
 
 
 class Tokenizer:
     """A `tokenizers` file and the chat format of its model.
 
-    Special tokens are found by name and only ever added as ids: text that spells one is encoded as plain text.
-    The tiny tokenizer has one-token headers <|user|> and <|assistant|> and no system block; others speak Llama 3.2.
+    Special tokens are found by name and only ever added as ids: text that spells one is encoded as plain
+    text. The tiny tokenizer has one-token headers <|user|> and <|assistant|> and no system block; others
+    speak Llama 3.2.
     """
 
     def __init__(self, bpe):
         self.bpe = bpe
-        self.bpe.encode_special_tokens = True  # reads as: treat special tokens in text like any other text
+        # Reads as: treat special tokens in text like any other text. Never the reverse: a prompt could
+        # otherwise end its own turn.
+        self.bpe.encode_special_tokens = True
         self.pad, self.eot, self.bos = (self._id(name) for name in (PAD, EOT, BOS))
         self.stop_ids = {bpe.token_to_id(name) for name in STOPS} - {None}
         self.short = bpe.token_to_id("<|user|>") is not None
@@ -1162,76 +1211,54 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no {name} token, so it is not one of Llama-3.2-Vision.")
         return found
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Token ids of plain text."""
         return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         """Text of token ids; special tokens are spelled out, a stop token at the end is left off."""
         ids = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return self.bpe.decode(ids, skip_special_tokens=False)
 
     def header(self, role, text=""):
-        """Ids that open a message of `role`, with its text: the line break before a text may merge with its start."""
+        """Ids that open a message of `role`, with its text: the line break before a text may merge with
+        its start."""
         if self.short:
             return [self._id(f"<|{role}|>"), *self.encode(text)]
         start, end = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
         return [start, *self.encode(role), end, *self.encode("\n\n" + text)]
 
-    def prompt(self, text, image=False, system=""):
+    def prompt(self, text: str, image: bool | int = False, system: str = "") -> list[int]:
         """Ids of a conversation that opens with the user's text and waits for the first response.
 
-        image: whether (or how many) pictures precede the text. Raises ValueError for a system message beside an image,
-        which the published template refuses too, or for a tokenizer without system messages.
+        image: whether (or how many) pictures precede the text. Raises ValueError for a system message
+        beside an image, which the published template refuses too, or for a tokenizer without system
+        messages.
         """
         if system and (image or self.short):
-            raise ValueError("a system message cannot stand beside an image or in the tiny format: put it into the text.")
+            raise ValueError("a system message cannot stand beside an image or in the tiny format: "
+                             "put it into the text.")
         ids = [self.bos]
-        if not self.short and not image:  # the published template adds this block to text-only conversations
+        if not self.short and not image:  # the published template adds this block to conversations in text
             dates = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
             ids += self.header("system", dates + system.strip()) + [self.eot]
         return ids + self.turn(text, image)
 
-    def turn(self, text, image=False):
+    def turn(self, text: str, image: bool | int = False) -> list[int]:
         """Ids of one more user message and the header of the response to it; image as in `prompt`."""
         shown = [self._id(IMAGE)] * int(image)
         opened = self.header("user") + shown + self.encode(text) if shown else self.header("user", text)
         return opened + [self.eot] + self.header("assistant")
 
 
-def train_tokenizer(texts, vocab_size=480):
-    """The tiny tokenizer, learned from texts: cards, numbers, operators and directions stay tokens of their own, everything
-    between them may merge across spaces. vocab_size counts the special tokens but <|image|>. Returns a Tokenizer."""
-    bpe = BPE(models.BPE())
-    pieces = Regex(r"\d+|(?<![A-Za-z])[AJQK](?![A-Za-z])|[-+*/()]|(?:slightly )?(?:left|right)|(?:north|south)(?:east|west)?|east|west")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(TINY_SPECIAL) + 1, show_progress=False, min_frequency=2,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainer)
-    spare = vocab_size - bpe.get_vocab_size() - len(TINY_SPECIAL) + 1  # few texts give few merges: the ids between are reserved
-    names = [*TINY_SPECIAL[:-1], *(f"<|reserved_{i}|>" for i in range(spare)), TINY_SPECIAL[-1]]
-    bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    return Tokenizer(bpe)
-
-
-# ---------------------------------------------------------------- 9. Loading and saving
+# ---- 12. Saving ----------------------------------------------------------------------------------
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# How names begin in memory since transformers 4.52 (PEFT writes these), and on the hub (transformers writes those).
+# How names begin in memory since transformers 4.52 (PEFT writes these), and on the hub.
 LAYOUTS = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
-           ("model.vision_model.", "vision_model."), ("model.multi_modal_projector.", "multi_modal_projector."))
-NOT_BUILT = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern",
-             "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices")  # of PEFT's LoRA
-
-
-def hub_name(name):
-    """The hub's name of a tensor or module in either layout, of an adapter's too."""
-    name = name.removeprefix("base_model.model.")
-    return next((hub + name[len(new):] for new, hub in LAYOUTS if name.startswith(new)), name)
+           ("model.vision_model.", "vision_model."),
+           ("model.multi_modal_projector.", "multi_modal_projector."))
 
 
 def write_atomically(path, write):
@@ -1248,131 +1275,245 @@ def write_json(path, data):
 
 
 @torch.no_grad()
-def save_model(model, tokenizer, directory, dtype=None, shard_bytes=5 * 10**9):
-    """Write a model directory in the hub's layout: config.json, tokenizer.json and the weights in `dtype` (default: as
-    they are) with adapters merged, in one file, or if that were over shard_bytes in several and an index."""
-    directory, linear = Path(directory), {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, Linear)}
+def save_model(model: LlamaVision, tokenizer: Tokenizer, directory, dtype: torch.dtype | None = None,
+               shard_bytes: int = 5 * 10**9):
+    """Write a model directory in the hub's layout: config.json, tokenizer.json and the weights in `dtype`
+    (default: as they are) with adapters merged, in one file, or in several of at most shard_bytes."""
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    linears = {f"{name}.weight": linear for name, linear in linear_layers(model).items()}
     state = {name: t for name, t in model.state_dict().items() if ".lora_" not in name}
     sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in state.items()}
-    shards = [[]]
+    shards, room = [], 0
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[n] for n in shards[-1]) + size > shard_bytes:
+        if size > room:
             shards.append([])
+            room = shard_bytes
         shards[-1].append(name)
-    one = len(shards) == 1
-    files = [WEIGHTS if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards):  # merged shard by shard: all at once would take the decoder's size again
-        part = {n: (linear[n].merged() if n in linear else state[n]).to("cpu", dtype).contiguous() for n in names}
-        write_atomically(directory / file, lambda p: save_file(part, p, metadata={"format": "pt"}))
-    if not one:
-        listed = {name: file for file, names in zip(files, shards) for name in names}
-        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed})
-    (directory / (INDEX if one else WEIGHTS)).unlink(missing_ok=True)  # of an earlier save in the other form
-    config = config_to_json(model.config) | {"torch_dtype": str(dtype or model.language_model.lm_head.weight.dtype)[6:]}
+        room -= size
+    listed, count = {}, len(shards)
+    for i, names in enumerate(shards, 1):
+        file = WEIGHTS if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
+        # Merged shard by shard: all at once would take the decoder's size again.
+        tensors = {n: merged(linears[n]) if n in linears else state[n] for n in names}
+        tensors = {n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}
+        write_atomically(directory / file, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+        listed |= dict.fromkeys(names, file)
+    if count > 1:
+        total = {"total_size": sum(sizes.values())}
+        write_json(directory / INDEX, {"metadata": total, "weight_map": listed})
+    # What an earlier save left in the other form would be read instead.
+    (directory / (INDEX if count == 1 else WEIGHTS)).unlink(missing_ok=True)
+    saved = dtype or model.language_model.lm_head.weight.dtype
+    config = config_to_json(model.config) | {"torch_dtype": str(saved).removeprefix("torch.")}
+    # transformers' default for padding, 128004, is no row of a small model.
     config["text_config"] |= {"bos_token_id": tokenizer.bos, "eos_token_id": sorted(tokenizer.stop_ids),
-                              "pad_token_id": tokenizer.pad}  # transformers' default, 128004, is no row of a small model
+                              "pad_token_id": tokenizer.pad}
     write_json(directory / "config.json", config)
     write_atomically(directory / "tokenizer.json", lambda p: tokenizer.bpe.save(str(p)))
 
 
-def save_adapter(model, directory, base):
-    """Write the LoRA tensors as PEFT does, with the hub's names, and modules listed in both layouts: so PEFT finds them
-    whichever transformers it meets. `base` is the model directory that they belong to."""
-    directory, adapted = Path(directory), {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.lora_A}
+def save_adapter(model: LlamaVision, directory, base):
+    """Write the LoRA tensors as PEFT does, with the hub's names, and modules listed in both layouts: so
+    PEFT finds them whichever transformers it meets. `base` is the model directory that they belong to."""
+    directory = Path(directory)
+    adapted = {name: linear for name, linear in linear_layers(model).items() if linear.lora_A}
     if not adapted:
         raise ValueError("the model has no adapter to save.")
     directory.mkdir(parents=True, exist_ok=True)
-    state = {f"base_model.model.{name}.lora_{side}.weight": getattr(m, f"lora_{side}").weight.detach().cpu()
-             for name, m in adapted.items() for side in "AB"}
-    new = [new + name[len(hub):] for name in adapted for new, hub in LAYOUTS if f"{name}.".startswith(hub)]
+    state = {f"base_model.model.{name}.{side}.weight": getattr(linear, side).weight.detach().cpu()
+             for name, linear in adapted.items() for side in ("lora_A", "lora_B")}
+    in_memory = [new + name[len(hub):] for name in adapted for new, hub in LAYOUTS
+                 if f"{name}.".startswith(hub)]
     first = next(iter(adapted.values()))
     rank = first.lora_A.out_features
     write_atomically(directory / ADAPTER, lambda p: save_file(state, p, metadata={"format": "pt"}))
     write_json(directory / ADAPTER_CONFIG, {
-        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "bias": "none", "task_type": "CAUSAL_LM",
-        "lora_alpha": first.lora_scale * rank, "target_modules": [*adapted, *new]})
+        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "bias": "none",
+        "task_type": "CAUSAL_LM", "lora_alpha": first.lora_scale * rank,
+        "target_modules": [*adapted, *in_memory]})
 
 
-def _file(directory, name):
-    """Path of a regular file in a directory. A link may leave it only as the hub's cache has it: to ../../blobs."""
-    if not isinstance(name, str) or not 0 < len(name) < 200 or set(name) & set("/\\\0") or name in (".", ".."):
-        shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
-        raise ValueError(f"{directory}: the index names {shown} as a shard; it must name plain files of this directory.")
-    path, home = directory / name, os.path.realpath(directory)
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing or no regular file; copy or download the directory again.")
-    if os.path.dirname(os.path.realpath(path)) not in (home, os.path.realpath(f"{home}/../../blobs")):
-        raise ValueError(f"{path} is a link out of its directory; put the file itself there.")
-    return path
+# ---- 13. Loading ---------------------------------------------------------------------------------
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NOT_BUILT = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern",
+             "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters",
+             "trainable_token_indices")  # of PEFT's LoRA
 
 
-def _once(pairs):
-    """For json.loads: a dict, unless an entry is there twice."""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("an entry is there twice")
-    return dict(pairs)
+class Stored(NamedTuple):
+    """A tensor in a safetensors file, under the name that it has there."""
+
+    dtype: torch.dtype
+    shape: tuple
+    name: str
 
 
-def read_json(path):
-    """A JSON file of at most 1 MB, or a ValueError that names it."""
+class Adapter(NamedTuple):
+    """A LoRA adapter in PEFT's format."""
+
+    rank: int
+    alpha: float
+    modules: tuple  # ends of the names of adapted modules; empty: only the tensors tell
+    base: Path  # directory of the model that it changes
+    files: dict  # of find_weights
+
+
+def load_model(directory, dtype: torch.dtype = torch.float32,
+               device="cpu") -> tuple[LlamaVision, Tokenizer]:
+    """(model, tokenizer) of a directory in the hub's layout, or of an adapter in PEFT's: then of its base
+    with the adapter beside it, ready to be trained on.
+
+    Weights come in `dtype`, whatever they are stored in; an adapter stays float32. All names, shapes and
+    sizes are checked before memory is taken. Raises ValueError with one sentence for whatever is wrong.
+    """
+    base, adapters = Path(directory), []
+    while os.path.exists(base / ADAPTER_CONFIG):
+        adapters.insert(0, read_adapter(base))
+        base = adapters[0].base
+        if len(adapters) > 8:
+            raise ValueError(f"{directory} is an adapter of an adapter, and so on for ever; "
+                             "name a base that is a model.")
+    if not os.path.exists(base / "config.json"):
+        raise ValueError(f"{base} holds no model: it has no config.json.")
+    config, tokenizer = config_from_json(read_json(_file(base, "config.json"))), load_tokenizer(base)
+    if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
+        raise ValueError(f"{base / 'tokenizer.json'} has more tokens than the embedding has rows; "
+                         "take this model's.")
+    with torch.device("meta"):
+        model = LlamaVision(config).to(dtype)
+    files = find_weights(base)
+    _check_tensors(files, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    for adapter in adapters:
+        _check_tensors(adapter.files, {
+            f"{name}.{part}.weight": shape for name, linear in adapted_layers(model, adapter)
+            for part, shape in (("lora_A", (adapter.rank, linear.in_features)),
+                                ("lora_B", (linear.out_features, adapter.rank)))})
     try:
-        if os.path.getsize(path) > 1_000_000:
-            raise ValueError("it is over 1 MB")
-        return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is missing or is not JSON ({str(error)[:120]}); copy or download it again.") from None
+        model.to_empty(device=device)
+    except RuntimeError:
+        size = sum(p.nbytes for p in model.parameters()) / 1e9
+        raise ValueError(f"{device} has no room for {base}: {size:.1f} GB as {str(dtype)[6:]}.") from None
+    for path, header in files.items():
+        read_tensors(path, header, model.state_dict())
+    for adapter in adapters:
+        merge_lora(model)  # an adapter that was trained on top of another counts that as its base
+        model.requires_grad_(False)
+        for _, linear in adapted_layers(model, adapter):
+            linear.add_lora(adapter.rank, adapter.alpha)
+        for path, header in adapter.files.items():
+            read_tensors(path, header, model.state_dict())
+    return model, tokenizer
+
+
+def adapted_layers(model, adapter):
+    """(name, Linear) of what an adapter changes. PEFT adapts every module whose name ends with a listed
+    one; where none are listed, the tensors tell."""
+    stored = {name.rpartition(".lora_")[0] for header in adapter.files.values() for name in header}
+    ends = tuple(f".{module}" for module in adapter.modules)
+    return [(name, linear) for name, linear in linear_layers(model).items()
+            if name in stored or f".{name}".endswith(ends)]
+
+
+def read_adapter(directory):
+    """The Adapter of a directory."""
+    path = _file(directory, ADAPTER_CONFIG)
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
+    bias = config.get("bias", "none") != "none"
+    for name in [*filter(config.get, NOT_BUILT), *["bias"] * bias]:
+        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and load "
+                         "the result.")
+    rank = _number(f"{path}: r", config.get("r"), int)
+    alpha = _number(f"{path}: lora_alpha", config.get("lora_alpha"), float)
+    alpha *= rank**0.5 if config.get("use_rslora") is True else 1
+    modules, base = config.get("target_modules"), config.get("base_model_name_or_path")
+    if not isinstance(modules, (str, list)) or not all(isinstance(m, str) for m in modules):
+        raise ValueError(f"{path}: target_modules must be a text or a list of module names.")
+    # A text is a pattern, which is never run: it could take for ever.
+    if isinstance(modules, str) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        modules = ()
+    places = (Path(base), directory / base) if isinstance(base, str) and base else ()
+    base = next(filter(os.path.isdir, places), None)
+    if base is None:
+        raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base model; "
+                         "download that, and put its path there.")
+    modules = tuple(map(hub_name, modules))
+    return Adapter(rank, alpha, modules, base, find_weights(directory, ADAPTER))
+
+
+def hub_name(name):
+    """The hub's name of a tensor or module in either layout, of an adapter's too."""
+    name = name.removeprefix("base_model.model.")
+    return next((hub + name[len(new):] for new, hub in LAYOUTS if name.startswith(new)), name)
+
+
+def find_weights(directory, file=WEIGHTS):
+    """{path: {hub's name: Stored}} of a model's or an adapter's directory: one file, or the shards that its
+    index lists. Raises ValueError also for a tensor that is there twice."""
+    listed, files, seen = {}, {}, {}
+    if file == WEIGHTS and not os.path.exists(directory / WEIGHTS) and os.path.exists(directory / INDEX):
+        index = read_json(_file(directory, INDEX))
+        listed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(listed, dict) or not listed:
+            raise ValueError(f"{directory / INDEX} has no weight_map of tensors to files; "
+                             "copy or download it again.")
+    for path in dict.fromkeys(_file(directory, shard) for shard in listed.values() or [file]):
+        files[path] = {}
+        for name, stored in read_header(path).items():
+            hub = hub_name(name)
+            if seen.setdefault(hub, stored) is not stored:
+                raise ValueError(f"{path} has tensor {name[:120]!r} twice, or another file has it too; "
+                                 "keep one of the two.")
+            files[path][hub] = stored
+    for name in listed.keys() ^ {stored.name for stored in seen.values()} if listed else ():
+        raise ValueError(f"{directory} {'lacks' if name in listed else 'has an unlisted'} tensor "
+                         f"{name[:120]!r}, unlike {INDEX}; copy or download both again.")
+    return files
 
 
 def read_header(path):
-    """Header of a safetensors file as {name: (dtype, shape, first byte in the file)}; no tensor is read.
-
-    By hand rather than by the library, so that any damage is found before memory is taken, and has its sentence: the
-    header's length in 8 bytes, the header in JSON, then the tensors without gaps. Raises ValueError.
-    """
-    found, end = {}, 0
+    """{name: Stored} of a safetensors file; no tensor is read. The library checks that the tensors fill the
+    file without gaps. Raises ValueError with one sentence."""
     try:
-        with open(path, "rb") as file:
-            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, 2**22):
-                raise ValueError("its header is longer than the file or 4 MB")
-            header = json.loads(file.read(length), object_pairs_hook=_once)
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            if kind not in DTYPES:
-                raise ValueError(f"tensor {name[:120]!r} is of type {str(kind)[:20]!r}, not {', '.join(DTYPES)}: take the "
-                                 "model from before it was quantized")
-            whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-            if not whole or start != end or stop - start != math.prod(shape) * DTYPES[kind].itemsize:
-                raise ValueError(f"tensor {name[:120]!r} does not lie where its type and shape put it")
-            found[name], end = (DTYPES[kind], shape, 8 + length + start), stop
-        if end != size - length - 8:
-            raise ValueError(f"it has {size:,} bytes and should have {8 + length + end:,}: it was cut off or added to")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error)[:200] if isinstance(error, (OSError, ValueError)) else "its header is damaged"
-        raise ValueError(f"{path} cannot be read as a safetensors file ({reason}); copy or download it again.") from None
-    return found
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+            parts = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:200]!r}); "
+                         "copy or download it again.") from None
+    for name, (dtype, _) in parts.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: tensor {name[:120]!r} is of type {dtype!r}, not {', '.join(DTYPES)}: "
+                             "take the model from before it was quantized.")
+    return {name: Stored(DTYPES[dtype], shape, name) for name, (dtype, shape) in parts.items()}
 
 
+@torch.no_grad()
 def read_tensors(path, header, targets):
-    """Fill targets[name] (any float type, any device) from a file with `header`, with at most 4 MB of other memory.
-
-    Read, not mapped: a mapping would count twice while it is copied, and change if someone wrote to the file.
-    """
-    with open(path, "rb") as file:
-        for name, (dtype, _, offset) in header.items():
-            file.seek(offset)
-            for part in targets[name].view(-1).split(2**20):
-                direct = part.dtype == dtype and part.device.type == "cpu"
-                buffer = part if direct else torch.empty(len(part), dtype=dtype)
-                if file.readinto(buffer.view(torch.uint8).numpy()) != buffer.nbytes:
-                    raise ValueError(f"{path} ends within tensor {name!r}; copy or download it again.")
-                if not direct:
-                    part.copy_(buffer)
+    """Fill targets[name] (of any float type, on any device) from a file with this header."""
+    with safe_open(path, "pt") as file:
+        for name, stored in header.items():
+            targets[name].copy_(file.get_tensor(stored.name))
 
 
-def load_tokenizer(directory):
+def _check_tensors(files, wanted):
+    """Compare names and shapes in {path: header} with {name: shape}."""
+    found = {name: (path, stored.shape) for path, header in files.items() for name, stored in header.items()}
+    for name in sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; it belongs to another model.")
+    for name, shape in wanted.items():
+        path, stored = found.get(name, (min(files).parent, None))
+        if stored is None:
+            raise ValueError(f"{path} lacks tensor {name!r} of its configuration; copy or download it again.")
+        if stored != shape:
+            raise ValueError(f"{path}: tensor {name} has shape {stored}, but the configuration asks for {shape}; "
+                             "take both from the same model.")
+
+
+def load_tokenizer(directory) -> Tokenizer:
     """The Tokenizer of a model directory."""
     path = _file(Path(directory), "tokenizer.json")
     try:
@@ -1387,318 +1528,229 @@ def load_tokenizer(directory):
         raise ValueError(f"{path} cannot be used as a tokenizer ({str(error)[:120]}); copy it again.") from None
 
 
-def find_weights(directory, file=WEIGHTS):
-    """{path: header} of a model's or an adapter's directory, with the hub's names: one file, or the shards that its index
-    lists. Raises ValueError also for a tensor that is there twice."""
-    found, seen, files = {}, {}, [(file, None)]
-    if file == WEIGHTS and not os.path.exists(directory / WEIGHTS) and os.path.exists(directory / INDEX):
-        index, shards = read_json(_file(directory, INDEX)), {}
-        listed = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(listed, dict) or not listed:
-            raise ValueError(f"{directory / INDEX} has no weight_map of tensors to files; copy or download it again.")
-        for name, shard in listed.items():
-            shards.setdefault(_file(directory, shard).name, set()).add(name)
-        files = list(shards.items())
-    for file, names in files:
-        path = _file(directory, file)
-        header = read_header(path)
-        for name in sorted(header.keys() ^ names) if names else ():
-            raise ValueError(f"{path} {'lacks' if name in names else 'has an unlisted'} tensor {name[:120]!r}, unlike "
-                             f"{INDEX}; copy or download both again.")
-        for name in header:
-            if hub_name(name) in seen:
-                raise ValueError(f"{path} has tensor {name[:120]!r}, as has {seen[hub_name(name)]}; keep one of the two.")
-            seen[hub_name(name)] = file
-        found[path] = {hub_name(name): entry for name, entry in header.items()}
-    return found
-
-
-def _check_tensors(files, wanted):
-    """Compare names and shapes in {path: header} with {name: shape}."""
-    found = {name: (path, shape) for path, header in files.items() for name, (_, shape, _) in header.items()}
-    for name in sorted(wanted.keys() ^ found.keys()):
-        if name in found:
-            raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; it belongs to another model.")
-        raise ValueError(f"{next(iter(files)).parent} lacks tensor {name!r} of its configuration; copy or download it again.")
-    for name, shape in wanted.items():
-        if found[name][1] != shape:
-            raise ValueError(f"{found[name][0]}: tensor {name} has shape {found[name][1]}, but the configuration asks "
-                             f"for {shape}; take both from the same model.")
-
-
-def read_adapter(directory):
-    """(rank, alpha, modules, base directory) of an adapter in PEFT's format; modules are the listed names, if any."""
-    path = _file(directory, ADAPTER_CONFIG)
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
-    for name in [name for name in NOT_BUILT if config.get(name)] + ["bias"] * (config.get("bias", "none") != "none"):
-        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and load the result.")
-    rank, alpha = (_number(f"{path}: {key}", config.get(key), kind) for key, kind in (("r", int), ("lora_alpha", float)))
-    modules, base = config.get("target_modules"), config.get("base_model_name_or_path")
-    if not isinstance(modules, (str, list)) or not all(isinstance(m, str) for m in modules):
-        raise ValueError(f"{path}: target_modules must be a text or a list of module names.")
-    if isinstance(modules, str) or config.get("layers_to_transform") or config.get("exclude_modules"):
-        modules = ()  # a pattern (never run: it could take for ever): then the file's own names are all there is to go by
-    base = [b for b in (base, str(directory / base)) if os.path.isdir(b)] if isinstance(base, str) and base else []
-    if not base:
-        raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base model; download that, "
-                         "and put its path there.")
-    alpha *= rank**0.5 if config.get("use_rslora") is True else 1
-    return rank, alpha, set(map(hub_name, modules)), Path(base[0])
-
-
-def load_model(directory, dtype=torch.float32, device="cpu"):
-    """Model and Tokenizer of a directory: weights in the hub's layout, or an adapter and the base that it names.
-
-    Each tensor is read into the model's own memory, in `dtype` on `device` (adapters float32). Raises ValueError with one
-    sentence when anything is missing, damaged, misnamed or of another shape, before memory is taken.
-    """
-    directory, chain = Path(directory), []
-    while os.path.exists(directory / ADAPTER_CONFIG):
-        *adapter, base = read_adapter(directory)
-        chain, directory = [(directory, *adapter), *chain], base
-        if len(chain) > 8:
-            raise ValueError(f"{directory} is an adapter of an adapter, and so on for ever; name a base that is a model.")
-    if not os.path.exists(directory / "config.json"):
-        raise ValueError(f"{directory} holds no model: it has no config.json.")
-    config = config_from_json(read_json(_file(directory, "config.json")))
-    tokenizer = load_tokenizer(directory)
-    if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
-        raise ValueError(f"{directory / 'tokenizer.json'} has more tokens than the embedding has rows; take this model's.")
-    with torch.device("meta"):
-        model = LlamaVision(config).to(dtype)
-    files, adapters = find_weights(directory), [find_weights(place, ADAPTER) for place, *_ in chain]
-    _check_tensors(files, {name: tuple(t.shape) for name, t in model.state_dict().items()})
-    for (_, rank, _, modules), adapter in zip(chain, adapters):
-        _check_tensors(adapter, {f"{name}.lora_{side}.weight": shape for name, m in adapted_modules(model, modules, adapter).items()
-                                 for side, shape in (("A", (rank, m.in_features)), ("B", (m.out_features, rank)))})
+def read_json(path):
+    """A JSON file of at most 1 MB, or a ValueError that names it."""
+    def once(pairs):
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("an entry is there twice")
+        return dict(pairs)
     try:
-        model.to_empty(device=device)
-    except RuntimeError:
-        size = sum(p.nbytes for p in model.parameters()) / 1e9
-        raise ValueError(f"{device} has no room for {directory}: {size:.1f} GB as {str(dtype)[6:]}.") from None
-    for path, header in files.items():
-        read_tensors(path, header, model.state_dict())
-    for (_, rank, alpha, modules), adapter in zip(chain, adapters):
-        merge_lora(model)  # an adapter that was trained on top of another counts that as its base
-        model.requires_grad_(False)
-        for module in adapted_modules(model, modules, adapter).values():
-            module.add_lora(rank, alpha)
-        for path, header in adapter.items():
-            read_tensors(path, header, model.state_dict())
-    return model, tokenizer
+        if os.path.getsize(path) > 1_000_000:
+            raise ValueError("it is over 1 MB")
+        return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is missing or is not JSON ({str(error)[:120]}); "
+                         "copy or download it again.") from None
 
 
-def adapted_modules(model, modules, files):
-    """{name: Linear} of what an adapter changes: PEFT adapts what a listed name is the end of; else the file's names count."""
-    listed, parts = {name.rpartition(".lora_")[0] for header in files.values() for name in header}, lambda name: name.split(".")
-    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and
-            (name in listed or modules & {".".join(parts(name)[i:]) for i in range(len(parts(name)))})}
+def _file(directory, name):
+    """Path of a regular file in a directory. A link may leave it only as the hub's cache has it: to
+    ../../blobs. An index from elsewhere must not make us read other files."""
+    if not isinstance(name, str) or not 0 < len(name) < 200 or set(name) & set("/\\\0") or name in (".", ".."):
+        shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+        raise ValueError(f"{directory}: the index names {shown} as a shard; "
+                         "it must name plain files of this directory.")
+    path, home = directory / name, os.path.realpath(directory)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing or no regular file; copy or download the directory again.")
+    if os.path.dirname(os.path.realpath(path)) not in (home, os.path.realpath(f"{home}/../../blobs")):
+        raise ValueError(f"{path} is a link out of its directory; put the file itself there.")
+    return path
 
 
-# ---------------------------------------------------------------- 10. Cost
+# ---- 14. Cost ------------------------------------------------------------------------------------
 
 
-def count_parameters(model):
+def count_parameters(model: LlamaVision) -> dict[str, int]:
     """Parameters of the decoder, the tower (with projector), the adapters, and those that are trained."""
-    def total(parameters):
-        return sum(p.numel() for p in parameters)
-    adapters = total(p for n, p in model.named_parameters() if ".lora_" in n)
-    vision = total(model.vision_model.parameters()) + total(model.multi_modal_projector.parameters())
-    return {"decoder": total(model.language_model.parameters()) - adapters, "vision": vision, "adapters": adapters,
-            "trained": total(p for p in model.parameters() if p.requires_grad)}
+    counts = dict.fromkeys(("decoder", "vision", "adapters", "trained"), 0)
+    for name, p in model.named_parameters():
+        part = "decoder" if name.startswith("language_model") else "vision"
+        counts["adapters" if ".lora_" in name else part] += p.numel()
+        counts["trained"] += p.numel() * p.requires_grad
+    return counts
 
 
-def text_flops(config, start, end, scored, images=0):
-    """Forward FLOPs of tokens start .. end - 1 of one sequence whose first `start` are cached and that sees `images`.
+def text_flops(config: Config, start: int, end: int, scored: int, images: int = 0) -> int:
+    """Forward FLOPs of tokens start .. end - 1 of one sequence whose first `start` are cached and that sees
+    `images`.
 
-    2 per weight and token of the layers, 4 E per head, query and key for the attention, and lm_head on the `scored`
-    positions whose logits are needed. Cross layers are skipped without an image; lookups are free.
+    2 per weight and token of the layers, 4 E per head, query and key for the attention, and lm_head on
+    the `scored` positions whose logits are needed. Cross layers are skipped without an image; lookups
+    are free.
     """
     c, crossing = config.text, len(config.text.cross_attention_layers)
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     mlp, pairs = 3 * c.intermediate_size, (end * (end + 1) - start * (start + 1)) // 2
     own = 2 * c.hidden_size * (2 * q + 2 * kv + mlp) * (end - start) + 4 * q * pairs
     cross = (end - start) * (2 * c.hidden_size * (2 * q + mlp) + 4 * q * images * image_tokens(config))
-    return (c.num_hidden_layers - crossing) * own + (crossing * cross if images else 0) + 2 * c.hidden_size * c.vocab_size * scored
+    layers = (c.num_hidden_layers - crossing) * own + (crossing * cross if images else 0)
+    return layers + 2 * c.hidden_size * c.vocab_size * scored
 
 
-def image_tokens(config):
+def image_tokens(config: Config) -> int:
     """Tokens that one image takes in cross attention: all of its tile slots, empty ones too."""
     return config.vision.max_num_tiles * config.vision.tokens
 
 
-def image_flops(config):
+def image_flops(config: Config) -> tuple[int, int]:
     """(tower, projector and keys and values of the cross layers): forward FLOPs of encoding one image."""
     c, v = config.text, config.vision
     slots = v.max_num_tiles * (v.tokens + -v.tokens % 8)
-    layer = 2 * slots * v.hidden_size * (4 * v.hidden_size + 2 * v.intermediate_size) + 4 * v.hidden_size * slots**2
-    tower = (v.num_hidden_layers + v.num_global_layers) * layer + 2 * image_tokens(config) * v.hidden_size * 3 * v.patch_size**2
+    weights = 4 * v.hidden_size + 2 * v.intermediate_size
+    layer = 2 * slots * v.hidden_size * weights + 4 * v.hidden_size * slots**2
+    patches = 2 * image_tokens(config) * v.hidden_size * 3 * v.patch_size**2
     keys = len(c.cross_attention_layers) * 2 * c.num_key_value_heads * c.head_dim
+    tower = (v.num_hidden_layers + v.num_global_layers) * layer + patches
     return tower, 2 * image_tokens(config) * c.hidden_size * (v.output_dim + keys)
 
 
-def training_flops(forward, frozen=False, recompute=False):
-    """Forward and backward together: backward costs twice the forward, once when the weights are frozen (LoRA: their
-    gradients are not needed; the adapters' own cost, about 1 %, is left out); recompute adds one forward."""
+def training_flops(forward: int, frozen: bool = False, recompute: bool = False) -> int:
+    """Forward and backward together: backward costs twice the forward, once when the weights are frozen
+    (LoRA: their gradients are not needed; the adapters' own cost, about 1 %, is left out); recompute adds
+    one forward."""
     return forward * (1 + (1 if frozen else 2) + (1 if recompute else 0))
 
 
+# ---- 15. Dry run ---------------------------------------------------------------------------------
+
+
 def parameter_parts(model):
-    """{part of the model: (parameters, tensors)}, adapters apart."""
-    parts, cross = {}, model.config.text.cross_attention_layers
+    """{part of the model: [parameters, tensors]}."""
+    parts = {}
     for name, p in model.named_parameters():
-        keys = name.split(".")
-        part = keys[-2] if keys[0] == "language_model" else keys[0]
-        if keys[0::2][:2] == ["language_model", "layers"]:
-            part = "cross layers" if int(keys[3]) in cross else "self layers"
-        part = "adapters" if ".lora_" in name else part
-        parts[part] = tuple(map(sum, zip(parts.get(part, (0, 0)), (p.numel(), 1))))
+        keys = name.removeprefix("language_model.").removesuffix(".weight").split(".")
+        part = keys[0] if keys[0] != "model" else keys[1]
+        if part == "layers":
+            cross = int(keys[2]) in model.config.text.cross_attention_layers
+            part = "cross layers" if cross else "self layers"
+        count = parts.setdefault(part, [0, 0])
+        count[0] += p.numel()
+        count[1] += 1
     return parts
 
 
-class Meter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on, each storage once: `live` now, and `peak`."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.live, self.peak, self.seen = 0, 0, WeakIdKeyDictionary({t.untyped_storage(): None for t in known})
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return False  # "is any value wrong?" of tensors that have none
-        out = function(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            if storage not in self.seen:
-                self.seen[storage] = weakref.finalize(storage, self._add, -storage.nbytes())
-                self._add(storage.nbytes())
-        return out
-
-    def _add(self, size):
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
-# AdamW: bytes of state per trained parameter. float32: two moments, and a float32 copy of bfloat16 weights.
+# AdamW's state of a trained parameter in bytes.
 OPTIMIZER = {"float32": 8, "bfloat16": 4}
 
 
-def estimate_memory(config, a):
-    """{"training", "recompute", "rollout": {use: bytes}}; `a` holds the flags of parse_args.
+def estimate_memory(config, settings):
+    """{"training", "recompute", "rollout": {use: bytes}}; settings: the flags of parse_args.
 
-    What stays is a product of sizes. Activations are counted: this file's own forward and backward run on tensors
-    without data (torch's FakeTensorMode), and what is alive at the worst moment is added up. Not in it: what a training
-    pass saves where rows share prompts (`log_probs`); sampling, fragmentation of the allocator, the CUDA context,
-    workspaces of kernels.
+    Products of sizes, which met nine peaks on an H200 within 3 % (tests/test_checkpoints.py). Not in them:
+    prompts that rows of a training pass share, the CUDA context, workspaces, fragmentation.
     """
-    c, dtype, columns = config.text, getattr(torch, a.dtype), {}
+    s, c, v, n = settings, config.text, config.vision, getattr(torch, settings.dtype).itemsize
     with torch.device("meta"):
-        model = LlamaVision(config).to(dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        if a.lora_rank:
-            add_lora(model, a.lora_rank, 1.0)
-        trained, parts = [p for p in model.parameters() if p.requires_grad], parameter_parts(model)
-        for p in trained:
-            p.grad = torch.zeros_like(p)  # they stay from one micro-batch to the next
-        gradients = sum(p.grad.nbytes for p in trained)
-        for name in ("training", "recompute"):
-            model.recompute(name == "recompute")
-            with Meter([*model.parameters(), *(p.grad for p in trained)]) as meter:
-                prompts = max(1, a.micro_batch // a.group)
-                kept = _trace(model, a, a.micro_batch, prompts, a.prompt_tokens + a.new_tokens, a.new_tokens, meter)
-            columns[name] = {"gradients": gradients, "kept for backward": kept, "other activations": meter.peak - kept}
-        with torch.no_grad(), Meter(model.parameters()) as meter:  # the images and prompts of all groups at once
-            _trace(model, a, a.batch // a.group, a.batch // a.group, a.prompt_tokens, 1, meter)
-    pair = 2 * c.num_key_value_heads * c.head_dim * dtype.itemsize  # a key and a value of one token in one layer
-    seen = a.batch // a.group * a.images * config.vision.max_num_tiles * config.vision.tokens  # image tokens, each image once
-    cross, features = len(c.cross_attention_layers), seen * c.hidden_size * dtype.itemsize
-    columns["rollout"] = {"KV cache": a.batch * (a.prompt_tokens + a.new_tokens) * (c.num_hidden_layers - cross) * pair,
-                          "cross-attention K/V": seen * cross * pair, "image features": features,
-                          "other activations": meter.peak - features}
-    state = OPTIMIZER[a.optimizer_state] + 4 * (a.optimizer_state == "float32" and trained[0].dtype != torch.float32)
-    adapters = parts.pop("adapters", (0, 0))[0]
-    both = {"weights": sum(n for n, _ in parts.values()) * dtype.itemsize, "adapters": adapters * 4,
-            "optimizer": sum(p.numel() for p in trained) * state}
-    return {name: both | column for name, column in columns.items()}
+        model = LlamaVision(config)
+    if s.lora_rank:
+        add_lora(model, s.lora_rank, 1.0)
+    count, full = count_parameters(model), not s.lora_rank
+    state = OPTIMIZER[s.optimizer_state]
+    if full and n < 4 and s.optimizer_state == "float32":
+        state += 4  # a float32 copy of the weights
+    both = {"weights": (count["decoder"] + count["vision"]) * n, "adapters": count["adapters"] * 4,
+            "optimizer": count["trained"] * state}
+    D, F, V, C = c.hidden_size, c.intermediate_size, c.vocab_size, v.hidden_size
+    Q, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    cross = len(c.cross_attention_layers)
+    own, cross = c.num_hidden_layers - cross, cross * (s.images > 0)
+    slots = v.max_num_tiles * (v.tokens + -v.tokens % 8)
+
+    # Training. What a token leaves for the backward pass: norms keep their input in float32, trained ones
+    # their result too; then inputs of the projections, queries, keys, values, the four of the MLP.
+    tokens, scored = s.micro_batch * (s.prompt_tokens + s.new_tokens), s.micro_batch * s.new_tokens
+    images, norm = max(1, s.micro_batch // s.group) * s.images, 4 + n * full
+    own_token = 2 * D * norm + n * (2 * D + 2 * Q + 2 * KV + 4 * F)
+    cross_token = (2 * D + Q) * norm + n * (2 * D + 4 * Q + 4 * F)
+    vision_token = n * (8 * C + 2 * v.intermediate_size + slots)  # the mask of attention, for every layer
+
+    def kept(own_token, cross_token, image_token, vision_token):
+        decoder = own * own_token + cross * cross_token + D * norm + 2 * c.head_dim * n
+        tower = (v.num_hidden_layers + v.num_global_layers) * slots * vision_token
+        image = image_tokens(config) * (D * n + cross * image_token)
+        if full:
+            image += tower + image_tokens(config) * n * (v.output_dim + 2 * C)
+            image += 12 * v.max_num_tiles * v.image_size**2  # pixels
+        return tokens * decoder + images * image + scored * V * 4
+
+    logits, mlp = scored * V * (8 + n), tokens * 4 * F * n  # in the backward pass
+    columns = {
+        "training": {"kept for backward": kept(own_token, cross_token, KV * (norm + 2 * n), vision_token),
+                     "other activations": max(logits, mlp)},
+        "recompute": {"kept for backward": kept(D * n, D * n, 0, C * n),
+                      "other activations": max(logits, mlp + tokens * own_token)}}
+    for column in columns.values():
+        column["gradients"] = count["trained"] * (n if full else 4)
+
+    # Rollout: prompts are read and images encoded once for a group, all of a batch at once.
+    prompts, pair = s.batch // s.group, 2 * KV * n  # a key and a value of one token in one layer
+    seen = prompts * s.images * image_tokens(config)
+    rollout = {"KV cache": s.batch * (s.prompt_tokens + s.new_tokens) * own * pair,
+               "cross-attention K/V": seen * cross * pair, "image features": seen * n * D}
+    encoding = prompts * s.images * slots * (vision_token + slots)
+    reading, drawing = prompts * s.prompt_tokens * n * (2 * D + 3 * F), s.batch * V * (20 + n)
+    rollout["other activations"] = max(reading, drawing, seen * KV * (8 + n), encoding - sum(rollout.values()))
+    return {name: both | column for name, column in (columns | {"rollout": rollout}).items()}
 
 
-def _trace(model, a, rows, prompts, length, scored, meter):
-    """Forward pass of rows of `length` tokens with the images of `prompts` prompts, backward too when gradients are on.
-    Returns the bytes alive in between."""
-    v, gate, image = model.config.vision, model.vision_model.class_embedding, None
-    if a.images:
-        tiles = gate.new_zeros(prompts * a.images, v.max_num_tiles, 3, v.image_size, v.image_size)
-        with torch.set_grad_enabled(gate.requires_grad and torch.is_grad_enabled()):
-            ids = torch.zeros(len(tiles), dtype=torch.long)
-            features = model.image_features(tiles, ids, torch.zeros(tiles.shape[:2]))
-        del tiles  # as `encode_images` lets them go
-        features = features.unflatten(0, (-1, a.images)).flatten(1, 2)
-        with unset_fake_temporarily():  # which row has which set must be known
-            real = (torch.arange(v.max_num_tiles) < a.tiles).expand(len(features), a.images, -1)
-            image = ImageContext(features, real, torch.arange(rows) * len(features) // rows)
-    hidden = model(torch.zeros(rows, length, dtype=torch.long), image=image)
-    loss = model.logits(hidden[:, -scored:]).log_softmax(-1)[..., 0].sum()
-    kept = meter.live
-    if loss.requires_grad:
-        loss.backward()
-    return kept
-
-
-# ---------------------------------------------------------------- 11. Command line
-
-COUNTS = {"batch": (64, 1, 4096, "rows of a rollout"), "micro-batch": (8, 1, 4096, "rows of a training pass"),
-          "group": (1, 1, 4096, "rows that share a prompt and its images"), "images": (1, 0, 16, "images of a prompt"),
-          "tiles": (4, 1, 4, "tiles of an image; all 4 slots are kept"), "prompt-tokens": (256, 1, 2**17, "of a prompt"),
-          "new-tokens": (64, 1, 2**17, "of an answer"), "lora-rank": (32, 0, 4096, "of the adapters; 0: full fine-tuning")}
-
-
-def _refuse(message):
-    raise ValueError(f"{message}; --help lists the flags.")
+FLAGS = {"batch": (64, 1, 4096, "rows of a rollout"),  # default, least, most
+         "micro-batch": (8, 1, 4096, "rows of a training pass"),
+         "group": (1, 1, 4096, "rows that share a prompt and its images"),
+         "images": (1, 0, 16, "images of a prompt; all 4 slots of tiles are kept"),
+         "prompt-tokens": (256, 1, 2**17, "of a prompt"),
+         "new-tokens": (64, 1, 2**17, "of an answer"),
+         "lora-rank": (32, 0, 4096, "of the adapters; 0: full fine-tuning")}
 
 
 def parse_args(argv=None):
     """Flags of `python model.py`. Raises ValueError with one sentence for numbers out of range."""
-    parser = argparse.ArgumentParser(prog="model.py", description="Parameters by part, memory by use: an estimate.")
-    parser.error = _refuse
-    parser.add_argument("--dry-run", action="store_true", required=True, help="no weights are made or read")
-    parser.add_argument("--size", choices=SIZES, default="11b", help="architecture (default 11b)")
-    for name, (default, _, _, text) in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--recompute", action="store_true", help="leave out the column without gradient checkpointing")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
-    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32", help="AdamW's moments; bfloat16: as "
-                        "train_sft.py --optimizer adamw16 has them")
-    a = parser.parse_args(argv)
-    for name, (_, least, most, _) in COUNTS.items():
-        if not least <= getattr(a, name.replace("-", "_")) <= most:
-            raise ValueError(f"--{name} must be from {least} to {most}.")
-    if a.batch % a.group or max(a.micro_batch, a.group) % min(a.micro_batch, a.group):
-        raise ValueError("--batch must be a multiple of --group; --micro-batch a multiple or a part of it.")
-    return a
+    def refuse(message):
+        raise ValueError(f"{message}; --help lists the flags.")
+    parser = argparse.ArgumentParser(
+        prog="model.py", description="Parameters by part, memory by use: an estimate.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = refuse
+    parser.add_argument("--dry-run", action="store_true", required=True, help="nothing is made or read")
+    parser.add_argument("--size", choices=SIZES, default="11b", help="architecture")
+    for name, (default, least, most, text) in FLAGS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}, {least} to {most}")
+    parser.add_argument("--recompute", action="store_true", help="no column without checkpointing")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights")
+    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32",
+                        help="AdamW's moments; bfloat16: as train_sft.py --optimizer adamw16 has them")
+    settings = parser.parse_args(argv)
+    for name, (_, least, most, _) in FLAGS.items():
+        if not least <= getattr(settings, name.replace("-", "_")) <= most:
+            refuse(f"--{name} must be from {least} to {most}")
+    sizes = settings.micro_batch, settings.group
+    if settings.batch % settings.group or max(sizes) % min(sizes):
+        refuse("--batch must be a multiple of --group; --micro-batch a multiple or a part of it")
+    return settings
 
 
 def main(argv=None):
     """The dry run: prints the estimate and returns {column: {use: bytes}}."""
-    a = parse_args(argv)
+    settings = parse_args(argv)
     with torch.device("meta"):
-        parts = parameter_parts(LlamaVision(SIZES[a.size]))
-    for part, (count, tensors) in (parts | {"all": tuple(map(sum, zip(*parts.values())))}).items():
+        parts = parameter_parts(LlamaVision(SIZES[settings.size]))
+    parts["all"] = [sum(counts) for counts in zip(*parts.values())]
+    for part, (count, tensors) in parts.items():
         print(f"{part:24}{count:>16,} parameters in {tensors:>3} tensors")
-    print("\nGB (10^9 bytes) with", ", ".join(f"{key} {value}" for key, value in vars(a).items() if type(value) is not bool))
-    columns = estimate_memory(SIZES[a.size], a)
-    if a.recompute:
+    columns = estimate_memory(SIZES[settings.size], settings)
+    if settings.recompute:
         del columns["training"]
-    totals = [sum(column.values()) / 1e9 for column in columns.values()]
-    lines = {"": columns} | {use: [f"{c.get(use, 0) / 1e9:.3f}" for c in columns.values()]
+    print("\nGB (10^9 bytes) with", ", ".join(f"{key} {value}" for key, value in vars(settings).items()))
+    lines = {"": columns} | {use: [f"{column.get(use, 0) / 1e9:.3f}" for column in columns.values()]
                              for use in columns["recompute"] | columns["rollout"]}
-    lines |= {"all": [f"{total:.3f}" for total in totals]}
-    lines |= {f"fits in {limit} GB": ["yes" if total <= limit else "no" for total in totals] for limit in (80, 141)}
+    totals = [sum(column.values()) / 1e9 for column in columns.values()]
+    lines["all"] = [f"{total:.3f}" for total in totals]
+    for limit in (80, 141):
+        lines[f"fits in {limit} GB"] = ["yes" if total <= limit else "no" for total in totals]
     for label, cells in lines.items():
         print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
-    print("An estimate, not measured on a GPU: fragmentation, the CUDA context and kernels' workspaces are not counted.\n"
-          "A board holds about 6 % more than its name says, which is left for these.")
+    print("An estimate, not measured on a GPU: fragmentation, the CUDA context and kernels' workspaces are\n"
+          "not counted. A board holds about 6 % more than its name says, which is left for these.")
     return columns
 
 

@@ -179,7 +179,7 @@ class Theirs:
 
     def grpo(self, problems, group, new, pattern):
         prompts = [self.tokenizer.prompt(p.prompt) for p in problems]
-        ids, lengths = M.pad_rows(prompts, self.tokenizer.pad, self.hf.device, "left")
+        ids, lengths = M.pad_rows(prompts, self.tokenizer.pad, self.hf.device)
         assert int(lengths.min()) == ids.shape[1]  # equal lengths: no padding, no mask needed
         out = self.generate(ids, None, group, new)
         answers = out[:, ids.shape[1] :]

@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as M  # noqa: E402
+from assets import make_base  # noqa: E402
 
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 def tokenizer():
-    return M.train_tokenizer(["Q 3 10 4, JQK=11,12,13, make 24", '{"formula": "(13-10)*2*1"}'] * 3, 300)
+    return make_base.train_tokenizer(["Q 3 10 4, JQK=11,12,13, make 24", '{"formula": "(13-10)*2*1"}'] * 3, 300)
 
 
 def fresh(tok):
@@ -63,7 +64,8 @@ def theirs(model):
 
 @torch.no_grad()
 def our_features(model, pixels):
-    return model.image_features(pixels, torch.tensor([6, 6]), torch.tensor([[1, 1, 1, 0]] * 2))
+    states = model.vision_model(pixels, torch.tensor([6, 6]), torch.tensor([[1, 1, 1, 0]] * 2))
+    return model.multi_modal_projector(states).flatten(1, 2)
 
 
 @torch.no_grad()

@@ -79,6 +79,20 @@ def batch(name):
     return ids, lengths, chosen, tiles, ratio_ids
 
 
+def pad_left(rows, pad):
+    """M.pad_rows with the padding on the left."""
+    ids, lengths = M.pad_rows([row[::-1] for row in rows], pad, "cpu")
+    return ids.flip(1), lengths
+
+
+def masked_forward(model, ids, real, image=None):
+    """LlamaVision.forward for rows with padding anywhere; real (B, T) bool marks the other tokens. Padding sees itself: a row
+    of scores that are all -inf would be NaN."""
+    positions = (real.cumsum(1) - 1).clamp(min=0)
+    mask = real[:, None, :].expand(-1, ids.shape[1], -1).tril() | torch.eye(ids.shape[1], dtype=torch.bool)
+    return model.language_model.model(ids, positions, mask[:, None], image)
+
+
 # Pictures for preprocessing: (width, height, tile)
 SIZES = [(1, 1, 560), (4000, 10, 560), (10, 4000, 560), (560, 560, 560), (561, 560, 560), (600, 600, 560), (1200, 1200, 560),
          (333, 777, 560), (1119, 561, 448), (2000, 1500, 448), (1, 300, 448), (5, 2, 448)]
@@ -143,7 +157,7 @@ def inputs(ids, lengths, tiles, ratio_ids, side="right"):
     real = torch.arange(ids.shape[1]) < lengths[:, None]
     if side == "left":
         rows = [row[:n].tolist() for row, n in zip(ids, lengths)]
-        ids, real = M.pad_rows(rows, PAD, "cpu", "left")[0], real.flip(1)
+        ids, real = pad_left(rows, PAD)[0], real.flip(1)
     counts = torch.tensor([0] + [r * c for r, c in M.RATIOS])[ratio_ids]
     sparse = [get_cross_attention_token_mask(row.tolist(), IMAGE) for row in ids]
     dense = convert_sparse_cross_attention_mask_to_dense(sparse, counts.tolist(), 4, ids.shape[1])

@@ -48,11 +48,12 @@ def main():
     import torch
 
     import model as M
+    from assets import make_base
     layers = max(1, round(size * 1e9 / 2 / (4096 * (4096 * 2 + 1024 * 2 + 3 * 14336))))
     config = M.Config(M.TextConfig(32000, 4096, 14336, layers, 32, 8, ()), M.VisionConfig(96, 4, 288, 4, 1, 8, 32, 4, (1, 2)))
     torch.set_default_dtype(torch.bfloat16)
     model = M.LlamaVision(config).to(torch.bfloat16)
-    tokenizer = M.train_tokenizer(["Q 3 10 4, JQK=11,12,13, make 24"] * 3, 300)
+    tokenizer = make_base.train_tokenizer(["Q 3 10 4, JQK=11,12,13, make 24"] * 3, 300)
     M.save_model(model, tokenizer, directory, shard_bytes=5 * 10**8)
     print(f"{sum(p.nbytes for p in model.parameters()) / 1e9:.2f} GB in {len(list(directory.glob('*.safetensors')))} shards")
     os.sync()

@@ -176,7 +176,7 @@ ONE = [  # what happens to a directory with one file, and words of the sentence 
     ("layers beyond the last", text(cross_attention_layers=[4]), "rising numbers below 4"),
     ("layers twice", text(cross_attention_layers=[2, 2]), "rising numbers"),
     ("taps falling", vision(intermediate_layers_indices=[2, 1]), "rising numbers below 3"),
-    ("a million layers", text(cross_attention_layers=[], num_hidden_layers=10**6), "200 layers"),
+    ("a million layers", text(cross_attention_layers=[], num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
     ("heads that do not divide", text(num_attention_heads=5), "do not divide"),
     ("tower of an absurd size", vision(image_size=2**20, patch_size=1), "out of range"),
     ("rope a list", text(rope_scaling=[8]), "must be objects"),
@@ -198,39 +198,40 @@ ONE = [  # what happens to a directory with one file, and words of the sentence 
     ("weights missing", drop(M.WEIGHTS), "model.safetensors is missing"),
     ("weights empty", write(M.WEIGHTS, b""), "cannot be read"),
     ("weights zeros", write(M.WEIGHTS, b"\0" * 20), "cannot be read"),
-    ("weights a text", write(M.WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), "header is longer"),
+    ("weights a text", write(M.WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), "header too large"),
     ("weights a pipe", fifo(M.WEIGHTS), "no regular file"),
     ("weights a link out", link_out(M.WEIGHTS), "link out of its directory"),
-    ("weights cut off", raw(lambda b: b[:-100]), "it was cut off"),
-    ("weights cut off in the header", raw(lambda b: b[:500]), "header is longer"),
-    ("weights with a tail", raw(lambda b: b + b"x"), "added to"),
-    ("header of 2^63 bytes", raw(lambda b: struct.pack("<Q", 2**63) + b[8:]), "header is longer"),
-    ("header of 5 MB", header(lambda h: json.dumps(h) + " " * 5_000_000), "4 MB"),
+    ("weights cut off", raw(lambda b: b[:-100]), "file not fully covered"),
+    ("weights cut off in the header", raw(lambda b: b[:500]), "invalid header length"),
+    ("weights with a tail", raw(lambda b: b + b"x"), "file not fully covered"),
+    ("header of 2^63 bytes", raw(lambda b: struct.pack("<Q", 2**63) + b[8:]), "header too large"),
+    ("header of 101 MB", header(lambda h: json.dumps(h) + " " * 101_000_000), "header too large"),
     ("header not JSON", header(lambda h: "{" * 50), "cannot be read"),
-    ("header nested deeply", header(lambda h: DEEP), "damaged"),
-    ("header a list", header(lambda h: json.dumps([h])), "damaged"),
-    ("header a number", header(lambda h: "7"), "damaged"),
-    ("tensor twice", header(lambda h: json.dumps(h)[:-1] + f', "{NORM}": {json.dumps(h[NORM])}}}'), "twice"),
+    ("header nested deeply", header(lambda h: DEEP), "invalid type"),
+    ("header a list", header(lambda h: json.dumps([h])), "invalid type"),
+    ("header a number", header(lambda h: "7"), "invalid type"),
+    ("tensor twice, at two places", header(lambda h: json.dumps(h)[:-1] + f', "{NORM}": {json.dumps(h[f"{Q}.weight"])}}}'), "cannot be read"),
     ("tensor in both layouts", tensors(lambda s: s.update({"lm_head.weight": torch.zeros(2)})), "keep one"),
     ("tensor missing", tensors(lambda s: s.pop(NORM)), f"lacks tensor '{NORM}'"),
     ("tensor too many", tensors(lambda s: s.update(extra=torch.zeros(1))), "unknown tensor 'extra'"),
     ("tensor of an adapter", tensors(lambda s: s.update({f"{Q}.lora_A.weight": torch.zeros(3, 32)})), "unknown tensor"),
     ("tensor misshapen", tensors(lambda s: s.update({NORM: torch.zeros(3)})), f"{NORM} has shape (3,)"),
     ("tensor of integers", tensors(lambda s: s.update({NORM: torch.zeros(32, dtype=torch.int8)})), "'I8'"),
-    ("tensor of 8 bits", entry(dtype="F8_E4M3"), "before it was quantized"),
-    ("type a number", entry(dtype=7), "of type '7'"),
-    ("type a list", entry(dtype=["F32"]), "damaged"),
-    ("type missing", header(lambda h: h[NORM].pop("dtype") and None), "damaged"),
-    ("shape missing", header(lambda h: h[NORM].pop("shape") and None), "damaged"),
-    ("shape negative", entry(shape=[-32]), f"'{NORM}' does not lie"),
-    ("shape of two negatives", entry(shape=[-4, -8]), "does not lie"),
-    ("shape of fractions", entry(shape=[32.0]), "does not lie"),
-    ("shape huge", entry(shape=[2**40, 2**40]), "does not lie"),
-    ("shape a text", entry(shape="32"), "does not lie"),
-    ("shape true", entry(shape=[32, True]), "does not lie"),
-    ("offsets of texts", entry(data_offsets=["0", "8"]), "damaged"),
-    ("offsets beyond the end", entry(data_offsets=[10**15, 10**15 + 128]), "does not lie"),
-    ("offsets overlapping", entry(data_offsets=[0, 128]), "does not lie"),
+    ("tensor of 8 bits", tensors(lambda s: s.update({NORM: torch.zeros(32, dtype=torch.float8_e4m3fn)})), "before it was quantized"),
+    ("tensor said to be of 8 bits", entry(dtype="F8_E4M3"), "invalid shape, data type"),
+    ("type a number", entry(dtype=7), "invalid type: integer `7`"),
+    ("type a list", entry(dtype=["F32"]), "invalid type"),
+    ("type missing", header(lambda h: h[NORM].pop("dtype") and None), "missing field `dtype`"),
+    ("shape missing", header(lambda h: h[NORM].pop("shape") and None), "missing field `shape`"),
+    ("shape negative", entry(shape=[-32]), "invalid value: integer `-32`"),
+    ("shape of two negatives", entry(shape=[-4, -8]), "invalid value: integer `-4`"),
+    ("shape of fractions", entry(shape=[32.0]), "invalid type: floating point `32.0`"),
+    ("shape huge", entry(shape=[2**40, 2**40]), "overflow"),
+    ("shape a text", entry(shape="32"), 'invalid type: string "32"'),
+    ("shape true", entry(shape=[32, True]), "invalid type: boolean"),
+    ("offsets of texts", entry(data_offsets=["0", "8"]), "invalid type: string"),
+    ("offsets beyond the end", entry(data_offsets=[10**15, 10**15 + 128]), "invalid offset"),
+    ("offsets overlapping", entry(data_offsets=[0, 128]), "invalid offset"),
     ("three offsets", header(lambda h: h[NORM]["data_offsets"].append(1)), "cannot be read"),
 
     ("tokenizer missing", drop(TOKENIZER), "tokenizer.json is missing"),
@@ -270,7 +271,7 @@ SHARDS = [
     ("shard cut off", raw(lambda b: b[:-1], SHARD), f"{SHARD} cannot be read"),
     ("tensor that the shard lacks", mapped(lambda m: m.update(ghost=SHARD)), "lacks tensor 'ghost'"),
     ("tensor that the index lacks", mapped(lambda m: m.pop(FIRST_NAME(m)) and None), "unlisted tensor"),
-    ("tensor in two shards", lambda d: (tensors(lambda s: s.update({NORM: torch.ones(32)}), SHARD)(d)), "unlisted tensor"),
+    ("tensor in two shards", lambda d: (tensors(lambda s: s.update({NORM: torch.ones(32)}), SHARD)(d)), "keep one of the two"),
     ("tensor in two shards, in two layouts", lambda d: (
         tensors(lambda s: s.update({"model.language_model.norm.weight": torch.ones(32)}), SHARD)(d),
         mapped(lambda m: m.update({"model.language_model.norm.weight": SHARD}))(d)), "keep one of the two"),
@@ -316,7 +317,7 @@ ADAPTERS = [
     ("biases", adapter(bias="all"), "asks for bias"),
     ("file missing", drop(M.ADAPTER), "adapter_model.safetensors is missing"),
     ("file a link out", link_out(M.ADAPTER), "link out of its directory"),
-    ("file cut off", raw(lambda b: b[:-4], M.ADAPTER), "it was cut off"),
+    ("file cut off", raw(lambda b: b[:-4], M.ADAPTER), "file not fully covered"),
     ("B missing", tensors(lambda s: s.pop(f"{PAIR}B.weight"), M.ADAPTER), f"lacks tensor '{Q}.lora_B.weight'"),
     ("both missing", tensors(lambda s: (s.pop(f"{PAIR}A.weight"), s.pop(f"{PAIR}B.weight")), M.ADAPTER), "lacks tensor"),
     ("a layer that is not there", tensors(lambda s: s.update({"base_model.model.x.lora_A.weight": torch.zeros(3, 3)}), M.ADAPTER),
@@ -325,7 +326,8 @@ ADAPTERS = [
     ("a tensor of the base", tensors(lambda s: s.update({NORM: torch.zeros(32)}), M.ADAPTER), "unknown tensor"),
     ("both layouts", tensors(lambda s: s.update({f"{PAIR}A.weight".replace("language_model.model", "model.language_model"):
                                                   torch.zeros(3, 32)}), M.ADAPTER), "keep one of the two"),
-    ("8-bit", header(lambda h: h[f"{PAIR}A.weight"].update(dtype="F8_E5M2"), M.ADAPTER), "before it was quantized"),
+    ("8-bit", tensors(lambda s: s.update({f"{PAIR}A.weight": torch.zeros(3, 32, dtype=torch.float8_e5m2)}), M.ADAPTER), "before it was quantized"),
+    ("said to be 8-bit", header(lambda h: h[f"{PAIR}A.weight"].update(dtype="F8_E5M2"), M.ADAPTER), "invalid shape, data type"),
 ]
 
 CASES = [(kind, *case) for kind, cases in (("one", ONE), ("shards", SHARDS), ("adapter", ADAPTERS)) for case in cases]
@@ -403,6 +405,8 @@ LOADS = [
         d["vision_config"].update(num_channels=3, initializer_range=0.02, supported_aspect_ratios=None),
         d["text_config"].update(max_position_embeddings=131072, dropout=0.0, rope_factor=9.0)) and None)),
     ("an index beside the one file", "one", write(M.INDEX, b"{}")),
+    ("a header of 5 MB", "one", header(lambda h: json.dumps(h) + " " * 5_000_000)),
+    ("an entry of the header twice", "one", header(lambda h: json.dumps(h)[:-1] + f', "{NORM}": {json.dumps(h[NORM])}}}')),
     ("a file that no index lists", "shards", write("model-00009-of-00009.safetensors", b"junk")),
 ]
 
@@ -490,7 +494,7 @@ def test_rank_stabilised_scale(copy):
 def test_an_adapter_trained_on_from_an_adapter(saved, tmp_path):
     """It is an adapter of the merged model: that is where its training began, and what is left when it is off."""
     model, _ = M.load_model(saved / "adapter")
-    before = model.get_submodule(Q).merged()
+    before = M.merged(model.get_submodule(Q))
     M.merge_lora(model)
     M.add_lora(model, 2, 6.0)
     with torch.no_grad():
@@ -515,8 +519,8 @@ def test_parts_of_the_11b():
     with torch.device("meta"):
         parts = M.parameter_parts(M.LlamaVision(M.SIZES["11b"]))
     assert tuple(map(sum, zip(*parts.values()))) == (10_670_220_835, 906)
-    assert parts["lm_head"] == (128256 * 4096, 1) and parts["cross layers"][1] == 8 * 13
-    assert parts["self layers"] == (32 * (4096 * (4096 * 2 + 1024 * 2 + 3 * 14336) + 2 * 4096), 32 * 9)
+    assert parts["lm_head"] == [128256 * 4096, 1] and parts["cross layers"][1] == 8 * 13
+    assert parts["self layers"] == [32 * (4096 * (4096 * 2 + 1024 * 2 + 3 * 14336) + 2 * 4096), 32 * 9]
 
 
 def test_estimate_against_real_tensors(model):
@@ -533,7 +537,7 @@ def test_estimate_against_real_tensors(model):
     state.step()
     assert training["optimizer"] == sum(t.nbytes for s in state.state.values() for t in s.values() if t.dim())
     cache = M.Cache(model, 4, 9 + 5)
-    assert rollout["KV cache"] == sum(t.nbytes for kept in (cache.k, cache.v) for t in kept.values())
+    assert rollout["KV cache"] == sum(t.nbytes for t in cache.kv.values())
     features = torch.zeros(2, 2 * 4 * model.config.vision.tokens, 32)
     keys, values = model.language_model.model.layers[2].cross_attn.keys_values(features)
     assert rollout["cross-attention K/V"] == keys.nbytes + values.nbytes
@@ -544,8 +548,8 @@ def test_estimate_against_real_tensors(model):
 @pytest.mark.parametrize("line", ["--lora-rank 4 --images 1", "--lora-rank 0 --images 1", "--lora-rank 4 --images 0",
                                   "--lora-rank 0 --images 0"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_traced_activations_are_those_that_autograd_keeps(line, recompute):
-    """Storages that the backward pass of a real run holds on to, against the count on tensors without data."""
+def test_estimated_activations_are_those_that_autograd_keeps(line, recompute):
+    """Storages that the backward pass of a real run holds on to, against the formula."""
     config, a = M.SIZES["tiny"], flags(f"--size tiny --dtype float32 --prompt-tokens 30 --new-tokens 10 --micro-batch 4 --group 2 {line}")
     estimate = M.estimate_memory(config, a)["recompute" if recompute else "training"]
     model = M.init_weights(M.LlamaVision(config), 0)
@@ -560,15 +564,44 @@ def test_traced_activations_are_those_that_autograd_keeps(line, recompute):
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address is used twice
         return t
 
-    class Nothing:
-        live = 0
-
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        M._trace(model, a, 4, 2, 40, 10, Nothing)
+        image = None
+        if a.images:  # two prompts, one picture of four tiles each, for two rows each
+            with torch.set_grad_enabled(model.trains_vision):
+                image = model.encode_images(torch.randn(2, 1, 4, 3, 32, 32), torch.tensor([[6], [6]]), torch.tensor([0, 0, 1, 1]))
+        hidden = model(torch.zeros(4, 40, dtype=torch.long), image)
+        loss = model.logits(hidden[:, -10:]).log_softmax(-1)[..., 0].sum()
+    if image is not None:  # a variable holds the features, whatever autograd does
+        kept[image.features.untyped_storage().data_ptr()] = image.features.untyped_storage()
     real = sum(s.nbytes() for s in kept.values())
-    # The count is of all that is alive: autograd's and what variables hold (masks, features), which weighs more beside
-    # the little that recompute keeps.
-    assert real <= estimate["kept for backward"] <= real * (1.5 if recompute else 1.05)
+    assert loss.requires_grad and abs(estimate["kept for backward"] / real - 1) < 0.1
+
+
+# Gigabytes on one H200, torch 2.11, 11B in bfloat16, prompts of 250 tokens, 60 new ones, 2026-11-27: weights and all that a call
+# made. Rollouts without adapters: (batch, group, images of a prompt). LoRA steps of rank 8 without images: (micro-batch, column).
+ROLLOUT_PEAKS = {(1, 1, 0): 21.4, (8, 1, 0): 21.9, (64, 1, 0): 25.8, (256, 1, 0): 38.9, (256, 16, 0): 32.9, (1, 1, 1): 21.8,
+                 (32, 1, 1): 33.7, (256, 16, 1): 37.3}
+TRAINING_PEAKS = {(16, "training"): 52.7, (8, "training"): 37.4, (16, "recompute"): 24.7}
+
+
+@pytest.mark.parametrize("case", [*ROLLOUT_PEAKS, *TRAINING_PEAKS])
+def test_estimate_against_peaks_that_were_measured(case):
+    """Within 10 %, and what comes on top of the weights within 20 %."""
+    if case in ROLLOUT_PEAKS:
+        batch, group, images = case
+        a = flags(f"--batch {batch} --group {group} --micro-batch {group} --images {images} --prompt-tokens 250 --new-tokens 60")
+        column, without, measured = "rollout", ("adapters", "optimizer"), ROLLOUT_PEAKS[case]
+    else:
+        size, column = case
+        a = flags(f"--micro-batch {size} --images 0 --prompt-tokens 250 --new-tokens 60 --lora-rank 8")
+        without, measured = (), TRAINING_PEAKS[case]
+    estimate = M.estimate_memory(M.SIZES["11b"], a)[column]
+    peak = sum(size for use, size in estimate.items() if use not in without) / 1e9
+    weights = estimate["weights"] / 1e9
+    print(case, f"measured {measured}, estimated {peak:.2f} ({peak / measured - 1:+.1%}); beyond the weights "
+          f"{measured - weights:.2f}, {peak - weights:.2f}")
+    assert abs(peak / measured - 1) < 0.1
+    assert abs(peak - measured) < 0.2 * (measured - weights) + 0.05  # the peaks were noted to 0.1
 
 
 def test_activations_of_a_rollout_grow_with_its_images():

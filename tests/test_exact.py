@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import sys
 from dataclasses import replace
 from functools import cache
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 import make_fixtures as fx
 import model as M
@@ -58,7 +60,7 @@ def differences(name, semantics, module=M, recompute=False):
     tile_mask = torch.tensor([1, 1, 2, 3, 4, 2, 4, 3, 4])[ratio_ids][..., None] > torch.arange(4)
     features = model.vision_model(tiles[exists], ratio_ids[exists], tile_mask[exists])
     states = context.features.unflatten(1, (ratio_ids.shape[1], -1))
-    logits = model.logits(model(ids, image=context))
+    logits = model.logits(model(ids, context))
     real = torch.arange(ids.shape[1]) < lengths[:, None]
     log_probs = model.log_probs(ids, chosen, image=context)
     loss = -log_probs.mean()
@@ -92,9 +94,9 @@ def test_left_padding_and_other_batches_change_nothing():
         want, model = fixture(f"{name}-meta")["logits"], build(name)
         ids, lengths, _, tiles, ratio_ids, context = run(model, name)
         rows = [row[:n].tolist() for row, n in zip(ids, lengths)]
-        left, _ = M.pad_rows(rows, PAD, "cpu", "left")
+        left, _ = fx.pad_left(rows, PAD)
         real = torch.arange(left.shape[1]) >= (left.shape[1] - lengths)[:, None]
-        from_left = model.logits(model(left, real, image=context))
+        from_left = model.logits(fx.masked_forward(model, left, real, context))
         shuffled = context.select(torch.tensor([2, 0, 2]))
         regrouped = model.logits(model(ids[[2, 0, 2]], image=shuffled))
         for b, row in enumerate(rows):
@@ -352,14 +354,14 @@ LLAMA_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3
 def llama_tokenizer():
     """A stand-in for the published tokenizer: its special tokens, its splitting, few merges (of line breaks too).
     Returns our Tokenizer and a function that encodes a rendered conversation in one go, as transformers does."""
-    bpe = M.BPE(M.models.BPE())
-    bpe.pre_tokenizer = M.pre_tokenizers.Sequence([M.pre_tokenizers.Split(M.Regex(LLAMA_SPLIT), "isolated"),
-                                                   M.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = M.decoders.ByteLevel()
+    bpe = M.BPE(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA_SPLIT), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
     corpus = ["user system assistant", "What is this? A card.", "\n\n\n\n ", "\n\n\nWhat", "Today Date: 26 Jul 2024\n\n", "  \n\n"] * 5
-    bpe.train_from_iterator(corpus, M.trainers.BpeTrainer(
-        vocab_size=330, show_progress=False, initial_alphabet=M.pre_tokenizers.ByteLevel.alphabet()))
-    bpe.add_special_tokens([M.AddedToken(t, special=True, normalized=False) for t in LLAMA_SPECIAL])
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=330, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in LLAMA_SPECIAL])
     whole = M.BPE.from_str(bpe.to_str())
     return M.Tokenizer(bpe), lambda text: whole.encode(text, add_special_tokens=False).ids
 
@@ -418,7 +420,7 @@ def test_a_system_message_beside_an_image_is_refused():
 
 def test_tokenizer_without_a_needed_token_says_so():
     with pytest.raises(ValueError, match="no <.finetune_right_pad_id.> token"):
-        M.Tokenizer(M.BPE(M.models.BPE({"<|eot_id|>": 0}, [])))
+        M.Tokenizer(M.BPE(models.BPE({"<|eot_id|>": 0}, [])))
 
 
 # ---- the tests bite: each change of model.py's text must be noticed
@@ -432,6 +434,7 @@ def mutant(folder, *changes):
     (folder / "mutant.py").write_text(source)
     spec = importlib.util.spec_from_file_location("mutant", folder / "mutant.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["mutant"] = module  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -451,10 +454,10 @@ def pictures(module):
                      for (w, h, t), d in list(zip(fx.SIZES, want))[12:]))
 
 
-ROTATED = "rotate(self.q_norm(split_heads(self.q_proj(x), self.heads)), rope_table(TextConfig(hidden_size=self.head_dim, num_attention_heads=1, rope_factor=1.0), torch.arange(x.shape[1])[None]))"
+ROTATED = "rotate(self.q_norm(split_heads(self.q_proj(x), self.heads)), rope_table(TextConfig(hidden_size=len(self.q_norm.weight), num_attention_heads=1, rope_factor=1.0), torch.arange(x.shape[1])[None]))"
 MUTATIONS = {
     "taps off by one": (forward("grouped"), [('i - (config.vision_taps == "input")', "i")]),
-    "taps in blocks": (forward("grouped"), [("torch.stack([kept[i] for i in self.taps], -1).flatten(2)", "torch.cat([kept[i] for i in self.taps], -1)")]),
+    "taps in blocks": (forward("grouped"), [("torch.stack([tapped[i] for i in self.taps], -1).flatten(2)", "torch.cat([tapped[i] for i in self.taps], -1)")]),
     "width before height": (pictures, [("RATIOS = [(rows, cols) for rows", "RATIOS = [(cols, rows) for rows")]),
     "padded keys masked": (forward("plain"), [("(real[:, :, None] | real[:, None, :])", "real[:, None, :].expand(-1, real.shape[1], -1)")]),
     "norm after padding": (forward("plain"), [
@@ -474,7 +477,7 @@ MUTATIONS = {
     "normalising before padding": (pictures, [("levels[canvas, np.arange(3)].reshape", "np.pad(levels[canvas[:h, :w], np.arange(3)], ((0, rows * tile - h), (0, cols * tile - w), (0, 0))).reshape")]),
     "images leak into the prefix": (forward("grouped"), [("attention = attention * sees if self.mask_prefix_attention else attention", "")]),
     "runs of images split": (forward("grouped"), [("begins = shown & ~F.pad(shown, (1, 0))[:, :-1]", "begins = shown")]),
-    "earlier images stay visible": (forward("grouped"), [("first = (begins * end).cummax(1).values - 1", "first = 0 * end")]),
+    "earlier images stay visible": (forward("grouped"), [("first = (begins * end).cummax(1).values", "first = 0 * end")]),
     "unused tiles seen": (forward("grouped"), [("seen = (seen[..., None] & tiles[:, None])", "seen = seen[..., None].expand(-1, -1, -1, tiles.shape[2])")]),
     "unused tiles of a single image seen": (forward("plain"), [("return (None if self.whole else", "return (None if True else")]),
     "class token after the positions": (forward("grouped"), [("x = torch.cat([self.class_embedding.expand(I, M, 1, -1), x], 2)", "x = torch.cat([x, self.class_embedding.expand(I, M, 1, -1)], 2)")]),

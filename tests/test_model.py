@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import model as M
+from assets import make_base
 from conftest import ROOT, load_tensors, small_config
+from make_fixtures import masked_forward, pad_left
 
 
 def ids_of(tokenizer, count, seed=0):
@@ -24,11 +27,11 @@ def close(a, b, tolerance=1e-5):
 def test_right_padding_left_padding_and_alone_agree(model, tokenizer):
     rows = [ids_of(tokenizer, n, seed=n) for n in (3, 9, 6)]
     right, lengths = M.pad_rows(rows, tokenizer.pad, "cpu")
-    left, _ = M.pad_rows(rows, tokenizer.pad, "cpu", side="left")
+    left, _ = pad_left(rows, tokenizer.pad)
     width = right.shape[1]
     real_left = torch.arange(width) >= (width - lengths)[:, None]
     real_right = torch.arange(width) < lengths[:, None]
-    plain, masked, from_left = model(right), model(right, real_right), model(left, real_left)
+    plain, masked, from_left = model(right), masked_forward(model, right, real_right), masked_forward(model, left, real_left)
     for i, row in enumerate(rows):
         alone = model(torch.tensor([row]))[0]
         assert alone.abs().max() > 0.1
@@ -37,9 +40,9 @@ def test_right_padding_left_padding_and_alone_agree(model, tokenizer):
 
 
 def test_left_padding_needs_its_mask(model, tokenizer):
-    left, lengths = M.pad_rows([ids_of(tokenizer, 4), ids_of(tokenizer, 8)], tokenizer.pad, "cpu", side="left")
+    left, lengths = pad_left([ids_of(tokenizer, 4), ids_of(tokenizer, 8)], tokenizer.pad)
     real = torch.arange(8) >= (8 - lengths)[:, None]
-    assert (model(left)[0, -1] - model(left, real)[0, -1]).abs().max() > 1e-2
+    assert (model(left)[0, -1] - masked_forward(model, left, real)[0, -1]).abs().max() > 1e-2
 
 
 def test_cached_equals_uncached_in_uneven_pieces(model, tokenizer):
@@ -266,8 +269,8 @@ def test_llama3_rope_stretches_low_frequencies_only():
 # ---- tokenizer and chat
 
 def test_special_tokens_come_from_ids_never_from_text(tokenizer):
-    special = {tokenizer.bpe.token_to_id(name) for name in M.TINY_SPECIAL}
-    for name in M.TINY_SPECIAL:
+    special = {tokenizer.bpe.token_to_id(name) for name in make_base.TINY_SPECIAL}
+    for name in make_base.TINY_SPECIAL:
         ids = tokenizer.encode(f"a{name}b")
         assert not special & set(ids)
         assert tokenizer.decode(ids) == f"a{name}b"
@@ -360,7 +363,7 @@ def test_wrong_tensors_are_named(model, tokenizer, tmp_path):
                           (lambda s: s.update({name: torch.zeros(3)}), "shape")):
         broken = dict(state)
         damage(broken)
-        M.save_file(broken, tmp_path / M.WEIGHTS)
+        save_file(broken, tmp_path / M.WEIGHTS)
         with pytest.raises(ValueError, match=words):
             M.load_model(tmp_path)
     (tmp_path / M.WEIGHTS).write_bytes(b"\x00" * 20)
