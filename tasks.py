@@ -1150,29 +1150,28 @@ def _draw_figure(image, rank, ink):
 
 
 # ---- 11. V-IRL: a walk ---------------------------------------------------------------------------
-# A walk through streets by instructions, one action at a time. One outcome per answer: "correct" is
-# the right stop() at the destination, "right_action" every right action before it. In addition
-# LAST_ATTEMPT where the attempts at a position are used up, and, with pictures only, MISREAD for a
-# wrong observation.
+# A walk through streets by instructions, one action at a time. Each answer has one outcome:
+# "correct" is the right stop() at the destination, "right_action" every right action before it.
+# LAST_ATTEMPT is added where the attempts at a position are used up, MISREAD where a picture is
+# not read rightly.
 
 WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
 RIGHT = ("right_action", "correct")
-KINDS_OF_ACTION = ("turn", "forward", "stop")
-WORDING = VIRL["wording"]  # "full": plain words for an instruct model; "short": few tokens for the tiny one
-TILE = {"full": 560, "short": 32}  # pixels of an image tile where `make` is not told
+WORDING = VIRL["wording"]  # "full": for an instruct model; "short": few tokens, for the tiny model
+TILE = {"full": 560, "short": 32}  # pixels of an image tile, where none are given
 
 
 @dataclass(eq=False)
 class Navigation(Problem):
-    """One walk along a route, for one episode. `position` counts the route's positions, `attempts`
-    are answers per position. `image` has the four views of the current position (None in text), so
-    that after a right action it is another picture, which the next turn shows.
+    """One walk along a route, for one episode. `attempts` are the answers per position. `image`
+    shows the four views of the current position: after a right action it is another picture.
 
-    More attributes: texts (the instructions), actions (the right action at each position, "turn",
-    "forward" or "stop"), attempt (answers judged at this position), verdict (the latest Walked),
-    drawn ({position: picture}, common to all copies: each is drawn once, and a whole group shares it)."""
+    More attributes: texts (the instructions), actions ("turn", "forward" or "stop": the right
+    action at each position), attempt (the number of answers at this position), verdict (the latest
+    Walked), drawn ({position: picture}). All copies share `drawn`: a group has one picture of a
+    position."""
     route: "Route"
-    rule: "TurnRule" = field()
+    rule: "TurnRule" = field()  # without field() the default of Problem would be taken
     attempts: int = field()
     style: str
     judged_by: "TurnRule"
@@ -1208,15 +1207,15 @@ class Navigation(Problem):
 
     @classmethod
     def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
-        """As the function `make` says. ValueError for a rule, a scene, a tile or data that do not fit."""
-        look = None
-        tile = TILE[style] if tile is None else tile
+        """See the function `make`. ValueError for a rule, a scene, a tile or data that do not
+        fit."""
+        look, tile = None, TILE[style] if tile is None else tile
         if visual:
             look = Scene.parse(Scene.fill(visual, random.Random(f"virl/{split}/{index}/look")))
             if not 16 <= tile <= 1120:
                 raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
         if data:
-            known = usable_routes(str(data), look is not None)
+            known = released(str(data), bool(visual)).routes
         else:
             known = routes(f"{split}-{index // ROUTES}", style)
         route, judged_by = known[index % len(known)], parse_turns(judged_by or rule)
@@ -1224,7 +1223,7 @@ class Navigation(Problem):
 
     @property
     def here(self) -> "Position":
-        """Where an answer is due."""
+        """The current position."""
         return self.route.rail[self.position]
 
     @property
@@ -1255,9 +1254,9 @@ class Navigation(Problem):
         )
 
     def step(self, response):
-        """Judge the next answer. A right action moves on, and the feedback has the next observation; a
-        wrong one is not executed. Done when stop() is right or the attempts at this position are used
-        up; a RuntimeError after that."""
+        """Judge the next answer. A right action moves on, and the feedback has the next
+        observation. A wrong action changes nothing. Done when stop() is right or the attempts at
+        this position are used up; a RuntimeError after that."""
         if self.done:
             raise RuntimeError("This episode is over: make the problem anew.")
         verdict = self.verdict = judge_walk(response, self.here, self.judged_by, self.style)
@@ -1276,7 +1275,7 @@ class Navigation(Problem):
         return Step(reward, self.done, self._feedback(), verdict.outcome, read)
 
     def _feedback(self):
-        # Where the walk has moved on, what is seen there; with pictures, a pointer to the next one.
+        # After a right action it has the next observation, or points to the next picture.
         words = WORDING[self.style]
         seen = words["next"] if self.look else observation(self.here, self.style)
         arrived = self.verdict.outcome == "correct"
@@ -1299,7 +1298,7 @@ class Navigation(Problem):
         return f"turn_direction({word})" if word else f"{self.here.action}()"
 
     def response(self, action: str) -> str:
-        """A response with this action, and with what is right of observation and instruction."""
+        """A response with this action and the right observation and instruction."""
         here, words = self.here, WORDING[self.style]
         text = self.texts[here.instruction]
         following = words["following"].format(number=here.instruction + 1, text=text)
@@ -1307,8 +1306,8 @@ class Navigation(Problem):
         return json.dumps(answer, separators=(",", ":") if self.style == "short" else None)
 
     def restarted(self) -> "Navigation":
-        """A copy at the start, judged by its own rule; two attempts at least, as some demonstrators
-        err once."""
+        """A copy at the start, judged by its own rule, with two attempts at least: some
+        demonstrators err once."""
         return replace(self, judged_by=self.rule, attempts=max(self.attempts, 2))
 
     def walk(self, rng):
@@ -1322,16 +1321,17 @@ class Navigation(Problem):
     DEMONSTRATORS = {"expert": walk}  # assets/habits.py adds some with bad habits
 
     def scores(self, turns, forced=None):
-        """The scores of every problem, and those by position; shares are rounded to four digits.
+        """The scores of every problem, and scores by position. Shares are rounded to four digits.
 
-        "steps_first", "steps": survival, the share of the route's positions passed before the first
-        wrong answer, or before the attempts ran out (the paper's per-step accuracy; in a mean over
-        routes each weighs the same, long or short). "forced": the share of positions answered rightly
-        after a right walk up to each. Survival says how far one gets alone, and lets one kind of
-        mistake cost all that would follow it; teacher-forced says what is known at each position.
-        "failed_at": the position of the first wrong answer, or None. "read": the share of all answers
-        that name what is there and nothing else. "marks", "forced_marks": a letter for each position
-        reached: the right action's initial, a capital where the first answer was right."""
+        "steps_first", "steps": survival, the share of the route's positions passed before the
+        first wrong answer, or before the attempts ran out (the paper's per-step accuracy; a mean
+        over routes gives each the same weight). "forced": the share of positions answered rightly
+        after a right walk up to each. Survival says how far a model gets alone: one kind of
+        mistake costs all positions behind it. Teacher forcing says what the model knows at each
+        position. "failed_at": the position of the first wrong answer, or None. "read": the share
+        of all answers that name all things there and nothing else. "marks", "forced_marks": a
+        letter for each position reached, the right action's initial, a capital where the first
+        answer was right."""
         marks = self._marks(turns)
         passed = len(marks) - len(marks.lstrip("TFS"))  # positions before the first wrong answer
         right = sum(turn["outcome"] in RIGHT for turn in turns)
@@ -1365,7 +1365,8 @@ class Navigation(Problem):
 
     @classmethod
     def parsed(cls, response):
-        """What an answer of any content says, by the keys of any style; a dash where it says nothing."""
+        """(label, text) for each key of a response of any content, in any style; a dash without
+        it."""
         try:
             answer = parse_answer(str(response))
         except Illegal:
@@ -1388,9 +1389,9 @@ SLIGHT = 60  # a turn by up to so many degrees is a slight one
 
 
 class TurnRule(NamedTuple):
-    """What the x of turn_direction(x) means, a name in TURN_WORDS, and the words that the instructions
-    use for turns: those of both rules, so that only the stated actions tell which to take, or,
-    told="rule", those of the rule alone."""
+    """What the x of turn_direction(x) means (a name in TURN_WORDS), and which words the
+    instructions use for turns. "both": the words of both rules, so that only the stated actions
+    tell them apart; "rule": the words of this rule alone."""
     words: str = "absolute"
     told: str = "both"
 
@@ -1399,18 +1400,18 @@ class TurnRule(NamedTuple):
 
 
 def parse_turns(text: str | TurnRule) -> TurnRule:
-    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=rule"; str() undoes it.
-    ValueError for other texts."""
+    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=rule". ValueError for
+    other texts."""
     for words, told in product(TURN_WORDS, ("both", "rule")):
         rule = TurnRule(words, told)
         if str(rule) == str(text):
             return rule
-    raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute, relative, or one of them "
-                     "with /told=rule.")
+    raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute or relative, "
+                     "perhaps with /told=rule.")
 
 
 def wrap(angle):
-    """An angle in degrees brought into (-180, 180]; unwrapped, left and right would change places
+    """An angle in degrees brought into (-180, 180]. Unwrapped, left and right would change places
     near north."""
     return 180 - (180 - angle) % 360
 
@@ -1421,8 +1422,8 @@ def compass_word(angle: float) -> str:
 
 
 def turn_word(words, heading, towards):
-    """What a turn from one bearing to another is called: the compass word of the new one ("absolute"),
-    or "left", "right" and, up to SLIGHT degrees, "slightly left" and "slightly right" ("relative")."""
+    """The word for a turn from one bearing to another. "absolute": the compass word of the new one.
+    "relative": "left" or "right", with "slightly" for a turn of at most SLIGHT degrees."""
     if words == "absolute":
         return compass_word(towards)
     angle = wrap(towards - heading)
@@ -1436,10 +1437,11 @@ def right_word(here: "Position", words: str) -> str:
 
 
 def observation(here: "Position", style: str) -> str:
-    """What is seen at a Position, in words: "Hotel Iris is on your right; You observe an intersection"."""
+    """The things at a Position, in words: "Cafe Opal is on your left; You observe an
+    intersection"."""
     words = WORDING[style]
     parts = [words["seen"].format(*landmark) for landmark in here.landmarks]
-    if not parts and (style == "full" or not here.crossing):  # the short style does without there
+    if not parts and (style == "full" or not here.crossing):  # short: "crossing" alone
         parts = [words["none"]]
     if here.crossing:
         parts.append(words["here"])
@@ -1447,8 +1449,8 @@ def observation(here: "Position", style: str) -> str:
 
 
 def instructions(route, rule, style):
-    """The route's instructions as a list of texts: a turn, a move to the next turn or the destination,
-    a turn, ..."""
+    """The route's instructions as a list of texts: a turn, a move to the next turn or to the
+    destination, a turn, ..."""
     words, texts = WORDING[style], []
     for here in route.rail:
         where = [words["where"].format(*landmark) for landmark in here.landmarks]
@@ -1466,8 +1468,8 @@ ACTION = re.compile(r"(forward|stop) ?\( ?\)|" + TURN)
 
 
 def parse_action(text):
-    """Read "forward()", "stop()" or "turn_direction(x)": ("forward", ""), ("stop", "") or ("turn", x),
-    x any one or two words. Case, quotes round x and more or fewer spaces do not matter. Raises Illegal
+    """Read "forward()", "stop()" or "turn_direction(x)": ("forward", ""), ("stop", "") or ("turn",
+    x). x is any one or two words. Case, quotes round x and spaces do not matter. Raises Illegal
     for anything else."""
     short = text if len(text) <= MAX_ACTION else ""
     match = ACTION.fullmatch(" ".join(short.lower().split()))
@@ -1477,9 +1479,9 @@ def parse_action(text):
 
 
 class Walked(NamedTuple):
-    """What the verifier found: a key of WALK_REWARD, why, as a key of WORDING's "why", the fact for its
-    sentence, and whether the observation named the landmarks and intersection that are there and no
-    other (None where there is none to read)."""
+    """What the verifier found: a key of WALK_REWARD, a key of WORDING's "why", the fact for that
+    sentence, and whether the observation names all things there and nothing else (None without
+    one)."""
     outcome: str
     why: str
     fact: str = ""
@@ -1487,8 +1489,8 @@ class Walked(NamedTuple):
 
 
 def judge_walk(response: str, here: "Position", rule: TurnRule, style: str) -> Walked:
-    """Judge a response (text of a model, of any content) at a Position under a TurnRule; never raises
-    for a str."""
+    """Judge a response (text of a model, of any content) at a Position under a TurnRule. Never
+    raises for a str."""
     observed = None
     try:
         answer, (key, _, action) = parse_answer(response), WORDING[style]["keys"]
@@ -1505,15 +1507,15 @@ def judge_walk(response: str, here: "Position", rule: TurnRule, style: str) -> W
 
 
 def _parts(text):
-    """The set of things that an observation names, without case, "no landmarks" and the like."""
+    """The set of things that an observation names, in lower case, without "no landmarks"."""
     parts = re.split("[;,.]", text)
     parts = {" ".join(part.lower().removeprefix("the destination ").split()) for part in parts}
     return parts - {"", "none", "no landmarks nearby", "no landmark nearby"}
 
 
 def _why(kind, word, here, rule):
-    """The key of WORDING's "why" of what is wrong with an action; each of its sentences is true wherever
-    this gives it."""
+    """Why an action is wrong, as a key of WORDING's "why". Each sentence is true where it is
+    given."""
     if here.action == "stop":
         return "arrived"
     if kind == "stop":
@@ -1527,8 +1529,7 @@ def _why(kind, word, here, rule):
 
 # ---- 13. V-IRL: routes ---------------------------------------------------------------------------
 # A route is its rail: one Position after another, each with one right action. A turn also takes the
-# first step into the new street, as in the released data. Every leg leads to the next intersection,
-# where the turn's word fits no other street.
+# first step into the new street, as in the released data. A turn's word fits one street only.
 
 ROUTES = 20  # of a city
 LEGS = {"full": (2, 6), "short": (1, 2)}
@@ -1538,9 +1539,9 @@ OFF_COMPASS = 17.5  # degrees that a street may lie off its compass word, whose 
 
 
 class Position(NamedTuple):
-    """Where an answer is due: the place, the heading in degrees, ((landmark, side), ...) seen there,
-    whether it is an intersection, the right action ("turn", "forward" or "stop"), the bearing to turn
-    to or None, the instruction from 0."""
+    """A point of a route where an answer is due: the place, the heading in degrees, the landmarks
+    ((name, side), ...), whether it is an intersection, the right action ("turn", "forward" or
+    "stop"), the bearing to turn to or None, the instruction from 0."""
     place: object
     heading: float
     landmarks: tuple
@@ -1551,28 +1552,26 @@ class Position(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """A Position without what follows from the stops before it: the bearing is None where no turn is
-    due."""
+    """The part of a Position that does not follow from the others of its route."""
     place: object
     landmarks: tuple
     towards: float | None
 
 
 class Route(NamedTuple):
-    """A city's name and a tuple of Positions, the last one the destination's; for a released route also
-    the folder that it is from."""
+    """A city's name, the Positions up to the destination, the folder of a released route."""
     city: str
     rail: tuple
     folder: str = ""
 
     def key(self):
-        """What makes it another problem than other routes, whatever the city is called."""
+        """Routes with one key are one problem, whatever their cities are called."""
         acts = ((here.action, here.landmarks, right_word(here, "absolute")) for here in self.rail)
         return compass_word(self.rail[0].heading), *acts
 
 
 def make_rail(facing: float, stops: list[Stop]) -> tuple[Position, ...]:
-    """The Positions of a walk that starts with a heading; its last stop is the destination."""
+    """The Positions of a walk with this first heading; its last stop is the destination."""
     rail, heading, turns = [], facing, 0
     for place, landmarks, towards in stops:
         turn = towards is not None
@@ -1598,9 +1597,9 @@ def clear_turn(heading, towards):
 
 @lru_cache(maxsize=256)
 def routes(name: str, style: str) -> tuple[Route, ...]:
-    """The ROUTES distinct Routes of the city "SPLIT-N". Their keys belong to the split too, by a hash,
-    so that no problem of one split occurs in another, whatever the cities are called ("base" shares
-    with "train"). ValueError when too few are found."""
+    """The ROUTES distinct Routes of the city "SPLIT-N". A hash of their keys gives the same split,
+    so that no problem of one split occurs in another ("base" shares with "train"). ValueError
+    where there are too few."""
     town, rng, found = city(name, style), random.Random(f"virl/{name}/{style}/routes"), {}
     wanted = name.split("-")[0].replace("base", "train")
     for _ in range(TRIES):
@@ -1609,11 +1608,12 @@ def routes(name: str, style: str) -> tuple[Route, ...]:
             found.setdefault(route.key(), route)
         if len(found) == ROUTES:
             return tuple(found.values())
-    raise ValueError(f"The city {name} has no {ROUTES} routes in {TRIES} walks: choose another index.")
+    raise ValueError(f"{TRIES} walks in the city {name} gave no {ROUTES} routes: choose another "
+                     "index.")
 
 
 def _random_rail(town, rng, style):
-    """The rail of a random walk; empty where it is too long or short, cannot be told clearly, or has
+    """The rail of a random walk. Empty where it is too long or short, has no clear instructions, or
     no landmark to end at."""
     streets = _random_streets(town, rng, rng.randint(*LEGS[style]))
     if not streets:
@@ -1634,7 +1634,7 @@ def _random_rail(town, rng, style):
 
 
 def _random_streets(town, rng, legs):
-    """A random walk of so many streets, with a clear turn from each to the next; None where it gets
+    """A random walk of so many streets, with a clear turn from each to the next. None where it gets
     stuck."""
     streets = [rng.choice(town.arms[rng.choice(tuple(town.arms))])]
     while len(streets) < legs:
@@ -1647,8 +1647,8 @@ def _random_streets(town, rng, legs):
 
 
 def random_facing(rng, heading):
-    """A bearing from which it takes a turn to face `heading`; each relative word is as likely as the
-    others."""
+    """A bearing with a clear turn from there to `heading`. All relative words are equally
+    likely."""
     side = rng.choice((1, -1))
     return round(heading + side * rng.uniform(*rng.choice((SLIGHT_TURNS, PLAIN_TURNS)))) % 360
 
@@ -1665,9 +1665,9 @@ def _stops(town, streets):
 
 
 # ---- 14. V-IRL: a city ---------------------------------------------------------------------------
-# Points are (x, y) in metres, x to the east and y to the north. A *place* is where one can stand: an
-# intersection (a node's number), or (a, b, k), the k-th point of the street from node a to node b > a.
-# Each place has at most one landmark, and the bearing at which its front is seen from there.
+# Points are (x, y) in metres, x to the east and y to the north. A *place* is an intersection (a
+# node's number), or (a, b, k), the k-th point of the street from node a to node b > a. A place has
+# at most one landmark. The order of all draws is part of a city: another order is another city.
 
 GRID = 6  # nodes a side
 SPACING = 15  # metres between places (10 to 20 come of it)
@@ -1680,20 +1680,19 @@ def bearing(start, end):
 
 
 def moved(point, heading, ahead, right=0):
-    """The point so many metres ahead and to the right of another one, for someone with this heading."""
+    """The point so many metres ahead and to the right of another one, in this heading."""
     angle = radians(heading)
     x = point[0] + ahead * sin(angle) + right * cos(angle)
     return x, point[1] + ahead * cos(angle) - right * sin(angle)
 
 
 def between(start, end, share):
-    """The point at a share of the way from one point to another; for colours too."""
+    """The point at a share of the way from one point to another, in any number of coordinates."""
     return tuple(a + (b - a) * share for a, b in zip(start, end))
 
 
 class Street(NamedTuple):
-    """A street from node a to node b: where it starts, its bearing, its length in metres, and the number
-    of steps that it is divided into."""
+    """A street from node a to node b: its start, its bearing, its length in metres, its steps."""
     a: int
     b: int
     start: tuple
@@ -1708,42 +1707,43 @@ class Street(NamedTuple):
         return (self.a, self.b, k) if self.a < self.b else (self.b, self.a, self.count - k)
 
     def along(self, k):
-        """How far from a that is."""
+        """The distance of that place from a."""
         return k * self.length / self.count
 
     def beside(self, along, across):
-        """The point so far along it, and so far to the right of its middle."""
+        """The point so far along the street, and so far to the right of its middle."""
         return moved(self.start, self.heading, along, across)
 
     def strip(self, start, end, left, right):
-        """The corners of a part of it, between two distances along it and two across."""
+        """The corners of a part of the street, between two distances along it and two across."""
         corners = ((start, left), (end, left), (end, right), (start, right))
         return [self.beside(*corner) for corner in corners]
 
 
 class City:
-    """The city of a name such as "test-3", the same on every machine: a grid of streets, turned, bent,
-    broken, and crossed by diagonals, so that all eight compass words occur. In style "short" its
-    landmarks have the short names of the tiny model.
+    """The city of a name such as "test-3", the same on every machine: a grid of streets, turned,
+    bent, broken, and crossed by diagonals, so that all eight compass words occur. Landmarks have
+    the short names of the tiny model in style "short".
 
-    Attributes: nodes {number: point}, arms {node: Streets from it, clockwise from north}, turns {Street:
-    Streets that routes turn to from it}, points {place: point}, landmarks {place: (name,
-    bearing of the front)}, signs (list of Sign)."""
+    Attributes: nodes {number: point}, arms {node: the Streets from it, clockwise from north},
+    turns {Street: the Streets with a clear turn from it}, points {place: point}, landmarks {place:
+    (name, bearing of the front)}, signs (a list of Sign)."""
 
     def __init__(self, name, style):
         self.name = name
         self.nodes = self._grid(random.Random(f"virl/{name}/grid"))
         self._join_nodes(random.Random(f"virl/{name}/streets"))
-        self.turns = {street: self._clear_turns(street) for arms in self.arms.values() for street in arms}
+        self.turns = {street: self._clear_turns(street)
+                      for arms in self.arms.values() for street in arms}
         self.streets = [street for street in self.turns if street.a < street.b]
         self.points = self.nodes | {street.place(k): street.beside(street.along(k), 0)
                                     for street in self.streets for k in range(1, street.count)}
         self._place_landmarks(random.Random(f"virl/{name}/landmarks"), style)
 
     def _grid(self, rng):
-        """Points of a grid of uneven blocks. Beyond a line each way the cross streets bend, one way
-        hardly and the other by about 45 degrees, and the whole is turned: all so that most streets
-        stay close to a compass word."""
+        """Points of a grid of uneven blocks. Beyond a line each way the cross streets bend, one
+        way hardly and the other by about 45 degrees, and the whole is turned. Most streets stay
+        close to a compass word."""
         steps = [[rng.randint(42, 72) for _ in range(GRID)] for _ in "xy"]
         xs, ys = ([*accumulate(line, initial=0)] for line in steps)
         bends = [rng.uniform(-6, 6), rng.choice((1, -1)) * rng.uniform(37, 43)]
@@ -1758,11 +1758,12 @@ class City:
         return nodes
 
     def _join_nodes(self, rng):
-        """Streets along the grid, a few missing, then diagonals; none at less than 40 degrees to
-        another, no dead ends."""
+        """Streets along the grid, a few missing, then diagonals. None has less than 40 degrees to
+        another; dead ends go."""
         north = [(n, n + 1) for n in self.nodes if (n + 1) % GRID]
         east = [(n, n + GRID) for n in self.nodes if n + GRID in self.nodes]
-        diagonals = [rng.choice([(n, m + GRID), (m, n + GRID)]) for n, m in north if n + GRID in self.nodes]
+        diagonals = [rng.choice([(n, m + GRID), (m, n + GRID)])
+                     for n, m in north if n + GRID in self.nodes]
         pairs = [pair for pair in sorted(north + east) if rng.random() > 0.2]
         pairs += [pair for pair in diagonals if rng.random() < 0.3]
         self.arms = {node: [] for node in self.nodes}
@@ -1784,31 +1785,31 @@ class City:
         return Street(a, b, start, bearing(start, end), length, max(round(length / SPACING), 1))
 
     def _clear_turns(self, street):
-        """The Streets to which it takes a clear turn from another one, a turn whose words fit no other."""
+        """The Streets with a clear turn from another one, whose words fit no other street there."""
         others = [after for after in self.arms[street.b] if after.b != street.a]
         words = [[turn_word(rule, street.heading, after.heading) for rule in TURN_WORDS]
                  for after in others]
         count = Counter(sum(words, []))
         return [after for after, own in zip(others, words)
-                if clear_turn(street.heading, after.heading) and all(count[word] == 1 for word in own)]
+                if clear_turn(street.heading, after.heading) and all(count[w] == 1 for w in own)]
 
     def front(self, street, side):
-        """(start, end): between which distances along a street there are fronts on its right (side 1)
-        or left (-1)."""
+        """(start, end), distances along a street: its fronts on the right (side 1) or left (-1) are
+        between them."""
         [back] = [back for back in self.arms[street.b] if back.b == street.a]
         return self._setback(street, side), street.length - self._setback(back, -side)
 
     def _setback(self, street, side):
-        # Around a node the lines of two neighbouring streets' fronts end where they meet, so that
-        # fronts close every block.
+        # Around a node the fronts of two neighbouring streets end where their lines meet: fronts
+        # close every block.
         arms = self.arms[street.a]
         other = arms[(arms.index(street) + side) % len(arms)]
         gap = side * (other.heading - street.heading) % 360
         return min(max(CURB / tan(radians(gap / 2)), -CURB), 3 * CURB)
 
     def _place_landmarks(self, rng, style):
-        """At a third of the places along streets, and at most intersections that have a long front on
-        one side."""
+        """Landmarks at a third of the places along streets, and at most intersections with a long
+        front on one side."""
         angles = {}  # {place: bearing of the front there}
         for node, arms in self.arms.items():
             for street, after in pairwise([*arms, arms[0]]):
@@ -1835,8 +1836,8 @@ class City:
             self.signs.append(Sign(name, angle, moved(self.points[place], angle, CURB - off)))
 
     def seen(self, place, heading):
-        """((landmark, side),) at a place for someone who faces `heading`, the side empty where it is
-        not clear; () without one."""
+        """((landmark, side),) at a place in this heading, the side empty where it is not clear; ()
+        without a landmark."""
         if place not in self.landmarks:
             return ()
         name, angle = self.landmarks[place]
@@ -1854,13 +1855,14 @@ class City:
             alongs = [start + (end - start) * i / count for i in range(count + 1)]
             corners = [street.beside(along, side * CURB) for along in alongs]
             for left, right in pairwise(corners[::-side]):
-                walls.append(Wall(left, right, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000)))
+                height = rng.choice((7, 10, 13, 16, 22))
+                walls.append(Wall(left, right, height, rng.randrange(1000)))
         return walls
 
     @cached_property
     def ground(self):
-        """(roads, white lines): the corners of each, in the middle of a street and of the crosswalk at
-        its start."""
+        """The corners of all roads, and of the white lines: along the middle of each street, and
+        of the crosswalk at its start."""
         roads, lines = [], []
         for street in self.turns:
             if street.a < street.b:
@@ -1883,17 +1885,18 @@ city = lru_cache(maxsize=64)(City)
 
 EYE, NEAR, FAR = 1.7, 0.4, 110  # metres: height of the eye, the nearest and farthest that is drawn
 HORIZON = 0.6  # share of the picture above it
-# Of a light the colours of the sky above and at the horizon (low), of pavement (snow: white), road and
-# windows (pane), and how light the walls are; of a weather the share of haze FAR away, and the number
-# of drops or flakes; five colours of walls; a sign's board and ink; colours of emblems and shop fronts.
+# A light has the colours of the sky above and at the horizon (low), of the pavement (in snow:
+# white), the road and the windows (pane), and the brightness of walls. A weather has the share of
+# haze at FAR, and the number of drops or flakes. A palette has five colours of walls, a board its
+# ground and ink.
 LIGHTS, WEATHERS, PALETTES = VIRL["lights"], VIRL["weathers"], VIRL["palettes"]
 BOARDS, EMBLEMS = VIRL["boards"], VIRL["emblems"]
 
 
 @dataclass(frozen=True)
 class Scene(Options):
-    """How a city is drawn, as in "dusk/weather=rain/palette=brick"; with tiles=1 all four views are in
-    one tile."""
+    """The look of a city, as in "dusk/weather=rain/palette=brick". With tiles=1 all four views are
+    in one tile."""
     light: str = _one_of(*LIGHTS)
     weather: str = _one_of(*WEATHERS)
     palette: str = _one_of(*PALETTES)
@@ -1903,7 +1906,7 @@ class Scene(Options):
 def draw_grid(name, style, place, heading, look, tile):
     """The four views of a place in one picture, see four_views."""
     town, size = city(name, style), tile if look.tiles == 4 else tile // 2
-    fine = 4 if size < 100 else 2 if size < 400 else 1  # drawn too large and reduced: smooth edges
+    fine = 4 if size < 100 else 2 if size < 400 else 1  # draw too large, then reduce: smooth edges
     reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
     point, standing = town.points[place], (*town.walls, *town.signs)
     standing = [thing for thing in standing if thing.distance(point) < reach]
@@ -1928,7 +1931,7 @@ def four_views(heading, view):
 
 @dataclass
 class View:
-    """One view in the making, `size` pixels each way, from a point of a city, of all that stands within
+    """A view from a point of a city, `size` pixels each way. It shows walls and signs within
     `reach` metres."""
     point: tuple
     heading: float
@@ -1946,12 +1949,12 @@ class View:
         return moved((0, 0), -self.heading, y, x)
 
     def pixel(self, x, z, height):
-        """Where a camera point at a height above ground is in the picture, from its top left."""
+        """The place in the picture of a camera point at a height above ground."""
         scale = self.size / 2 / z
         return self.size / 2 + scale * x, self.size * HORIZON - scale * (height - EYE)
 
     def haze(self, distance):
-        """The share of a thing's colours that is lost at this distance, in this weather."""
+        """The share of haze in a colour at this distance, in this weather."""
         return WEATHERS[self.look.weather]["haze"] * min(distance / FAR, 1)
 
     def shade(self, colour, distance, light):
@@ -1961,7 +1964,7 @@ class View:
         return tuple(int(value * light * (1 - haze) + far * haze) for value, far in pairs)
 
     def fill(self, corners, colour):
-        """A polygon of (x, z, height); what is behind the camera is cut off."""
+        """A polygon of (x, z, height); the part behind the camera is cut off."""
         clipped = []
         for start, end in pairwise([*corners, corners[0]]):
             (_, z, _), (_, w, _) = start, end
@@ -1974,7 +1977,7 @@ class View:
             self.pen.polygon([self.pixel(*corner) for corner in clipped], colour)
 
     def draw_ground(self, roads, lines):
-        """Roads and the nearer lines on them, without haze: overlapping roads should show no seams."""
+        """Roads and the nearer lines, without haze: overlapping roads should show no seams."""
         lines = [line for line in lines if dist(line[0], self.point) < self.reach / 2]
         for strips, colour in ((roads, self.light["road"]), (lines, "#ece8dc")):
             for strip in strips:
@@ -1992,8 +1995,8 @@ class View:
 
 
 class Wall(NamedTuple):
-    """A front: its left end seen from the street, its right end, its height and a number that chooses
-    its colours."""
+    """A front: its left end as seen from the street, its right end, its height, and a number for
+    the choice of its colours."""
     left: tuple
     right: tuple
     height: int
@@ -2021,7 +2024,7 @@ class Wall(NamedTuple):
         part(0, 1, self.height - 0.5, self.height, colour, light * 0.75)
         part(0.06, 0.94, 0, 2.6, pane, 0.7)
         part(0, 1, 2.6, 3.2, shop, light * 0.6)
-        if distance >= view.reach / 2:
+        if distance >= view.reach / 2:  # no windows further off
             return
         columns = max(round(dist(left, right) / 2.7), 1)
         for column, floor in product(range(columns), range(int(self.height - 3.5) // 3)):
@@ -2032,13 +2035,13 @@ class Wall(NamedTuple):
 
 
 class Sign(NamedTuple):
-    """The sign of a landmark: its name, its bearing from the place where it is seen, where it stands."""
+    """The sign of a landmark: the name, the bearing from its place, the point where it stands."""
     name: str
     bearing: float
     spot: tuple
 
     def distance(self, point):
-        return dist(self.spot, point) - 2  # before the wall that it hangs on
+        return dist(self.spot, point) - 2  # nearer than the wall behind it
 
     def draw(self, view):
         """Its picture in perspective."""
@@ -2079,8 +2082,8 @@ def _mixed(start, end, share):
 
 
 def _hidden(left, right):
-    """Whether a front between two camera points is behind the camera, outside the view, or seen from its
-    back."""
+    """Whether a front between two camera points is behind the camera, outside the view, or shows
+    its back."""
     (x, z), (u, w) = left, right
     behind, back = max(z, w) < NEAR, x * w >= u * z
     return behind or back or min(x - z, u - w) > 0 or max(x + z, u + w) < 0
@@ -2100,8 +2103,8 @@ def quad_coefficients(corners, width, height):
 
 @lru_cache(maxsize=512)
 def sign(name: str, palette: str) -> Image.Image:
-    """The picture on a landmark's sign, RGBA: its name on two lines, or for a short name an emblem for
-    the tiny model (drawn by assets/draw_emblems.py)."""
+    """The picture on a landmark's sign, RGBA: the name on at most two lines; for a short name an
+    emblem, which assets/draw_emblems.py draws."""
     if name in VIRL["short"]:
         left = 64 * VIRL["short"].index(name)
         return Image.open(ASSETS / "emblems.png").crop((left, 0, left + 64, 64))
@@ -2117,8 +2120,8 @@ def sign(name: str, palette: str) -> Image.Image:
 
 
 def draw_map(problem: Navigation, size: int) -> Image.Image:
-    """A map of the part of a generated city around a walk's route, an RGB picture of size x size pixels:
-    north up, the route in red, its positions numbered from 1, the landmarks by name."""
+    """A map of a generated city around a walk's route, size x size pixels, north up: the route in
+    red, its positions numbered from 1, the landmarks by name."""
     town = city(problem.route.city, problem.style)
     points = np.array([town.points[here.place] for here in problem.route.rail])
     low, high = points.min(0), points.max(0)
@@ -2152,16 +2155,16 @@ def draw_map(problem: Navigation, size: int) -> Image.Image:
 
 
 # ---- 17. V-IRL: released data --------------------------------------------------------------------
-# The paper's routes, from the routes.json that assets/convert_routes.py writes. It may come from
-# elsewhere: it is bounded and checked field by field. A place is the name of a panorama, None where
-# there is none.
+# The paper's routes, in the routes.json that assets/convert_routes.py writes. It may come from
+# anybody: it is bounded and checked field by field. A place is the name of a panorama, None
+# without one.
 
 MAX_DATA = 1 << 28  # bytes of a file
 PANORAMA = re.compile(r"[\w-]{1,64}", re.ASCII)  # a name
 
 
 class Released(NamedTuple):
-    """What a routes.json holds: the routes, the folder of the panoramas, their rotations in degrees."""
+    """The content of a routes.json: routes, the folder of panoramas, their rotations in degrees."""
     routes: tuple[Route, ...]
     street_views: Path
     rotations: dict
@@ -2174,35 +2177,39 @@ def read_bytes(path: Path) -> bytes:
             return path.read_bytes()
     except OSError:  # a name that is too long, no permission
         pass
-    raise ValueError(f"{printable(str(path), 200)} cannot be read or is larger than {MAX_DATA >> 20} MB: "
-                     "give a folder with routes.json as assets/convert_routes.py writes it.")
+    raise ValueError(f"{printable(str(path), 200)} cannot be read or is larger than "
+                     f"{MAX_DATA >> 20} MB: see assets/convert_routes.py.")
 
 
 @lru_cache(maxsize=4)
-def released(folder: str) -> Released:
-    """What the routes.json of a folder holds. ValueError where it is damaged."""
+def released(folder: str, pictures: bool) -> Released:
+    """The routes.json of a folder, for pictures only its routes with a panorama at every position.
+    ValueError where it is damaged, or no route is left."""
     path = Path(folder) / "routes.json"
     text = read_bytes(path)
     try:
         data = _tuples(json.loads(text))
         rotations = data["rotations"]
-        if not all(re.fullmatch(PANORAMA, name) and abs(rotations[name]) <= 1e6 for name in rotations):
+        if not all(PANORAMA.fullmatch(name) and abs(rotations[name]) <= 1e6 for name in rotations):
             raise ValueError("a rotation is no panorama's angle")
         rails = [_released_rail(rotations, **route) for route in data["routes"]]
-        found = tuple(Route(Path(folder).name, rail, folder) for rail in rails)
-        return Released(found, Path(data["street_views"]), rotations)
+        routes = tuple(Route(Path(folder).name, rail, folder) for rail in rails
+                       if not pictures or all(here.place for here in rail))
+        if not routes:
+            raise ValueError("none can be used")
+        return Released(routes, Path(data["street_views"]), rotations)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = printable(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{printable(str(path), 200)} does not hold released routes ({reason}).") from None
+        path, reason = printable(str(path), 200), printable(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{path} does not hold released routes ({reason}).") from None
 
 
 def _released_rail(rotations, facing, stops):
-    """The rail of a route: it starts with a turn, ends without one, and every field is what it should."""
+    """The checked rail of a route. It starts with a turn and ends without one."""
     stops = [Stop(*stop) for stop in stops]
     fits = 0 <= facing <= 360 and stops[0].towards is not None and stops[-1].towards is None
     for place, landmarks, towards in stops:
-        texts = [text for name, side in landmarks for text in (name, side)]
-        fits &= isinstance(landmarks, tuple) and all(text == printable(text) for text in texts)
+        texts = [name + side for name, side in landmarks]
+        fits &= isinstance(landmarks, tuple) and all(text == printable(text, 120) for text in texts)
         fits &= place is None or place in rotations
         fits &= towards is None or 0 <= towards <= 360
     if not fits:
@@ -2210,20 +2217,10 @@ def _released_rail(rotations, facing, stops):
     return make_rail(facing, stops)
 
 
-def usable_routes(folder: str, pictures: bool) -> list[Route]:
-    """The released routes of a folder; for pictures those with a panorama at every position. ValueError
-    where there is none."""
-    found = [route for route in released(folder).routes
-             if not pictures or all(here.place for here in route.rail)]
-    if not found:
-        raise ValueError(f"{printable(folder, 200)} has no released route that can be used here.")
-    return found
-
-
 def panorama_grid(folder, name, heading, look, tile):
     """As draw_grid, from a panorama. ValueError where it is missing or no picture of at most
-    Image.MAX_IMAGE_PIXELS * 2 pixels."""
-    _, street_views, rotations = released(folder)
+    2 * Image.MAX_IMAGE_PIXELS pixels."""
+    _, street_views, rotations = released(folder, True)
     if name not in rotations:
         raise ValueError(f"{_quoted(name or '')} is no name of a panorama.")
     photo, size = read_bytes(street_views / f"{name}.jpg"), tile if look.tiles == 4 else tile // 2
@@ -2240,10 +2237,10 @@ def panorama_grid(folder, name, heading, look, tile):
 
 
 def panorama_view(panorama: np.ndarray, yaw: float, size: int) -> np.ndarray:
-    """A flat view of size x size, 90 degrees wide, pitch 0, of an equirectangular panorama (H, W, 3)
-    uint8; yaw in degrees to the right of its middle."""
+    """A flat view of size x size pixels, 90 degrees wide, pitch 0, of an equirectangular panorama
+    (H, W, 3) uint8; yaw in degrees to the right of its middle."""
     high, wide = panorama.shape[:2]
-    across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # one unit ahead, from -1 to 1
+    across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # -1 to 1, one unit ahead
     u = (np.arctan(across) / (2 * pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
     v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / pi) * high - 0.5  # (size, size)
     left, top = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)

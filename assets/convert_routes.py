@@ -1,15 +1,15 @@
-"""Converts the paper's routes (dataset tianzhechu/SFTvsRL_Data: nyc_1k_routes.zip, VLN_mini.zip) into a
-routes.json that tasks.py reads:
+"""Converts the paper's routes (dataset tianzhechu/SFTvsRL_Data: nyc_1k_routes.zip, VLN_mini.zip)
+into a routes.json that tasks.py reads:
 
     python -m assets.convert_routes FOLDER OUT
     python tasks.py --task virl-vl --data OUT
 
-FOLDER holds route_infos.json, gps_pano_mapping.pkl and, for pictures, street_views/, whose panoramas
-are used where they lie. All of it is material from elsewhere: it is bounded, read field by field, and
+FOLDER holds route_infos.json, gps_pano_mapping.pkl and, for pictures, street_views/. The panoramas
+are used where they lie. All files come from elsewhere: they are bounded, read field by field, and
 never executed. Routes that cannot be used are left out and named.
 
-routes.json: {"street_views": folder, "rotations": {panorama: degrees}, "routes": [{"facing": degrees,
-"stops": [[panorama or null, [[landmark, side], ...], bearing to turn to or null], ...]}, ...]}
+    {"street_views": folder, "rotations": {panorama: degrees}, "routes": [{"facing": degrees,
+     "stops": [[panorama or null, [[landmark, side], ...], bearing to turn to or null], ...]}, ...]}
 
 Contents
     1. Plain pickles         read_plain_pickle
@@ -31,17 +31,17 @@ from pathlib import Path
 from tasks import PANORAMA, Stop, between, parse_answer, printable, random_facing, read_bytes
 
 # ---- 1. Plain pickles ----------------------------------------------------------------------------
-# gps_pano_mapping.pkl is a dict {(latitude, longitude): name}. Python's own reader would run whatever
-# a pickle names, so only the opcodes of plain data are carried out here.
+# gps_pano_mapping.pkl is a dict {(latitude, longitude): name}. Python's own reader would run
+# whatever a pickle names, so only the opcodes of plain data are carried out here.
 
 PUSHES = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_plain_pickle(data: bytes):
-    """Read a pickle (protocols 2 to 5) of dict, tuple, str, int and float. Nothing is imported or called:
-    any other opcode, such as those that name a class or a function, is a ValueError with its name, and
-    so is a broken stream."""
+    """Read a pickle (protocols 2 to 5) of dict, tuple, str, int and float. Nothing is imported or
+    called: any other opcode, such as those that name a class or a function, is a ValueError with
+    its name, and so is a broken stream."""
     stack, memo, marks = [], {}, []
     try:
         for opcode, argument, _ in pickletools.genops(data):
@@ -67,7 +67,8 @@ def read_plain_pickle(data: bytes):
             elif name in ("BINGET", "LONG_BINGET"):
                 stack.append(memo[argument])
             elif name not in ("PROTO", "FRAME", "STOP"):
-                raise ValueError(f"it has the opcode {name}; only dict, tuple, str, int and float are read")
+                raise ValueError(f"it has the opcode {name}; only dict, tuple, str, int and float "
+                                 "are read")
         return stack.pop()
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"This pickle is not plain data: {printable(str(error), 120)}.") from None
@@ -115,8 +116,9 @@ ODD = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowErro
 
 
 def route_stops(info: dict, number: int, panoramas) -> tuple[float, list[Stop]]:
-    """(first heading, stops) of a route: the start, points on the way, kept by chance, a turning point,
-    ..., the destination. panoramas: [(point, name)]. One of ODD for a route that is not as released."""
+    """(first heading, stops) of a route: the start, points on the way, kept by chance, a turning
+    point, ..., the destination. panoramas: [(point, name)]. One of ODD for a route that is not as
+    released."""
     rng = random.Random(f"virl/released/{number}")
     places = info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"]
     points = [tuple(map(float, place)) for place in places]
@@ -127,18 +129,20 @@ def route_stops(info: dict, number: int, panoramas) -> tuple[float, list[Stop]]:
     if not all(stated):
         raise ValueError("has a milestone without a heading in degrees")
     headings = [float(match[0]) for match in stated]
-    facing = round(float(info["init_heading"])) % 360 or random_facing(rng, headings[0])  # 0: unknown
+    facing = round(float(info["init_heading"])) % 360
+    facing = facing or random_facing(rng, headings[0])  # 0 stands for unknown
     stops = [Stop(nearest(points[0], panoramas), (), headings[0])]
     for start, end, block, after in zip(points, points[1:], blocks, [*headings[1:], None]):
         stops += _on_the_way(rng, start, end, panoramas)
-        landmarks = [(printable(name.strip()), side) for name, side in LANDMARK.findall(block["landmarks"])]
+        found = LANDMARK.findall(block["landmarks"])
+        landmarks = [(printable(name.strip()), printable(side)) for name, side in found]
         stops.append(Stop(nearest(end, panoramas), tuple(landmarks), after))
     return facing, stops
 
 
 def _on_the_way(rng, start, end, panoramas):
-    """Stops between two points: five, each kept with probability 0.5 where it has a panorama and is not
-    close to an end."""
+    """Stops between two points: five, each kept with probability 0.5 where it has a panorama and
+    is not close to an end."""
     stops = []
     for share in (k / 6 for k in range(1, 6)) if metres(start, end) > 5 else ():
         kept, point = rng.random() < 0.5, between(start, end, share)
@@ -165,8 +169,8 @@ def read_rotation(street_views: Path, name: str) -> float:
 # ---- 4. A folder ---------------------------------------------------------------------------------
 
 def convert(folder: Path, out: Path) -> dict:
-    """Write OUT/routes.json, name the routes that are left out on stderr, and return what is written.
-    ValueError for other files, or where no route can be used."""
+    """Write OUT/routes.json, name the routes that are left out on stderr, and return what is
+    written. ValueError for other files, or where no route can be used."""
     panoramas, infos = read_folder(folder)
     street_views = (folder / "street_views").resolve()
     data = {"street_views": str(street_views), "rotations": {}, "routes": []}
@@ -196,13 +200,14 @@ def convert(folder: Path, out: Path) -> dict:
 
 
 def read_folder(folder: Path) -> tuple[list, list]:
-    """(panoramas, route infos) of a folder as released: [((lat, lng), name)], [dict]. ValueError for
-    other files."""
+    """(panoramas, route infos) of a folder as released: [((lat, lng), name)], [dict]. ValueError
+    for other files."""
     panoramas = read_plain_pickle(read_bytes(folder / "gps_pano_mapping.pkl"))
     try:
         infos = list(json.loads(read_bytes(folder / "route_infos.json"))[0])
         # the text of nested tuples could take for ever
-        if not all(isinstance(point, tuple) and isinstance(name, str) for point, name in panoramas.items()):
+        if not all(isinstance(point, tuple) and isinstance(name, str)
+                   for point, name in panoramas.items()):
             raise ValueError("a panorama's point is no pair or its name no text")
         return [((float(lat), float(lng)), name) for (lat, lng), name in panoramas.items()], infos
     except ODD as error:
@@ -211,8 +216,9 @@ def read_folder(folder: Path) -> tuple[list, list]:
 
 
 def add_rotations(stops, street_views: Path, rotations: dict) -> tuple[list[Stop], str]:
-    """(stops, reason): the rotation of every stop's panorama goes into `rotations`, a panorama without
-    one leaves its stop, and the reason says why there is no walk in pictures ("" where there is)."""
+    """(stops, reason): the rotation of every stop's panorama goes into `rotations`, a panorama
+    without one leaves its stop, and the reason says why there is no walk in pictures ("" where
+    there is)."""
     reason, known = "", []
     for stop in stops:
         if stop.place is None:
@@ -241,8 +247,8 @@ def _write(path, data):
         part.write_text(json.dumps(data), encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        raise ValueError(f"{printable(str(path), 200)} cannot be written ({error.strerror}): give a folder "
-                         "that can be made.") from None
+        raise ValueError(f"{printable(str(path), 200)} cannot be written ({error.strerror}): "
+                         "give a folder that can be made.") from None
 
 
 # ---- 5. Command line -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Draws the signs of the tiny model's landmarks, 64 pixels each, side by side in the order of the short
-names in virl.json: a disc, a cross, a triangle and a ring, each in four colours.
+"""Draws the signs of the tiny model's landmarks side by side, in the order of the short names in
+virl.json: a disc, a cross, a triangle and a ring, each in four colours.
 
     python -m assets.draw_emblems assets/emblems.png
 """
