@@ -27,7 +27,7 @@ Contents, up to 5 the reading path
     14. V-IRL: a city        Street, City: streets, fronts and landmarks
     15. V-IRL: views         Scene, draw_grid (for the model)
     16. V-IRL: signs and the map   sign, draw_map (for people)
-    17. V-IRL: released data usable_routes, panorama_view
+    17. V-IRL: released data released (a routes.json), panorama_view
     18. Tasks and suites     TASKS, task_of, suite_rows, suite_names
     19. Command line         python tasks.py --task gp-l
 """
@@ -44,7 +44,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, combinations, pairwise, product, zip_longest
 from math import atan2, ceil, cos, degrees, dist, gcd, hypot, pi, radians, sin, tan
-from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1777,7 +1776,7 @@ class City:
             self.arms = {node: [street for street in arms if street.b not in dead]
                          for node, arms in self.arms.items() if node not in dead}
         for arms in self.arms.values():
-            arms.sort(key=attrgetter("heading"))
+            arms.sort(key=lambda street: street.heading)
 
     def _street(self, a, b):
         start, end = self.nodes[a], self.nodes[b]
