@@ -192,8 +192,9 @@ class Rule:
     def __post_init__(self):
         fits = 3 <= self.cards <= 6 and 0 <= self.courts <= self.cards and 0 <= self.target <= 999
         if not fits or len(self.faces) != 3 or not all(1 <= face <= 99 for face in self.faces):
-            raise ValueError(f"The rule {self} is out of range: J, Q, K count 1 to 99, a target is "
-                             "1 to 999, a hand has 3 to 6 cards and at most so many face cards.")
+            raise ValueError(f"The rule {self} is out of range: J, Q, K have one value or three, "
+                             "1 to 99 each, a target is 1 to 999, a hand has 3 to 6 cards and at "
+                             "most so many face cards.")
 
     def __str__(self):
         text = ",".join(map(str, self.faces[:1] if len(set(self.faces)) == 1 else self.faces))

@@ -100,8 +100,8 @@ BAD = [  # script, flags, words of the sentence
         ("--estimator", "ppo2"), ("--group", "1"), ("--group", "0"), ("--problems", "0"), ("--temperature", "0"),
         ("--temperature", "nan"), ("--discount", "1.5"), ("--clip-eps", "-1"), ("--kl-coef", "nan"), ("--kl-every", "-1"))],
     *[(script, ["--task", task, *flags, "--init", "run", "--out", "new"], words) for script in (SFT, RL) for task, flags, words in (
-        ("gp-vl", ["--visual", "plaid"], "suits one of"), ("gp-vl", ["--visual", "red/glyphs=gothic"], "glyphs one of"),
-        ("gp-vl", ["--visual", "red/light=500"], "light from 40 to 140"), ("gp-vl", ["--visual", "red/light=50/noise=40/scheme=pips"], "at least 4[08] pixels"),
+        ("gp-vl", ["--visual", "plaid"], "suits must be one of"), ("gp-vl", ["--visual", "red/glyphs=gothic"], "glyphs must be one of"),
+        ("gp-vl", ["--visual", "red/light=500"], "light must be from 40 to 140"), ("gp-vl", ["--visual", "red/light=50/noise=40/scheme=pips"], "at least 4[08] pixels"),
         ("gp-vl", ["--rule", "10/cards=5"], "at least 40 pixels"), ("gp-vl", ["--train", "eyes"], "--train"),
         ("gp-l", ["--visual", "black"], "no visual"), ("gp-l", ["--train", "tower"], "only the decoder"))],
     (SFT, ["--task", "gp-vl", "--visuals", "black:2", "red:x", "--init", "run", "--out", "new"], "--visuals red:x"),

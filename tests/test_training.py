@@ -939,7 +939,7 @@ def stop_after(script, steps, run):
 def test_training_sees_training_problems_only(tiny_run, tmp_path, monkeypatch, uneven_rewards):
     """Both trainers: what is trained comes from split train, what is evaluated from --eval-split."""
     real, seen = tasks.make, []
-    monkeypatch.setattr(tasks, "make", lambda *a, **k: seen.append(k.get("split") or a[3]) or real(*a, **k))
+    monkeypatch.setattr(tasks, "make", lambda *a, **k: seen.append(k.get("split") or (a[3] if len(a) > 3 else "train")) or real(*a, **k))
     common = f"--init {tiny_run} --steps 2 --eval-n 3 --evals 1"
     for script, flags, wanted in ((SFT, "--batch 4 --eval-split test", ["train"] * 11 + ["test"] * 9),
                                   (RL, "--problems 3 --group 2 --max-new-tokens 4", ["train"] * 8 + ["val"] * 9)):
