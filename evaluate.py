@@ -1,19 +1,17 @@
 """Rollouts, the ID/OOD suites, intervals, tables, plots and the report.
 
-  1. Episodes and rollout   prompt, response, verifier, ... as one growing list of token ids
-  2. Encoded pictures       each is encoded once, for all episodes, turns and the training pass
-  3. Evaluation             the same held-out problems under every rule, greedy and at temperature 1
-  4. Runs and models        what a name on the command line means, and text that is safe to show
-  5. Intervals              bootstrap over classes, paired differences, pass@k
-  6. A study                the evaluations of all arms and seeds
-  7. Tables                 what the terminal, the report and the README show
-  8. Figures                SVG, written here
-  9. Report                 one HTML page that loads nothing and runs nothing
- 10. Command line           `evaluate.py runs/demo/rl --suite gp-l`, `evaluate.py --report runs/demo`
-
-Shapes: P problems, G episodes of one problem (a group), B = P * G rows, T tokens.
+  1. Episodes and rollout  prompt, response, verifier, ... as one growing list of token ids
+  2. Encoded pictures      each picture is encoded once, for all episodes, turns and training
+  3. Evaluation            the same held-out problems under every rule, greedy and sampled
+  4. Runs and models       what a name on the command line means, and text that is safe to show
+  5. Intervals             bootstrap over classes, paired differences, pass@k
+  6. A study               the evaluations of all arms and seeds
+  7. Tables                what the terminal, the report and the README show
+  8. Figures               SVG, written here
+  9. Report                one HTML page that loads nothing and runs nothing
+ 10. Command line          `evaluate.py runs/demo/rl --suite gp-l`, `evaluate.py --report runs/demo`
+Shapes: P problems, G episodes of one problem (a group), B = P * G episodes, T tokens.
 """
-
 import argparse
 import base64
 import copy
@@ -27,14 +25,13 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from model import (Cache, ImageContext, Sampling, generate, load_model, open_image, pack_images,
@@ -42,25 +39,16 @@ from model import (Cache, ImageContext, Sampling, generate, load_model, open_ima
 
 # ---- 1. Episodes and rollout ---------------------------------------------------------------------
 
-
 @dataclass
 class Episode:
-    """One problem answered by the policy: token ids that only ever grow, and what each of them is.
-
-    ids            everything the model reads: prompt, responses, verifier text
-    response_mask  1 where the policy sampled the token, its stop token included; 0 elsewhere
-    log_probs      log-probability under the policy that sampled it; 0.0 where the mask is 0
-    turns          a dict for each answer: response and verdict, and position where problems lead on
-    pictures       the pictures shown so far, one for each <|image|> among the ids
-    encoded        the same pictures as the rollout encoded them; empty without a rollout
-    """
+    """One problem answered by the policy: token ids that only ever grow, and what each one is."""
     problem: tasks.Problem
-    ids: list = field(default_factory=list)
-    response_mask: list = field(default_factory=list)
-    log_probs: list = field(default_factory=list)
-    turns: list = field(default_factory=list)
-    pictures: list = field(default_factory=list)
-    encoded: list = field(default_factory=list)
+    ids: list = field(default_factory=list)  # everything that the model reads
+    response_mask: list = field(default_factory=list)  # 1: sampled by the policy (stop tokens too)
+    log_probs: list = field(default_factory=list)  # of the policy that sampled; 0.0 at mask 0
+    turns: list = field(default_factory=list)  # a dict for each answer: the text and its verdict
+    pictures: list = field(default_factory=list)  # one for each <|image|> among the ids
+    encoded: list = field(default_factory=list)  # the pictures as the rollout encoded them
 
     @classmethod
     def start(cls, problem: tasks.Problem, tokenizer) -> "Episode":
@@ -71,8 +59,8 @@ class Episode:
 
     def copy(self) -> "Episode":
         """Another episode of the group, which goes on by itself. Pictures stay the same objects."""
-        lists = {name: [*value] for name, value in vars(self).items() if name != "problem"}
-        return Episode(copy.copy(self.problem), **lists)
+        problem, *lists = vars(self).values()
+        return Episode(copy.copy(problem), *([*values] for values in lists))
 
     def append_context(self, ids: list) -> None:
         """Append tokens that the policy did not choose."""
@@ -89,11 +77,9 @@ class Episode:
     def verify(self, tokenizer, text: str) -> bool:
         """Let the verifier judge the response just appended, and open the next turn. -> done"""
         step = self.record(self.problem, text)
-        if not step.done:
-            if self.ids[-1] not in tokenizer.stop_ids:  # cut off at max_new_tokens
-                self.append_context([tokenizer.eot])  # not sampled, so not in the mask
-            self.append_feedback(tokenizer, step)
-        return step.done
+        if not step.done and self.ids[-1] not in tokenizer.stop_ids:  # cut off at max_new_tokens
+            self.append_context([tokenizer.eot])  # not sampled, so not in the mask
+        return self.append_feedback(tokenizer, step)
 
     def record(self, problem: tasks.Problem, text: str) -> tasks.Step:
         """Let a problem judge a response, and write the verdict down in `turns`."""
@@ -103,11 +89,13 @@ class Episode:
                            "feedback": step.feedback, "read": step.read} | place)
         return step
 
-    def append_feedback(self, tokenizer, step: tasks.Step) -> None:
-        """Append the verifier's text; after a right action it stands behind the next picture."""
+    def append_feedback(self, tokenizer, step: tasks.Step) -> bool:
+        """Append the verifier's text; after a right action, behind the next picture. -> done"""
         moved = step.outcome == "right_action" and self.problem.image is not None
-        self.pictures += [self.problem.image] if moved else []
-        self.append_context(tokenizer.turn(step.feedback, image=moved))
+        if not step.done:
+            self.pictures += [self.problem.image] if moved else []
+            self.append_context(tokenizer.turn(step.feedback, image=moved))
+        return step.done
 
     def replace_by_expert(self, tokenizer, text: str) -> bool:
         """Judge the response just appended, then put the expert's in its place. -> done"""
@@ -116,9 +104,7 @@ class Episode:
             del self.ids[-1], self.response_mask[-1], self.log_probs[-1]
         expert, step = self.problem.advance()
         self.append_context([*tokenizer.encode(expert), tokenizer.eot])
-        if not step.done:
-            self.append_feedback(tokenizer, step)
-        return step.done
+        return self.append_feedback(tokenizer, step)
 
     def total(self, discount: float = 1.0) -> float:
         """The episode's return: the discounted sum of its rewards."""
@@ -136,19 +122,15 @@ class Episode:
 
 @torch.no_grad()
 def rollout(model, tokenizer, problems: list, group: int, sampling: Sampling, forced=False) -> list:
-    """Play `group` episodes of every problem with the verifier in the loop.
+    """Play `group` episodes of every problem with the verifier in the loop: P lists of G Episodes.
 
-    problems: P fresh instances of tasks.Problem; each is copied, so they stay unused.
-    sampling: its `batch` is the number of episodes computed side by side, at least one group.
-    forced, where problems lead on: each answer is judged behind the expert's earlier answers
-    (teacher forcing). Returns a list of P lists of G Episodes.
-
-    Each prompt is computed once, for its group; each picture is encoded once; the KV cache lives
-    through all turns; finished episodes leave the batch. The cache holds the latest picture only.
+    problems: P fresh ones, which stay unused; sampling.batch: episodes computed side by side, at
+    least one group; forced: each answer follows the expert's earlier ones (teacher forcing).
+    Prompts are computed once for a group, pictures encoded once. The KV cache lives through all
+    turns; it holds the latest picture only. Finished episodes leave the batch.
     """
     groups, size = [], max(1, sampling.batch // group)
-    for first in range(0, len(problems), size):
-        part = problems[first : first + size]
+    for part in (problems[i : i + size] for i in range(0, len(problems), size)):
         groups += rollout_batch(model, tokenizer, part, group, sampling, forced)
     return groups
 
@@ -157,14 +139,11 @@ def rollout_batch(model, tokenizer, problems, group, sampling, forced):
     """`rollout` of the problems that are computed side by side."""
     # 1. Read every prompt once. Its group goes on from there.
     started = [Episode.start(copy.copy(problem), tokenizer) for problem in problems]
-    known = {}  # the pictures that are encoded already
-    images = encode_new_pictures(model, started, known)
+    images = encode_new_pictures(model, started, known := {})  # known: those that are encoded
     ids, lengths = pad_rows([episode.ids for episode in started], tokenizer.pad, model.device)
     cache = Cache(model, len(problems), ids.shape[1] + sampling.max_new_tokens, images)
-    logits = model.extend(cache, ids, lengths)
-    rows = torch.arange(len(problems), device=model.device).repeat_interleave(group)
-    cache.select(rows)
-    logits = logits[rows]
+    logits = model.extend(cache, ids, lengths).repeat_interleave(group, 0)
+    cache.select(torch.arange(len(problems), device=model.device).repeat_interleave(group))
     groups = [[episode.copy() for _ in range(group)] for episode in started]
     playing = [episode for members in groups for episode in members]
     while True:
@@ -208,10 +187,8 @@ def by_prompt(episodes: list) -> list:
 
 
 def micro_batches(episodes: list, size: int) -> list:
-    """Lists of at most `size` episodes. Any size gives the same sum of gradients.
-
-    A prompt is computed once for its episodes, so they stay together where they fit. Similar
-    lengths stand together, which makes little padding."""
+    """Lists of at most `size` episodes; any size gives the same sum of gradients. Episodes with one
+    prompt stay together, as it is computed once; similar lengths make little padding."""
     batches = [[]]
     groups = [sorted(group, key=lambda e: len(e.ids)) for group in by_prompt(episodes)]
     for group in sorted(groups, key=lambda group: len(group[-1].ids)):
@@ -252,8 +229,8 @@ class EncodedPicture(NamedTuple):
 def encode_pictures(model, pictures: list, known: dict | None = None) -> list:
     """An EncodedPicture for each of the pictures, in their order.
 
-    known: {id of a picture: EncodedPicture} of earlier calls. New pictures are encoded side by side,
-    each once, and added to it. The caller keeps the pictures alive, so that no id comes twice.
+    known: {id of a picture: EncodedPicture} of earlier calls. New pictures are encoded side by
+    side, each once, and added to it. The caller keeps the pictures alive: no id comes twice.
     """
     known = {} if known is None else known
     new = {id(picture): [picture] for picture in pictures if id(picture) not in known}
@@ -268,15 +245,15 @@ def encode_pictures(model, pictures: list, known: dict | None = None) -> list:
 def encode_new_pictures(model, episodes: list, known: dict) -> ImageContext | None:
     """The pictures that episodes of a rollout were shown since the last call, None without any.
 
-    known: as in `encode_pictures`. ValueError for a second picture where tokens before the first one
-    attend to all pictures: it was not there when they were computed.
+    known: as in `encode_pictures`. ValueError for a second picture where tokens before the first
+    one attend to all pictures: it was not there when they were computed.
     """
     new = [episode.pictures[len(episode.encoded) :] for episode in episodes]
     later = any(episode.encoded and pictures for episode, pictures in zip(episodes, new))
     if later and not model.config.mask_prefix_attention:
-        raise ValueError("a model whose first tokens look at all pictures cannot be shown one after "
-                         "the other: set mask_prefix_attention to true in its config.json, as "
-                         "Meta's code has it.")
+        raise ValueError("a model whose first tokens look at all pictures cannot be shown one "
+                         "after the other: set mask_prefix_attention to true in its config.json, "
+                         "as Meta's code has it.")
     encode_pictures(model, [*itertools.chain(*new)], known)  # side by side
     rows = [encode_pictures(model, pictures, known) for pictures in new]
     for episode, row in zip(episodes, rows):
@@ -294,8 +271,10 @@ def merge_contexts(rows: list) -> ImageContext | None:
     some = next(picture for row in rows for picture in row)
 
     def padded(part):  # a set without pictures is a part of length 0, padded like any shorter one
-        parts = [[getattr(picture, part) for picture in row] for row in sets.values()]
-        return pad_sequence([torch.cat([getattr(some, part)[:0], *row]) for row in parts], True)
+        none = getattr(some, part)[:0]
+        parts = [torch.cat([none, *(getattr(picture, part) for picture in row)])
+                 for row in sets.values()]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
     number = {key: i for i, key in enumerate(sets)}
     set_of_row = torch.tensor([number[key] for key in keys], device=some.tiles.device)
@@ -330,7 +309,7 @@ TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
 @dataclass(frozen=True)
 class EvalSettings:
     """What is evaluated, and how."""
-    suite: str
+    suite: str  # a task's name, or with "-probes" its further rows
     n: int  # held-out problems per row
     attempts: int = 1  # answers per question
     split: str = "test"
@@ -342,11 +321,11 @@ class EvalSettings:
 def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
     """How a model does on the rows of a suite, as plain data for JSON.
 
-    rows[row][mode][score] is a list of n numbers, a score of the task's SCORES; the mode "greedy" is
-    temperature 0, "sampled" temperature 1. All rows have the same n held-out problems where their
-    rules allow it. A row with `judged_by` ("fake rule") judges the answers of the row with the same
-    prompt once more, by the other rule. Where problems lead on it is played anew, since the verifier
-    decides which question is next.
+    rows[row][mode][score] is a list of n numbers, a score of the task's SCORES; the mode "greedy"
+    is temperature 0, "sampled" temperature 1. All rows have the same n held-out problems where
+    their rules allow it. A row with `judged_by` ("fake rule") judges the answers of the row with
+    the same prompt once more, by the other rule. Where problems lead on it is played anew, since
+    the verifier decides which question is next.
     """
     began, turns, truncations, samples = time.time(), {}, [], []
     classes, scores = {}, {}
@@ -356,6 +335,7 @@ def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
         classes[row.name], scores[row.name] = [problem.cls for problem in problems], {}
         for mode in TEMPERATURES:
             prompts, forced = (row.rule, row.visual, mode), [None] * len(problems)
+            # 1. Answers: those of the row with the same prompts, or new ones.
             if row.judged_by and prompts in turns and not leads_on:
                 answers = [judge_again(*pair) for pair in zip(problems, turns[prompts])]
             else:
@@ -365,15 +345,22 @@ def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
                 truncations.append(truncated(episodes, tokenizer))
                 if mode == "greedy":
                     samples += [show_episode(row.name, e) for e in worth_showing(episodes)]
+            # 2. The same positions after a right history, where there are several.
             if leads_on:
                 twins = play(model, tokenizer, problems, settings, mode, forced=True)
                 forced = [twin.turns for twin in twins]
+            # 3. A number for each problem and score.
             scores[row.name][mode] = as_lists(
                 [problem.scores(*played) for problem, *played in zip(problems, answers, forced)])
-    return {"suite": settings.suite, "split": settings.split, "n": settings.n,
-            "attempts": settings.attempts, "classes": next(iter(classes.values())),
-            "row_classes": classes, "truncated": max(truncations), "rows": scores,
-            "samples": limit_pictures(samples), "eval_seconds": round(time.time() - began, 2)}
+    asked = {name: getattr(settings, name) for name in ("suite", "split", "n", "attempts")}
+    return asked | {
+        "classes": any_of(classes),
+        "row_classes": classes,
+        "truncated": max(truncations),
+        "rows": scores,
+        "samples": limit_pictures(samples),
+        "eval_seconds": round(time.time() - began, 2),
+    }
 
 
 def legible_rows(model, settings):
@@ -407,17 +394,19 @@ def judge_again(problem, turns):
 
 
 def play(model, tokenizer, problems, settings, mode, group=1, forced=False):
-    """A list of the episodes of all problems, group by group, from a random stream of their own.
+    """A list of the episodes of all problems, group by group.
 
-    The encoded pictures of a batch are dropped before the next one, and so are the pictures where
-    they are large: a walk has a megabyte or more at every position.
+    Every call has a random stream of its own, so that a row's answers do not depend on the rows
+    before it, and training goes on as if there had been no evaluation. The encoded pictures of a
+    batch are dropped before the next one, and so are the pictures where they are large: a walk has
+    a megabyte or more at every position.
     """
     generator, episodes = torch.Generator(model.device).manual_seed(0), []
     sampling = Sampling(settings.max_new_tokens, TEMPERATURES[mode], generator, settings.batch)
-    for first in range(0, len(problems), size := max(1, settings.batch // group)):
-        part = problems[first : first + size]
+    size = max(1, settings.batch // group)
+    for part in (problems[i : i + size] for i in range(0, len(problems), size)):
         groups = rollout(model, tokenizer, part, group, sampling, forced=forced)
-        for episode in (episode for members in groups for episode in members):
+        for episode in itertools.chain(*groups):
             episode.encoded = []
             if model.config.vision.image_size > 100:
                 episode.pictures = []
@@ -442,12 +431,12 @@ def worth_showing(episodes):
 
 def show_episode(row: str, episode: Episode) -> dict:
     """An Episode as plain data for samples/ and the report, its figures as PNG in base64."""
-    shown = {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns,
-             "reward": episode.total()}
-    for name, figure in episode.problem.figures(episode.turns).items():
-        small = name != "picture"
-        shown[name] = [_png(each, small) for each in figure] if name == "pictures" else _png(figure, small)
-    return shown
+    figures = episode.problem.figures(episode.turns)
+    for name, figure in figures.items():
+        figures[name] = ([_png(view, small=True) for view in figure] if name == "pictures" else
+                         _png(figure, small=name == "map"))
+    return {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns,
+            "reward": episode.total()} | figures
 
 
 def _png(image, small):
@@ -517,13 +506,13 @@ def find_model(name: str, task: str) -> Path:
         raise ValueError(f"{name} is not a directory; give `tiny`, a run directory or a model "
                          "directory.")
     elif not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{name} holds neither a run with a checkpoint (file `latest`) nor a model "
-                         "(config.json).")
+        raise ValueError(f"{name} holds neither a run with a checkpoint (file `latest`) nor a "
+                         "model (config.json).")
     return path
 
 
 def latest_checkpoint(run) -> Path:
-    """The checkpoint directory that the run's file `latest` names; ValueError when it names none."""
+    """The checkpoint directory that the run's file `latest` names; ValueError if it names none."""
     name = (Path(run) / "latest").read_bytes()[:100].decode("utf-8", "replace").strip()
     if not re.fullmatch(r"step-\d{6,9}", name) or not (Path(run) / name).is_dir():
         raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its "
@@ -649,20 +638,22 @@ def bootstrap(values, classes, reps=2000, seed=0, among=None):
     among = np.ones_like(values) if among is None else np.atleast_2d(np.asarray(among, float))
     if not among.any(1).all():
         return math.nan, math.nan, math.nan
+    # 1. The sum of each class, for every seed.
     sums = np.stack([np.bincount(member, row, len(names)) for row in values * among])  # (S, C)
     counts = np.stack([np.bincount(member, row, len(names)) for row in among])
+    # 2. The mean of each resample of classes, which differ in size.
     draws = _draws(len(names), reps, seed)  # (reps, C)
     means = draws @ sums.T / np.maximum(draws @ counts.T, 1e-9)  # (reps, S)
-    means = (means * _draws(len(values), reps, seed + 1)).mean(1)  # a resample's draws sum to S
+    # 3. Its mean over a resample of seeds, whose draws sum to S.
+    means = (means * _draws(len(values), reps, seed + 1)).mean(1)
     mean = float((sums.sum(1) / counts.sum(1)).mean())
     return mean, *np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def paired(a, b, classes, reps=2000, seed=0):
-    """Mean of a - b on the same problems and its interval, as `bootstrap`. a, b: (n,), or (S, n)
-    with seeds in the same order; one side may have a single seed."""
-    a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
-    if a.shape[1] != b.shape[1] or (len(a) != len(b) and 1 not in (len(a), len(b))):
+    """Mean of a - b on the same problems and seeds, and its interval, as `bootstrap`."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape:
         raise ValueError("A paired difference needs the same problems and seeds on both sides, not "
                          f"{a.shape} and {b.shape}.")
     return bootstrap(a - b, classes, reps, seed)
@@ -678,10 +669,10 @@ def pass_at_k(n, c, k):
 
 
 # ---- 6. A study ----------------------------------------------------------------------------------
-# A study is {arm: {seed: [evaluation, ...] by step}}. A score is named by its mode and its part, such
-# as ("greedy", "first"). An evaluation has, beside what its file holds,
+# A study is {arm: {seed: [evaluation, ...] by step}}. A score is named by its mode and its part,
+# such as ("greedy", "first"). An evaluation has, beside what its file holds,
 #   args      the flags of its run
-#   scores    {(row, mode, part): (n,) float} of the parts in SCORES and of those made by `add_scores`
+#   scores    {(row, mode, part): (n,) float} of the parts in SCORES and those made by `add_scores`
 #   episodes  [(row, its HTML)] of the samples
 
 MODES = {"greedy": "greedy", "sampled": "temperature 1"}
@@ -689,11 +680,14 @@ PARTS = {"first": "first attempt", "episode": "whole episode"}
 MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of right actions
 
 
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
 def _read(path, check):
     """check(the JSON in a file); any failure is one sentence that names the file."""
     try:
         return check(json.loads(path.read_text("utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except DAMAGE as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(clean(f"{path} cannot be used ({why}): write it again with this "
                                "version.")) from None
@@ -701,20 +695,20 @@ def _read(path, check):
 
 def _check(evaluation):
     """The evaluation in a file, if it has the shape that `evaluate` and the trainers give it."""
-    for name, kind in (("step", int), ("flops", float), ("attempts", int)):
-        evaluation[name] = kind(evaluation[name])
-    if not evaluation["classes"] or not 0 <= evaluation["flops"] < math.inf:
-        raise ValueError("it has no problems, or its flops are not a count")
+    counts = [evaluation[name] for name in ("step", "flops", "attempts")]
+    if not evaluation["classes"] or not all(0 <= count < math.inf for count in counts):
+        raise ValueError("it has no problems, or its step, flops or attempts are not counts")
     if missing := ROWS.keys() - evaluation["rows"].keys():
         raise KeyError(min(missing))
+    # Samples are rendered here, so that one that cannot be shown is refused with its file's name.
     problem, samples = task_class(evaluation), evaluation["samples"]
-    evaluation["episodes"] = [(sample["row"], _episode(problem, sample)) for sample in samples]
-    return add_scores(evaluation)
+    episodes = [(sample["row"], _episode(problem, sample)) for sample in samples]
+    return add_scores(evaluation) | {"episodes": episodes}
 
 
 def add_scores(evaluation):
-    """Fill in "scores", see above. ValueError for lists that are no scores. "all read" is whether all
-    was read; where problems lead on see `kinds_of_action`."""
+    """Fill in "scores", see above. ValueError for lists that are no scores. "all read" is whether
+    all was read; where problems lead on see `kinds_of_action`."""
     n, scores, problem = len(evaluation["classes"]), {}, task_class(evaluation)
     for row, mode in itertools.product(evaluation["rows"], MODES):
         lists = evaluation["rows"][row][mode]
@@ -722,6 +716,7 @@ def add_scores(evaluation):
         for part, values in found.items():
             if values.shape != (n,) or not ((0 <= values) & (values <= 1)).all():
                 raise ValueError(f"{row} {mode} {part} is not a list of {n} times 0 to 1")
+        # Some tables need more than SCORES: what was read entirely, and right by kind of action.
         found["all read"] = np.floor(found["read"])
         found |= kinds_of_action(lists, n, f"{row} {mode}") if problem.leads_on else {}
         scores |= {(row, mode, part): values for part, values in found.items()}
@@ -729,15 +724,15 @@ def add_scores(evaluation):
 
 
 def kinds_of_action(lists, n, where):
-    """{"turn": share of right first answers where a turn is right, "turn count": how often it is so,
+    """{"turn": share of right first answers where a turn is right, "turn count": how often it is,
     "turn, forced": ...}, each (n,), from the marks of n walks: a word a route, a letter a position
     reached, small where the first answer was wrong. ValueError for other marks."""
     walked, forced = lists["marks"].split(), lists["forced_marks"].split()
     alike = [b.lower().startswith(a.lower()) for a, b in zip(walked, forced)]
     failed = [next((i for i, mark in enumerate(word) if mark.islower()), None) for word in walked]
     if not len(walked) == len(forced) == sum(alike) == n or failed != lists["failed_at"]:
-        raise ValueError(f"{where} marks are not {n} words of the same routes, or failed_at is not as "
-                         "they say")
+        raise ValueError(f"{where} marks are not {n} words of the same routes, or failed_at is not "
+                         "as they say")
     found = {}
     for (how, words), mark in itertools.product([("", walked), (", forced", forced)], MARKS):
         right = np.array([word.count(mark.upper()) for word in words])
@@ -754,29 +749,29 @@ def task_class(evaluation):
 def load_study(study_dir):
     """The study in a directory, from `RUN/evals/NNNNNN.json` and `RUN/args.json`.
 
-    RUN is an arm's name with `-sN` for seed N, or without for seed 0. ValueError, one sentence, when
-    there is nothing, a file is malformed, or two files did not score the same problems.
+    RUN is an arm's name with `-sN` for seed N, or without for seed 0. ValueError, one sentence,
+    when there is nothing, a file is malformed, or two files did not score the same problems.
     """
     study, first = {}, None
     for run in sorted({path.parent.parent for path in Path(study_dir).glob("*/evals/*.json")}):
         arm, seed = re.fullmatch(r"(.+?)(?:-s(\d{1,9}))?", run.name, re.DOTALL).groups()
         seed, seeds = int(seed or 0), study.setdefault(arm, {})
         if seed in seeds:
-            raise ValueError(clean(f"{run} is a second run of arm {arm} with seed {seed}: rename one "
-                                   "of the two."))
+            raise ValueError(clean(f"{run} is a second run of arm {arm} with seed {seed}: rename "
+                                   "one of the two."))
         args = _read(run / "args.json", dict) if (run / "args.json").exists() else {}
         evals = [_read(path, _check) | {"args": args} for path in (run / "evals").glob("*.json")]
         seeds[seed] = sorted(evals, key=lambda evaluation: evaluation["step"])
+        first = first or evals[0]
         for evaluation in evals:
-            first = first or evaluation
             if any(evaluation[key] != first[key] for key in ("suite", "split", "classes")):
                 things = task_class(first).WORDS.things
-                raise ValueError(clean(f"{run}, step {evaluation['step']}, scored other {things} than "
-                                       "the runs before it: evaluate every run on the same suite, "
-                                       f"split and number of {things}."))
+                raise ValueError(clean(
+                    f"{run}, step {evaluation['step']}, scored other {things} than the runs before "
+                    f"it: evaluate every run on the same suite, split and number of {things}."))
     if not study:
-        raise ValueError(clean(f"There is no evaluation in {study_dir}: train an arm first, or name a "
-                               "study directory."))
+        raise ValueError(clean(f"There is no evaluation in {study_dir}: train an arm first, or "
+                               "name a study directory."))
     order = ["base", "warmup", "sft", "rl", *sorted(study)]
     return {arm: study[arm] for arm in sorted(study, key=order.index)}
 
@@ -808,67 +803,76 @@ def score_name(score):
 
 def reported(study):
     """The scores to report: whole episodes only where they have more than one attempt."""
-    parts = [*PARTS] if any_eval(study)["attempts"] > 1 else ["first"]
+    parts = PARTS if any_eval(study)["attempts"] > 1 else ["first"]
     return [*itertools.product(MODES, parts)]
 
 
 def best_checkpoint(evals, score, row="rule"):
-    """The evaluation with the highest score in that row, the earliest of equals; the start counts as
-    a checkpoint."""
+    """The evaluation with the highest score in that row, the earliest of equals; the start counts
+    as a checkpoint."""
     return max(evals, key=lambda e: (e["scores"][row, *score].mean(), -e["step"]))
 
 
+class Stage(NamedTuple):
+    """Evaluations that are reported together, one of each seed."""
+    label: str
+    evals: dict  # {seed: evaluation}
+
+    def has(self, row):
+        """Whether all of them hold the row: on the way only those of ROWS are evaluated."""
+        return all(row in evaluation["rows"] for evaluation in self.evals.values())
+
+    def numbers(self, row, score, seeds=None):
+        """The score of each problem under each seed: (S, n)."""
+        seeds = seeds or sorted(self.evals)
+        return np.stack([self.evals[seed]["scores"][row, *score] for seed in seeds])
+
+    def interval(self, row, score, minus=None, other_row=None, among=None):
+        """(mean, low, high) of a score over problems and seeds; NaN where it was not measured.
+
+        minus: a Stage whose score in other_row (default: row) is subtracted, paired by problem and
+        by seed. among: the score that is each problem's weight.
+        """
+        other, other_row = minus or self, other_row or row
+        seeds = sorted(self.evals.keys() & other.evals.keys())
+        if not (seeds and self.has(row) and other.has(other_row)):
+            return math.nan, math.nan, math.nan
+        some, values = self.evals[seeds[0]], self.numbers(row, score, seeds)
+        classes = some.get("row_classes", {}).get(row, some["classes"])
+        if minus:
+            return paired(values, minus.numbers(other_row, score, seeds), classes)
+        return bootstrap(values, classes, among=among and self.numbers(row, among, seeds))
+
+
 def stages(study, score):
-    """{"base", "start", "sft end", "sft best", "rl end", ...: (label, {seed: evaluation})}, as far as
-    there are any. The start of a seed is the last evaluation of the warm-up, or else step 0 of SFT,
-    or of RL."""
+    """{"base", "start", "sft end", "sft best", "rl end", ...: Stage}, as far as there are any. The
+    start of a seed is the last evaluation of the warm-up, or else step 0 of SFT, or of RL."""
     last = {arm: {seed: evals[-1] for seed, evals in seeds.items()} for arm, seeds in study.items()}
     start = {}
     for arm in ("rl", "sft"):
         start |= {seed: evals[0] for seed, evals in study.get(arm, {}).items()
                   if evals[0]["step"] == 0}
-    found = {"base": ("base", last.pop("base", {})),
-             "start": ("start", start | last.pop("warmup", {}))}
+    found = {"base": Stage("base", last.pop("base", {})),
+             "start": Stage("start", start | last.pop("warmup", {}))}
     for arm, ends in last.items():
-        found[f"{arm} end"] = f"{name_of(arm)}, end", ends
+        found[f"{arm} end"] = Stage(f"{name_of(arm)}, end", ends)
         if arm == "sft":
             best = {seed: best_checkpoint(study[arm][seed], score) for seed in sorted(ends)}
             steps = ", ".join(str(evaluation["step"]) for evaluation in best.values())
-            found["sft best"] = f"SFT at its best OOD (step {steps})", best
-    return {key: stage for key, stage in found.items() if stage[1]}
-
-
-def has(evals, row):
-    """Whether all of {seed: evaluation} hold the row: on the way only those of ROWS are there."""
-    return all(row in evaluation["rows"] for evaluation in evals.values())
-
-
-def numbers(evals, row, score, seeds=None):
-    """The score of each problem under each seed of {seed: evaluation}: (S, n)."""
-    return np.stack([evals[seed]["scores"][row, *score] for seed in seeds or sorted(evals)])
-
-
-def interval(evals, row, score, minus=None, among=None):
-    """(mean, low, high) of a score over problems and seeds; NaN where it was not measured.
-
-    evals: {seed: evaluation}. minus: {"evals": ...} or {"row": ...} of a score to subtract, paired by
-    problem and by seed. among: the score that is each problem's weight.
-    """
-    other = {"evals": evals, "row": row} | (minus or {})
-    seeds = sorted(evals.keys() & other["evals"].keys())
-    if not (seeds and has(evals, row) and has(**other)):
-        return math.nan, math.nan, math.nan
-    some, values = evals[seeds[0]], numbers(evals, row, score, seeds)
-    classes = some.get("row_classes", {}).get(row, some["classes"])
-    if minus:
-        return paired(values, numbers(**other, score=score, seeds=seeds), classes)
-    return bootstrap(values, classes, among=among and numbers(evals, row, among, seeds))
+            found["sft best"] = Stage(f"SFT at its best OOD (step {steps})", best)
+    return {key: stage for key, stage in found.items() if stage.evals}
 
 
 STAGES = {"sft end": "SFT", "rl end": "RL", "start": "start", "sft best": "best SFT checkpoint"}
-COMPARED = [("sft end", "start", "id"), ("rl end", "start", "id"), ("sft end", "start", "rule"),
-            ("rl end", "start", "rule"), ("rl end", "sft end", "rule"),
-            ("rl end", "sft best", "rule"), ("sft end", "start", "fake")]
+COMPARED = [  # stage, the stage that is subtracted, row
+    ("sft end", "start", "id"),
+    ("rl end", "start", "id"),
+    ("sft end", "start", "rule"),  # does SFT lose the other rule?
+    ("rl end", "start", "rule"),
+    ("rl end", "sft end", "rule"),
+    ("rl end", "sft best", "rule"),  # is SFT only trained too long?
+    ("sft end", "start", "fake"),  # does it take the new rule for the old one?
+]
 
 
 def differences(study, score):
@@ -876,30 +880,32 @@ def differences(study, score):
     by seed, as far as both stages are there."""
     found, stage = {}, stages(study, score)
     for a, b, row in COMPARED:
-        left, right = (stage.get(key, ("", {}))[1] for key in (a, b))
-        if b == "start" and len(right) == 1:
-            right = dict.fromkeys(left, any_of(right))  # one start serves all seeds
-        found[a, b, row] = interval(left, row, score, minus={"evals": right})
-    return {key: difference for key, difference in found.items() if not math.isnan(difference[0])}
+        if a in stage and b in stage:
+            left, right = stage[a], stage[b]
+            if b == "start" and len(right.evals) == 1:  # one start serves all seeds
+                right = Stage(b, dict.fromkeys(left.evals, any_of(right.evals)))
+            if left.evals.keys() & right.evals.keys():
+                found[a, b, row] = left.interval(row, score, minus=right)
+    return found
 
 
 def choose_rates(directory):
-    """{arm: learning rate} of a grid of runs `ARM-lrRATE`, printed as tables and written to its file
-    `chosen` for make: the smallest rate within one standard error of the best ID score (greedy, first
-    attempt, last evaluation). OOD scores are shown nowhere: they must not choose."""
+    """{arm: learning rate} of a grid of runs `ARM-lrRATE`, printed as tables and written to its
+    file `chosen` for make: the smallest rate within one standard error of the best ID score
+    (greedy, first attempt, last evaluation). OOD scores are not shown: they must not choose."""
     grid, chosen = {}, {}
     for name, seeds in load_study(directory).items():
         arm, found, rate = name.partition("-lr")
         if found:
-            last = {0: seeds[min(seeds)][-1]}
-            mean, low, high = interval(last, "id", ("greedy", "first"))
+            end = Stage(name, {0: seeds[min(seeds)][-1]})
+            mean, low, high = end.interval("id", ("greedy", "first"))
             grid.setdefault(arm, []).append((float(rate), mean, (high - low) / (2 * 1.96)))
     for arm, rates in grid.items():
         _, best, margin = max(rates, key=lambda rate: rate[1])
         chosen[arm] = min(rate for rate, mean, _ in rates if mean >= best - margin)
         head = [f"{name_of(arm)}, learning rate", "ID on validation, %", "standard error", ""]
         lines = [[f"{rate:g}", f"{100 * mean:.1f}", f"{100 * error:.1f}",
-                  "chosen" * (rate == chosen[arm])] for rate, mean, error in sorted(rates)]
+                  "chosen" if rate == chosen[arm] else ""] for rate, mean, error in sorted(rates)]
         print(markdown(Table("", head, lines)) + "\n")
     text = " ".join(f"{arm.upper()}_LR={rate:g}" for arm, rate in chosen.items())
     write_atomically(Path(directory) / "chosen", lambda path: path.write_text(text + "\n"))
@@ -931,26 +937,21 @@ def percent(interval, sign=""):
     return f"{mean:{sign}.1f}", f"[{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def score_table(title, lines, columns):
-    """A Table of scores. lines, columns: [(name, arguments of `interval`), ...]; a cell has those of
-    its line and of its column."""
-    cells = [[name, *(percent(interval(**line, **column), "+" * ("minus" in column))
+def score_table(title, lines, columns, interval):
+    """A Table of scores. lines, columns: [(name, key), ...]; a cell shows interval(key of its line,
+    key of its column), which is a difference where the column's key is None."""
+    cells = [[name, *(percent(interval(line, column), "" if column else "+")
                       for _, column in columns)] for name, line in lines]
     return Table(title, ["", *(name for name, _ in columns)], cells)
-
-
-def stage_lines(study, score, best=True):
-    """A line of a table for each stage, with or without SFT's best checkpoint."""
-    return [(label, {"evals": evals}) for key, (label, evals) in stages(study, score).items()
-            if best or key != "sft best"]
 
 
 def stage_table(title, study, score):
     """A line for each stage, a column for each of ROWS, or for every row where problems lead on."""
     last = any_eval(study)
     rows = last["rows"] if task_class(last).leads_on else ROWS
-    columns = [(ROWS.get(row, row), {"row": row, "score": score}) for row in rows]
-    return score_table(title, stage_lines(study, score), columns)
+    lines = [(stage.label, stage) for stage in stages(study, score).values()]
+    return score_table(title, lines, [(ROWS.get(row, row), row) for row in rows],
+                       lambda stage, row: stage.interval(row, score))
 
 
 def pair_table(title, study, score, rows=ROWS):
@@ -965,18 +966,18 @@ def pair_table(title, study, score, rows=ROWS):
 def look_tables(study, score):
     """Of problems in pictures: a line for each row that is answered, a column for each stage, and
     RL - SFT where both are averaged over the same problems."""
-    last, stage, all_read = any_eval(study), stages(study, score), (score[0], "all read")
-    read = task_class(last).SCORES["read"]
-    lines = [(ROWS.get(row, row), {"row": row}) for row in last["rows"] if row != "fake"]
-    plain = both = stage_lines(study, score, best=False)
-    if {"sft end", "rl end"} <= stage.keys():
-        sft, rl = (stage[key][1] for key in ("sft end", "rl end"))
-        both = [*plain, ("RL - SFT", {"evals": rl, "minus": {"evals": sft}})]
-    return [score_table(f"row by row: {title} in %", lines, [
-        (label, place | more) for label, place in columns]) for title, columns, more in (
-            ("success", both, {"score": score}), (f"all {read}", both, {"score": all_read}),
-            (read, both, {"score": (score[0], "read")}),
-            (f"success where all {read}", plain, {"score": score, "among": all_read}))]
+    stage, last, all_read = stages(study, score), any_eval(study), (score[0], "all read")
+    read, sft, rl = task_class(last).SCORES["read"], stage.get("sft end"), stage.get("rl end")
+    lines = [(ROWS.get(row, row), row) for row in last["rows"] if row != "fake"]
+    columns = [(each.label, each) for key, each in stage.items() if key != "sft best"]
+    both = columns + [("RL - SFT", None)] * bool(sft and rl)
+
+    def table(title, columns, score, among=None):
+        return score_table(f"row by row: {title} in %", lines, columns, lambda row, stage: (
+            stage.interval(row, score, among=among) if stage else rl.interval(row, score, sft)))
+    return [table("success", both, score), table(f"all {read}", both, all_read),
+            table(read, both, (score[0], "read")),
+            table(f"success where all {read}", columns, score, among=all_read)]
 
 
 def step_tables(study, score):
@@ -988,25 +989,28 @@ def step_tables(study, score):
         if name != "read":
             title = f"{title}: paired differences on the same {problem.WORDS.things}"
             tables.append(pair_table(title, study, (mode, name), ["rule"]))
-    cases = [(f"{label}: {ROWS[row]}", place | {"row": row}) for row in ("id", "rule")
-             for label, place in stage_lines(study, score, best=False)]
+    cases = [(f"{stage.label}: {ROWS[row]}", (stage, row)) for row in ("id", "rule")
+             for key, stage in stages(study, score).items() if key != "sft best"]
     return tables + failure_tables(cases, mode)
 
 
 def failure_tables(cases, mode, most=6):
-    """A line for each case, (name, {"evals": ..., "row": ...}): where the first wrong answer is; then
-    right first answers by kind of action."""
+    """A line for each case, (name, (Stage, row)): where the first wrong answer is; then right first
+    answers by kind of action."""
     where = []
-    for name, case in cases:
-        failed = [at if at is None else min(at, most) for evaluation in case["evals"].values()
-                  for at in evaluation["rows"][case["row"]][mode]["failed_at"]]
+    for name, (stage, row) in cases:
+        failed = [at if at is None else min(at, most) for evaluation in stage.evals.values()
+                  for at in evaluation["rows"][row][mode]["failed_at"]]
         where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}"
                               for at in (*range(most + 1), None))])
-    kinds = [(kind + how, {"score": (mode, kind + how), "among": (mode, f"{kind}{how} count")})
-             for how in ("", ", forced") for kind in MARKS.values()]
     head = ["", *map(str, range(1, most + 1)), "later", "nowhere"]
+    kinds = [(kind + how, kind + how) for how in ("", ", forced") for kind in MARKS.values()]
+
+    def interval(case, kind):
+        stage, row = case
+        return stage.interval(row, (mode, kind), among=(mode, f"{kind} count"))
     return [Table("where walks fail first, by position, in %", head, where),
-            score_table("right first answers by kind of action, in %", cases, kinds)]
+            score_table("right first answers by kind of action, in %", cases, kinds, interval)]
 
 
 def success_tables(study, score):
@@ -1019,12 +1023,15 @@ def success_tables(study, score):
 def task_tables(study, score, measures=None):
     """The further tables of a score that its task has: of walks, of pictures (so many measures)."""
     task = tasks.task_of(any_eval(study)["suite"])
-    if task.problem.leads_on or not task.pictures:
-        return step_tables(study, score) if task.problem.leads_on else []
-    lines = [line for line in stage_lines(study, score) if has(row="text", **line[1])]
-    cost = {"row": "text", "score": score, "minus": {"row": "id"}}
+    if task.problem.leads_on:
+        return step_tables(study, score)
+    if not task.pictures:
+        return []
     title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
-    return [score_table(title, lines, [("points", cost)]), *look_tables(study, score)[:measures]]
+    lines = [(stage.label, stage) for stage in stages(study, score).values() if stage.has("text")]
+    cost = score_table(title, lines, [("points", None)],
+                       lambda stage, _: stage.interval("text", score, stage, other_row="id"))
+    return [cost, *look_tables(study, score)[:measures]]
 
 
 def markdown(table):
@@ -1052,34 +1059,35 @@ def table_text(study, only=None):
 
 def result_table(result):
     """Success of one evaluation, as markdown; of walks also per step, and where they fail."""
-    evals, titles = {0: add_scores(result)}, task_class(result).SCORES
-    lines = [(row, {"evals": evals, "row": row}) for row in result["rows"]]
-    last, tables = {"all read": f"all {titles['read']}"}, []
-    if task_class(result).leads_on:
-        last = {"steps_first": "per step", "forced": "teacher-forced", "read": titles["read"]}
-        tables = failure_tables(lines, "greedy")
-    columns = [(score_name(score), {"score": score}) for score in itertools.product(MODES, PARTS)]
-    columns += [(f"greedy, {title}", {"score": ("greedy", part)}) for part, title in last.items()]
-    return "\n\n".join([markdown(score_table("", lines, columns)), *(
+    stage, problem = Stage("", {0: add_scores(result)}), task_class(result)
+    rows, read, tables = result["rows"], problem.SCORES["read"], []
+    last = {"all read": f"all {read}"}
+    if problem.leads_on:
+        last = {"steps_first": "per step", "forced": "teacher-forced", "read": read}
+        tables = failure_tables([(row, (stage, row)) for row in rows], "greedy")
+    columns = [(score_name(score), score) for score in itertools.product(MODES, PARTS)]
+    columns += [(f"greedy, {title}", ("greedy", part)) for part, title in last.items()]
+    table = score_table("", [(row, row) for row in rows], columns, stage.interval)
+    return "\n\n".join([markdown(table), *(
         f"{table.title.capitalize()}, greedy\n\n{markdown(table)}" for table in tables)])
 
 
 def compare_table(results, names):
-    """Two evaluations of one suite on the same problems: success of whole episodes, of walks also per
-    step, and the paired difference."""
-    first, second = ({0: add_scores(result)} for result in results)
-    titles = {"episode": ""} | {part: f", {title}" for part, title in task_class(results[0]).SCORES.items()
-                                if part not in (*PARTS, "read")}
-    lines = [(f"{row}, {MODES[mode]}{title}", {"row": row, "score": (mode, part)})
-             for row in results[0]["rows"] for mode in MODES for part, title in titles.items()]
-    return markdown(score_table("", lines, [
-        (clean(names[0]), {"evals": first}), (clean(names[1]), {"evals": second}),
-        ("second - first", {"evals": second, "minus": {"evals": first}})]))
+    """Two evaluations of one suite on the same problems: success of whole episodes, of walks also
+    per step, and the paired difference."""
+    first, second = (Stage("", {0: add_scores(result)}) for result in results)
+    titles = {part: f", {title}" for part, title in task_class(results[0]).SCORES.items()
+              if part not in ("first", "read")} | {"episode": ""}
+    lines = [(f"{row}, {MODES[mode]}{titles[part]}", (row, (mode, part)))
+             for row, mode, part in itertools.product(results[0]["rows"], MODES, titles)]
+    columns = [(clean(names[0]), first), (clean(names[1]), second), ("second - first", None)]
+    return markdown(score_table("", lines, columns, lambda place, stage: (
+        stage.interval(*place) if stage else second.interval(*place, first))))
 
 
 # ---- 8. Figures ----------------------------------------------------------------------------------
-# A panel is 430 x 330 units, its plot between LEFT..RIGHT and TOP..BOTTOM; the right margin holds the
-# names of the lines. Colours and style stand in assets/report.html.
+# A panel is 430 x 330 units, its plot between LEFT..RIGHT and TOP..BOTTOM; the right margin holds
+# the names of the lines. Colours and style stand in assets/report.html.
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 430, 330, 44, 352, 34, 278
 PERCENTS = [(share / 100, f"{share} %") for share in range(0, 101, 20)]
@@ -1091,26 +1099,26 @@ def si(flops, top=0):
     return f"{flops / 1000 ** power:.3g} {' KMGTPEZ'[power].strip()}FLOP"
 
 
-def nice_ticks(low, high, most=4):
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten from low to high, at most `most` steps."""
-    unit = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit * most >= (high - low) * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+def nice_ticks(top, most=4):
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten from 0 to top, at most `most` steps."""
+    unit = 10.0 ** math.floor(math.log10(top / most))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit * most >= top * 0.999)
+    return [i * step for i in range(math.floor(top / step + 1e-9) + 1)]
 
 
 def curve(seeds, row, score):
     """(P, 4) FLOPs, mean, low, high along an arm, {seed: evaluations}, linear between evaluations.
 
-    Seeds differ a little in FLOPs per step, so they are averaged at equal shares of their own FLOPs:
-    their ends meet.
+    Seeds differ a little in FLOPs per step, so they are averaged at equal shares of their own
+    FLOPs: their ends meet.
     """
     flops = [np.array([evaluation["flops"] for evaluation in evals]) for evals in seeds.values()]
-    shares = flops[0] / (flops[0][-1] or 1)
-    along = [[np.interp(shares * spent[-1], spent, problem) for problem in np.stack(
-        [evaluation["scores"][row, *score] for evaluation in evals], 1)]
-        for spent, evals in zip(flops, seeds.values())]  # (S, n, P)
+    shares, along = flops[0] / (flops[0][-1] or 1), []
+    for spent, evals in zip(flops, seeds.values()):
+        problems = np.stack([evaluation["scores"][row, *score] for evaluation in evals], 1)
+        along.append([np.interp(shares * spent[-1], spent, problem) for problem in problems])
     classes = any_of(seeds)[0]["classes"]
+    # along is (S, n, P): each of the P points has an interval of its own
     rates = [bootstrap(values, classes) for values in np.moveaxis(along, 2, 0)]
     return np.column_stack([shares * np.mean([spent[-1] for spent in flops]), rates])
 
@@ -1136,19 +1144,21 @@ def place(x, y, top=1):
 def axes(title, x_name, x_ticks, top=1):
     """The frame of a panel: its title, which names the y axis, grid, ticks [(value, label)] and the
     name of the x axis."""
-    svg = [_text(LEFT, 18, title, "head"), _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
+    svg = [_text(LEFT, 18, title, "head"),
+           _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
     for share, label in PERCENTS:
         line = place([0, 1], share)
         svg += [_stroke(line, "grid"), _text(LEFT - 6, line[0, 1] + 4, label, "end muted")]
     for value, label in x_ticks:
         x, _ = place(value, 0, top)
-        svg += [_stroke([(x, BOTTOM), (x, BOTTOM + 4)], "grid"), _text(x, BOTTOM + 18, label, "mid muted")]
+        svg += [_stroke([(x, BOTTOM), (x, BOTTOM + 4)], "grid"),
+                _text(x, BOTTOM + 18, label, "mid muted")]
     return svg
 
 
 def named(ends, x=None):
-    """Names beside the ends of lines, [(point, name, css)], moved up where they would collide; at x,
-    or at each point."""
+    """Names beside the ends of lines, [(point, name, css)], moved up where they would collide; at
+    x, or at each point."""
     svg, limit = [], BOTTOM
     for point, name, css in sorted(ends, key=lambda end: -end[0][1]):
         at, y = x or point[0] + 9, min(point[1], limit)
@@ -1161,17 +1171,19 @@ def _curves_panel(study, row, score):
     """One panel: success in `row` along training FLOPs."""
     curves = {arm: curve(study[arm], row, score) for arm in arms_of(study)}
     top, ends = max([c[-1, 0] for c in curves.values()], default=0) or 1.0, []
-    ticks = [(0, "start")] + [(v, si(v, top)) for v in nice_ticks(0, top)[1:] if top > 1]
+    ticks = [(0, "start")] + [(v, si(v, top)) for v in nice_ticks(top)[1:] if top > 1]
     svg = axes(f"{ROWS[row]}: success", "training compute, counted from the start", ticks, top)
     if "base" in study:
-        mean = numbers(stages(study, score)["base"][1], row, score).mean()
+        mean = stages(study, score)["base"].numbers(row, score).mean()
         line = place([0, 1], mean)
         svg.append(_stroke(line, "base"))
         ends.append((line[1], f"base {100 * mean:.0f}", "muted"))
     for i, (arm, points) in enumerate(curves.items()):
         css, (flops, mean, low, high) = f"c{i % 4}", points.T
-        line, band = place(flops, mean, top), place([*flops, *flops[::-1]], [*low, *high[::-1]], top)
-        svg += [_stroke(band, f"band {css}", "Z"), _stroke(line, f"line {css}"), _dot(line[-1], 4, css)]
+        line = place(flops, mean, top)
+        band = place([*flops, *flops[::-1]], [*low, *high[::-1]], top)
+        svg += [_stroke(band, f"band {css}", "Z"), _stroke(line, f"line {css}"),
+                _dot(line[-1], 4, css)]
         for evals in study[arm].values():  # with several seeds a thin line for each
             thin = [(e["flops"], e["scores"][row, *score].mean()) for e in evals]
             svg.append(_stroke(place(*zip(*thin), top), f"line thin {css}"))
@@ -1196,8 +1208,8 @@ def svg_curves(study, score=("greedy", "first"), rows=("id", "rule")):
 
 
 def svg_path(study, score=("greedy", "first")):
-    """SVG, without its style: rule OOD against ID, each arm's evaluations as a path from the start to
-    its big end mark."""
+    """SVG, without its style: rule OOD against ID, each arm's evaluations as a path from the start
+    to its big end mark."""
     svg, ends, said = axes("rule OOD against ID, success", "ID success", PERCENTS), [], []
     for i, arm in enumerate(arms_of(study)):
         on_id, on_rule = (curve(study[arm], row, score)[:, 1] for row in ("id", "rule"))
@@ -1219,8 +1231,8 @@ def figure_style():
 
 
 def svg_standalone(svg):
-    """The same figure as a file for <img>: with its style, its own paper, and a natural size that may
-    shrink."""
+    """The same figure as a file for <img>: with its style, its own paper, and a natural size that
+    may shrink."""
     width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups()
     svg = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
     style = f"<style>{figure_style()}svg{{background:var(--paper)}}</style>"
@@ -1236,8 +1248,8 @@ def page_template():
 
 
 def verdict(sft, rl, gap, rl_id):
-    """What happened under the other rule, from the signs of SFT - start, RL - start, RL - SFT (OOD),
-    RL - start (ID)."""
+    """What happened under the other rule, from the signs of these differences there: SFT - start,
+    RL - start, RL - SFT; and of RL - start under the trained rule."""
     if gap < 0:
         return "Under the other rule SFT ends above RL: the opposite of the published result."
     if gap == 0:
@@ -1247,10 +1259,10 @@ def verdict(sft, rl, gap, rl_id):
     if sft >= 0 or rl < 0:
         return "RL ends above SFT under the other rule, but SFT did not clearly lose it."
     gain = "raised its score there" if rl else "shows no clear loss"
-    weak = (" But RL did not clearly improve under the trained rule either, so it may just have changed "
-            "little.") * (rl_id <= 0)
-    return (f"SFT lost the other rule and RL {gain}: the published picture, SFT memorizes and RL "
-            f"generalizes.{weak}")
+    told = (f"SFT lost the other rule and RL {gain}: the published picture, SFT memorizes and RL "
+            "generalizes.")
+    return told if rl_id > 0 else (f"{told} But RL did not clearly improve under the trained rule "
+                                   "either, so it may just have changed little.")
 
 
 def story(study, score=("greedy", "first")):
@@ -1260,91 +1272,84 @@ def story(study, score=("greedy", "first")):
     if len(signs) < len(COMPARED):
         return ["This study does not hold both arms and their start yet."]
     _, rl_id, sft, rl, gap, _, fake = signs
-    told = [verdict(sft, rl, gap, rl_id), f"Scores are the share of {n} held-out {words.things} that "
-            f"are solved ({score_name(score)}) under the rule of training (ID: {words.trained}) and "
-            f"under one that only the prompt states (rule OOD: {words.other})."]
-    if len(set(rates_of(study, ("sft", "rl")))) > 1:
+    told = [verdict(sft, rl, gap, rl_id),
+            f"Scores are the share of {n} held-out {words.things} that are solved "
+            f"({score_name(score)}) under the rule of training (ID: {words.trained}) and under one "
+            f"that only the prompt states (rule OOD: {words.other})."]
+    if len({any_of(study[arm])[-1]["args"].get("lr") for arm in ("sft", "rl")}) > 1:
         told[0] += " The arms' learning rates differ: see below."
     if sft < 0:
-        told.append("Judged by the old rule, SFT's answers to prompts that state the other one " + (
-            "score higher than at the start: it goes on using the rule it was trained on."
-            if fake > 0 else "do not: what it lost is not simply replaced by the old rule."))
+        told.append("Judged by the old rule, SFT's answers to prompts that state the other one "
+                    "score higher than at the start: it goes on using the rule it was trained on."
+                    if fake > 0 else
+                    "Judged by the old rule, SFT's answers do not score higher than at the start: "
+                    "what it lost is not simply replaced by the old rule.")
     return told + story_of_steps(study, score) + story_of_looks(study, score)
 
 
-def rates_of(study, arms):
-    """The peak learning rate of each arm's first seed."""
-    return [any_of(study[arm])[-1]["args"].get("lr") for arm in arms]
-
-
 def story_of_steps(study, score):
-    """How far walks get on rule OOD, and what is right there after a right walk. [] where problems do
-    not lead on."""
+    """How far walks get on rule OOD, and what is right there after a right walk. [] where problems
+    do not lead on."""
     if not task_class(any_eval(study)).leads_on:
         return []
     told, stage = [], stages(study, score)
     for part in ("steps_first" if score[1] == "first" else "steps", "forced", "turn, forced"):
-        shares = [percent(interval(stage[f"{arm} end"][1], "rule", (score[0], part)))[0]
-                  for arm in ("sft", "rl")]
+        among = (score[0], "turn, forced count") if part == "turn, forced" else None
+        shares = [percent(stage[key].interval("rule", (score[0], part), among=among))[0]
+                  for key in ("sft end", "rl end")]
         told.append("{} % (SFT) and {} % (RL)".format(*shares))
-    return [f"Step by step, rule OOD walks get through {told[0]} of their route before they fail; after "
-            f"a right walk up to each position, {told[1]} of the first answers are right, and of those "
-            f"that should turn {told[2]}.",
-            "The first number stops at a mistake, the second goes on: where it is far higher, few steps "
-            "fail most walks."]
+    return [f"Step by step, rule OOD walks get through {told[0]} of their route before they fail; "
+            f"after a right walk up to each position, {told[1]} of the first answers are right, "
+            f"and of those that should turn {told[2]}.",
+            "The first number stops at a mistake, the second goes on: where it is far higher, few "
+            "steps fail most walks."]
 
 
 def story_of_looks(study, score):
     """Which looks separate the arms and which do not, and how well each arm reads. [] for text."""
     last, stage = any_eval(study), stages(study, score)
-    arms = [stage.get(key, ("", {}))[1] for key in ("sft end", "rl end")]
+    sft, rl = stage["sft end"], stage["rl end"]
     rows = [row for row in last["rows"] if row not in (*ROWS, SHUFFLED, "text")
-            and has(arms[0], row) and has(arms[1], row)]
-    if not all(arms) or not rows or not tasks.task_of(last["suite"]).pictures:
+            and sft.has(row) and rl.has(row)]
+    if not rows:
         return []
-    sign = {row: sign_of(interval(arms[1], row, score, minus={"evals": arms[0]})) for row in rows}
+    sign = {row: sign_of(rl.interval(row, score, minus=sft)) for row in rows}
     said = {1: "Under other looks RL ends clearly above SFT",
             -1: "Under other looks RL ends clearly below SFT",
             0: "These looks do not separate the arms"}
     told = [f"{text}: {', '.join(row for row in rows if sign[row] == value)}."
             for value, text in said.items() if value in sign.values()]
-    part = "read" if task_class(last).leads_on else "all read"
-    worst = [min(100 * numbers(arm, row, (score[0], part)).mean() for row in rows) for arm in arms]
-    shares = "{:.0f} % (SFT), {:.0f} % (RL)".format(*worst)
+    read = score[0], "read" if task_class(last).leads_on else "all read"
+    worst = [min(arm.numbers(row, read).mean() for row in rows) for arm in (sft, rl)]
+    shares = "{:.0%} (SFT), {:.0%} (RL)".format(*worst).replace("%", " %")
     return [*told, f"{task_class(last).WORDS.read.format(shares)}.",
             "These are the shares under the look that each arm reads worst."]
 
 
 def limits_of(study):
-    """What the number of seeds, unequal compute and intervals without width mean for the reader. A
-    list of sentences."""
+    """What the number of seeds and classes, compute and learning rates mean for the reader: a list
+    of sentences. The page adds what holds for every study."""
     last, arms = any_eval(study), arms_of(study)
     seeds, classes = min((len(study[arm]) for arm in arms), default=1), len(set(last["classes"]))
-    told = [f"Brackets and bands are 95 % bootstrap intervals; {task_class(last).WORDS.alike} are drawn "
-            "together, as one class.",
-            f"There are {seeds} seeds; they are resampled with the problems, so an interval covers the "
-            "luck of training too, roughly: with few seeds it tends to be too narrow."
-            if seeds > 1 else
-            "There is one seed: an interval covers the luck of which problems were asked, not the luck "
-            "of training. Another seed can come out differently, so this is an example, not evidence "
-            "about the methods in general.",
-            f"An interval without width, such as [0.0, 0.0], is not certainty: with {classes} classes "
-            f"the true rate could still be {min(300 / classes, 100):.1f} points away, or more."]  # rule of three
-    ends = [[evals[-1] for evals in study[arm].values()] for arm in arms]
-    spent = [end["flops"] for of_arm in ends for end in of_arm]
+    ends = {arm: [evals[-1] for evals in study[arm].values()] for arm in arms}
+    told = [f"Brackets and bands are 95 % bootstrap intervals; {task_class(last).WORDS.alike} are "
+            "drawn together, as one class.",
+            f"With {classes} classes an interval without width still leaves room for "
+            f"{min(300 / classes, 100):.1f} points.",  # the rule of three
+            f"There are {seeds} seeds." if seeds > 1 else "There is one seed."]
+    spent = [end["flops"] for arm in arms for end in ends[arm]]
     if spent and max(spent) > 1.05 * min(spent):
-        told.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: compare the "
-                    "curves, not the ends.")
-    if len({*rates_of(study, arms)} - {None}) > 1:
-        rates = ", ".join(f"{name_of(arm)} {lr}" for arm, lr in zip(arms, rates_of(study, arms)))
-        told.append(f"The arms have different peak learning rates ({rates}). How far an arm leaves its "
-                    "start depends much on that rate, so a difference between these two runs is one "
-                    "between settings; only the same comparison over rates says what the method does.")
-    paper = [np.mean([end.get("flops_paper", 0) for end in of_arm]) for of_arm in ends]
-    if len(paper) > 1 and all(paper):
-        costs = " and ".join(f"{name_of(arm)} spent {si(flops)}" for arm, flops in zip(arms, paper))
-        told.append("Compute counts what was computed here, with a KV cache and prompts read once per "
-                    f"group; by the paper's formula, which has neither, {costs}.")
+        told.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: "
+                    "compare the curves, not the ends.")
+    rates = {arm: ends[arm][0]["args"].get("lr") for arm in arms}
+    if len({*rates.values()} - {None}) > 1:
+        listed = ", ".join(f"{name_of(arm)} {rate}" for arm, rate in rates.items())
+        told.append(f"The arms have different peak learning rates ({listed}), so the difference is "
+                    "one between settings.")
+    paper = {arm: np.mean([end.get("flops_paper", 0) for end in ends[arm]]) for arm in arms}
+    if len(paper) > 1 and all(paper.values()):
+        listed = " and ".join(f"{name_of(arm)} spent {si(cost)}" for arm, cost in paper.items())
+        told.append(f"Counted by the paper's formula, {listed}.")
     return told
 
 
@@ -1353,7 +1358,7 @@ def _table(table):
     def text(each):
         return esc(each) if isinstance(each, str) else f"{esc(each[0])} <i>{esc(each[1])}</i>"
     head = "".join(f"<th scope=col>{esc(name)}</th>" for name in table.head)
-    lines = [f"<tr><th scope=row>{text(name)}</th>{''.join(f'<td>{text(c)}</td>' for c in cells)}</tr>"
+    lines = [f"<tr><th scope=row>{text(name)}</th>" + "".join(f"<td>{text(c)}</td>" for c in cells)
              for name, *cells in table.lines]
     title = f"<h3>{esc(table.title)}</h3>" if table.title else ""
     return f"{title}<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
@@ -1366,18 +1371,18 @@ def _results(study, score):
     if not arms_of(study):
         return shown
     figures = [svg_curves(study, score, [row]) for row in ("id", "rule")] + [svg_path(study, score)]
-    return f"""<div class=figures>{"".join(figures)}<p class=small>Bands are 95 % intervals; with several
-seeds, thin lines are single seeds and thick ones their mean. In the third figure each dot is an
-evaluation and the large dot the end: further right is better under the trained rule, higher is better
-under the other one.</p></div>{shown}"""
+    return f"""<div class=figures>{"".join(figures)}<p class=small>Bands are 95 % intervals; with
+several seeds, thin lines are single seeds and thick ones their mean. In the third figure each dot
+is an evaluation and the large dot the end: further right is better under the trained rule, higher
+is better under the other one.</p></div>{shown}"""
 
 
 def _settings(study):
     """The flags of each arm's first seed."""
-    args = {name_of(arm): seeds[min(seeds)][-1]["args"] for arm, seeds in study.items()}
-    keys = dict.fromkeys(key for flags in args.values() for key in flags)
-    lines = [[key, *(str(flags.get(key, NONE)) for flags in args.values())] for key in keys]
-    return _table(Table("", ["flag", *args], lines))
+    args = [seeds[min(seeds)][-1]["args"] for seeds in study.values()]
+    lines = [[key, *(str(flags.get(key, NONE)) for flags in args)]
+             for key in dict.fromkeys(itertools.chain(*args))]
+    return _table(Table("", ["flag", *map(name_of, study)], lines))
 
 
 def _picture(png, css, alt):
@@ -1386,8 +1391,8 @@ def _picture(png, css, alt):
 
 
 def _turn(problem, turn, views):
-    """An answer and its verdict; where problems lead on also its position, what the answer says and,
-    once, the view there, from `views`."""
+    """An answer and its verdict; where problems lead on also its position, what the answer says
+    and, once, the view there, from `views`."""
     said = (f"<pre class=answer>{esc(turn['response'])}</pre><p class=small>verifier: "
             f"{esc(turn.get('outcome', ''))}, reward {esc(turn.get('reward', ''))}. "
             f"{esc(turn.get('feedback') or '')}</p>")
@@ -1415,8 +1420,8 @@ def _episode(problem, sample):
 
 
 def _episodes(study, arm):
-    """Sample episodes of the arm's latest evaluation that has any: three of ID and of rule OOD and one
-    of each other row; all where problems lead on."""
+    """Sample episodes of the arm's latest evaluation that has any: three of ID and of rule OOD and
+    one of each other row; all where problems lead on."""
     seed, out = min(study[arm]), []
     found = [evaluation for evaluation in study[arm][seed] if evaluation["episodes"]]
     for row in found[-1]["rows"] if found else ():
@@ -1427,17 +1432,17 @@ def _episodes(study, arm):
 
 
 def report_html(study_dir):
-    """The report of a study directory: one HTML page that loads nothing and runs nothing. Errors as in
-    `load_study`. Everything that a model or a file wrote is escaped."""
+    """The report of a study directory: one HTML page that loads nothing and runs nothing. Errors as
+    in `load_study`. Everything that a model or a file wrote is escaped."""
     study = load_study(study_dir)
     (first, *others), (told, *rest) = reported(study), story(study)
     more = [f"<details><summary>The same, {score_name(score)}</summary>{_results(study, score)}"
             "</details>" for score in others]
-    name = f"{any_eval(study)['suite']}, {Path(study_dir).resolve().name}"
+    suite, name = any_eval(study)["suite"], Path(study_dir).resolve().name
     return Template(page_template()).substitute(
-        title=esc(f"SFT and RL from one start: {name}"), verdict=esc(told), story=esc(" ".join(rest)),
-        score=score_name(first), results=_results(study, first), more="".join(more),
-        limits=esc(" ".join(limits_of(study))), settings=_settings(study),
+        title=esc(f"SFT and RL from one start: {suite}, {name}"), verdict=esc(told),
+        story=esc(" ".join(rest)), score=score_name(first), results=_results(study, first),
+        more="".join(more), limits=esc(" ".join(limits_of(study))), settings=_settings(study),
         episodes="".join(_episodes(study, arm) for arm in study))
 
 
@@ -1453,61 +1458,44 @@ def write_report(study_dir):
 
 def parse_args(argv=None):
     """Command line of evaluation."""
-    suites = ", ".join(tasks.suite_names())
     parser = Parser("Evaluate a model on held-out problems, or write the report of a study.")
     add = parser.add_argument
     add("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
     add("--report", metavar="STUDY", help="print a study's tables and write its report.html")
-    add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models on the same problems, "
-        "with paired differences")
-    add("--choose", metavar="GRID", help="print a grid's ID validation scores and the learning "
-        "rates to take")
-    add("--suite", default="gp-l", help=f"one of {suites}")
+    add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models and their difference")
+    add("--choose", metavar="GRID", help="print a grid's ID scores and the learning rates to take")
+    add("--suite", default="gp-l", choices=tasks.suite_names(), help="problems to evaluate on")
     add("--n", type=between(int, 1, 1e5), default=500, help="held-out problems per row")
     add("--attempts", type=between(int, 1, 100), default=1, help="answers per question")
-    add("--split", choices=("val", "test"), default="test", help="val chooses settings, test is for "
-        "claims")
-    add("--k", type=between(int, 0, 1000), default=0, help="also sample K answers per problem and "
-        "print pass@1 .. pass@K")
-    add("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer (default: 64 tiny, "
-        "256 else)")
+    add("--split", choices=("val", "test"), default="test", help="val to choose, test for claims")
+    add("--k", type=between(int, 0, 1000), default=0, help="sample K answers too: pass@1 .. pass@K")
+    add("--max-new-tokens", type=between(int, 1, 1e5), help="(default: tiny 64, else 256)")
     add("--rollout-batch", type=between(int, 1, 1e6), default=256, help="episodes side by side")
     add("--out", help="run directory to put evals/000000.json into, for a report")
     add("--ask", metavar="TEXT", help="print the model's likeliest answer to this, nothing else")
     add("--image", metavar="FILE", help="a picture that goes with --ask")
-    add("--export", metavar="DIR", help="write the model there as the hub has it, adapters merged, "
-        "in bfloat16")
+    add("--export", metavar="DIR", help="write the model there, adapters merged, in bfloat16")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.model, args.report, args.choose, args.compare))) != 1:
         raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
                          "a study directory, --choose and a grid of runs.")
-    if args.suite not in tasks.suite_names():
-        raise ValueError(f"--suite must be one of {suites}.")
-    out = Path(args.out or "")
-    if args.out and (out.is_file() or (out / "args.json").exists()
-                     or (out / "evals/000000.json").exists()):
+    taken = [Path(args.out or ".", name) for name in ("", "args.json", "evals/000000.json")]
+    if args.out and (taken[0].is_file() or any(path.exists() for path in taken[1:])):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     if args.image and not args.ask:
         raise ValueError("--image goes with --ask: give a question about the picture.")
     return args
 
 
-@torch.no_grad()
-def ask(model, tokenizer, text, image, max_new_tokens):
-    """Greedy answer to one question about a picture (a path or None). ValueError for a picture that
-    cannot be read."""
-    images = None
-    if image:
-        tiles = pack_images([[open_image(image)]], model.config.vision.image_size)
-        images = model.encode_images(*tiles)
-    prompt = tokenizer.prompt(text, image=bool(image))
-    ids, lengths = pad_rows([prompt], tokenizer.pad, model.device)
-    cache = Cache(model, 1, ids.shape[1] + max_new_tokens, images)
-    logits = model.extend(cache, ids, lengths)
-    sampling = Sampling(max_new_tokens, temperature=0.0)
-    (answer,), _ = generate(model, cache, logits, sampling, tokenizer.stop_ids)
-    return tokenizer.decode(answer)
+class Question(tasks.Problem):
+    """Any question, perhaps about a picture; one answer ends it, and none is right."""
+
+    def __init__(self, prompt, image):
+        self.prompt, self.image = prompt, image and open_image(image)
+
+    def step(self, response):
+        return tasks.Step(0.0, True, "", "asked")
 
 
 def write_study(directory):
@@ -1577,7 +1565,9 @@ def main(argv=None):
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")
     elif args.ask:
-        print(clean(ask(model, tokenizer, args.ask, args.image, settings.max_new_tokens)))
+        greedy = Sampling(settings.max_new_tokens, temperature=0.0)
+        ((episode,),) = rollout(model, tokenizer, [Question(args.ask, args.image)], 1, greedy)
+        print(clean(episode.turns[0]["response"]))
     else:
         return report_result(model, tokenizer, settings, args)
     return {}
