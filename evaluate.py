@@ -124,11 +124,8 @@ class Episode:
 def rollout(model, tokenizer, problems: list, group: int, sampling: Sampling, forced=False) -> list:
     """Play `group` episodes of every problem with the verifier in the loop: P lists of G Episodes.
 
-    problems: P fresh ones, which stay unused; sampling.batch: episodes computed side by side, at
-    least one group; forced: each answer follows the expert's earlier ones (teacher forcing).
-    Prompts are computed once for a group, pictures encoded once. The KV cache lives through all
-    turns; it holds the latest picture only. Finished episodes leave the batch.
-    """
+    problems: P fresh ones, which stay unused. sampling.batch: episodes computed side by side, at
+    least one group. forced: each answer follows the expert's earlier ones (teacher forcing)."""
     groups, size = [], max(1, sampling.batch // group)
     for part in (problems[i : i + size] for i in range(0, len(problems), size)):
         groups += rollout_batch(model, tokenizer, part, group, sampling, forced)
@@ -136,7 +133,7 @@ def rollout(model, tokenizer, problems: list, group: int, sampling: Sampling, fo
 
 
 def rollout_batch(model, tokenizer, problems, group, sampling, forced):
-    """`rollout` of the problems that are computed side by side."""
+    """`rollout` of the problems that are computed side by side, with one KV cache for all turns."""
     # 1. Read every prompt once. Its group goes on from there.
     started = [Episode.start(copy.copy(problem), tokenizer) for problem in problems]
     images = encode_new_pictures(model, started, known := {})  # known: those that are encoded
@@ -170,7 +167,7 @@ def rollout_batch(model, tokenizer, problems, group, sampling, forced):
         cache.reserve(ids.shape[1] + sampling.max_new_tokens)
         logits = model.extend(cache, ids, lengths)
         if images is not None:
-            cache.keep_latest_image()
+            cache.keep_latest_image()  # no token to come looks at an earlier one
 
 
 def prompt_of(episode: Episode) -> tuple:
@@ -264,6 +261,7 @@ def encode_new_pictures(model, episodes: list, known: dict) -> ImageContext | No
 def merge_contexts(rows: list) -> ImageContext | None:
     """One ImageContext for rows of text: for each the list of its EncodedPictures, in the order of
     its <|image|> tokens. Rows with equal lists share a set. None without any picture."""
+    # The episodes of a group hold the same EncodedPictures, so their ids say what is shared.
     keys = [tuple(map(id, row)) for row in rows]
     sets = dict(zip(keys, rows))
     if not any(sets):
@@ -733,6 +731,7 @@ def kinds_of_action(lists, n, where):
     if not len(walked) == len(forced) == sum(alike) == n or failed != lists["failed_at"]:
         raise ValueError(f"{where} marks are not {n} words of the same routes, or failed_at is not "
                          "as they say")
+    # Right and wrong first answers where this kind of action was right.
     found = {}
     for (how, words), mark in itertools.product([("", walked), (", forced", forced)], MARKS):
         right = np.array([word.count(mark.upper()) for word in words])
@@ -772,6 +771,7 @@ def load_study(study_dir):
     if not study:
         raise ValueError(clean(f"There is no evaluation in {study_dir}: train an arm first, or "
                                "name a study directory."))
+    # In tables and figures the stages come in the order of training, then other arms by name.
     order = ["base", "warmup", "sft", "rl", *sorted(study)]
     return {arm: study[arm] for arm in sorted(study, key=order.index)}
 
@@ -997,6 +997,7 @@ def step_tables(study, score):
 def failure_tables(cases, mode, most=6):
     """A line for each case, (name, (Stage, row)): where the first wrong answer is; then right first
     answers by kind of action."""
+    # Positions from the last column on are counted together; None is a walk without a wrong answer.
     where = []
     for name, (stage, row) in cases:
         failed = [at if at is None else min(at, most) for evaluation in stage.evals.values()
@@ -1159,6 +1160,7 @@ def axes(title, x_name, x_ticks, top=1):
 def named(ends, x=None):
     """Names beside the ends of lines, [(point, name, css)], moved up where they would collide; at
     x, or at each point."""
+    # From the lowest name up: each stands at least 16 units above the one before it.
     svg, limit = [], BOTTOM
     for point, name, css in sorted(ends, key=lambda end: -end[0][1]):
         at, y = x or point[0] + 9, min(point[1], limit)
