@@ -1471,7 +1471,8 @@ def parse_args(argv=None):
     add("--attempts", type=between(int, 1, 100), default=1, help="answers per question")
     add("--split", choices=("val", "test"), default="test", help="val to choose, test for claims")
     add("--k", type=between(int, 0, 1000), default=0, help="sample K answers too: pass@1 .. pass@K")
-    add("--max-new-tokens", type=between(int, 1, 1e5), help="(default: tiny 64, else 256)")
+    add("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer (default: 64 for "
+        "the tiny tokenizer, else 256)")
     add("--rollout-batch", type=between(int, 1, 1e6), default=256, help="episodes side by side")
     add("--out", help="run directory to put evals/000000.json into, for a report")
     add("--ask", metavar="TEXT", help="print the model's likeliest answer to this, nothing else")

@@ -1,4 +1,4 @@
-"""Tests of report.py, on synthetic studies: seconds on a CPU."""
+"""Intervals, studies, tables, figures and the report of evaluate.py, on synthetic studies: seconds on a CPU."""
 import json
 import math
 import re
@@ -393,6 +393,26 @@ def test_seeds_and_unequal_compute_are_said(tmp_path):
             evals[-1] |= {"args": {"lr": lr}, "flops_paper": paper}
     said = " ".join(report.limits_of(study))
     assert "SFT 0.0003, RL 3e-05" in said and "by the paper's formula" in said and "SFT spent 1" in said and "RL spent 4" in said
+
+
+@pytest.mark.parametrize("text, says", [("11", "--lr 11 must lie from 1e-12 to 10;"), ("nan", "--lr nan must lie"), ("0", "must lie"),
+                                        ("x", "invalid float value: 'x'")])
+def test_a_number_outside_its_range_is_refused_beside_its_flag(text, says):
+    parser = report.Parser("A parser.")
+    parser.add_argument("--lr", type=report.between(float, 1e-12, 10))
+    assert parser.parse_args(["--lr", "0.5"]).lr == 0.5
+    with pytest.raises(ValueError, match=re.escape(says)):
+        parser.parse_args(["--lr", text])
+
+
+def test_help_shows_every_default_once_and_none_that_says_nothing(capsys):
+    parser = report.Parser("A parser.")
+    for name, more in {"n": {"default": 500}, "k": {"default": 0}, "out": {}, "on": {"action": "store_true"}, "new": {"default": 3}}.items():
+        parser.add_argument(f"--{name}", help="many (default: 3)" if name == "new" else "some", **more)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "some (default: 500)" in said and "some (default: 0)" in said and said.count("default") == 3 and "None" not in said
 
 
 def test_clean_keeps_text_and_drops_control():
