@@ -1,7 +1,7 @@
 # Every target sets up .venv by itself and goes on where it was stopped.
 #   make demo    the study with one seed, cards in words     make test    the tests
 #   make study   learning-rate grid, then three seeds        make bench   speed and memory, a table (three minutes)
-#   make base    the shipped tiny base, from nothing
+#   make base    the shipped tiny base, from nothing         make sheets   the pictures of the README
 # and demo-vl, study-vl, base-vl for cards in pictures, -virl for walks in words, -virl-vl for walks through street views.
 PY := .venv/bin/python
 PYTHON ?= python3
@@ -27,7 +27,7 @@ SEED ?= 0
 S ?=
 
 .PHONY: demo demo-vl demo-virl demo-virl-vl arms test bench study study-vl study-virl study-virl-vl grid grid-sft grid-rl \
-	base base-vl base-virl base-virl-vl smoke clean
+	base base-vl base-virl base-virl-vl sheets smoke clean
 
 demo: arms
 	$(PY) evaluate.py --report $(STUDY)
@@ -145,8 +145,18 @@ smoke: .venv/ready
 	$(PY) train_sft.py $(SMOKE) --batch 8 --micro-batch 4 --out runs/smoke/sft
 	$(PY) train_rl.py $(SMOKE) --problems 2 --group 4 --micro-batch 4 --out runs/smoke/rl
 
+# Two halves of about the same length, side by side, since a test uses one core.
+HALF = tests/test_robustness.py tests/test_training.py tests/test_report.py
 test: .venv/ready
-	$(PY) -m pytest -q tests
+	@half=$$(mktemp); $(PY) -m pytest -q $(HALF) >$$half 2>&1 & other=$$!; \
+	$(PY) -m pytest -q tests $(addprefix --ignore=,$(HALF)); one=$$?; \
+	wait $$other; two=$$?; cat $$half; rm $$half; test $$one -eq 0 -a $$two -eq 0
+
+# The pictures of the README.
+sheets: .venv/ready
+	$(PY) -m assets.draw_sheets --task gp-vl --index 12 --n 1 --out assets/looks.png
+	$(PY) -m assets.draw_sheets --task gp-vl --index 12 --n 1 --tile 32 --out assets/looks-tiny.png
+	$(PY) -m assets.draw_sheets --task virl-vl --style short --index 5 --out assets/walk.png
 
 # Beside transformers and peft where $(PY) has them: make bench PY=other/venv/bin/python
 bench: .venv/ready

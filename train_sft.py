@@ -438,7 +438,7 @@ class RunDirectory:
                        step, random states; plain values only
     latest             the name of the newest complete checkpoint, written last
     start.json         sizes and checksums (of the last MB) of the weights that the run began from
-    source/            a copy of the five files and their word lists, since people edit them
+    source/            a copy of the five files and the texts they read, since people edit them
     A file or directory is written under another name first (.NAME.tmp) and renamed: it is whole or
     absent.
     """
@@ -457,7 +457,7 @@ class RunDirectory:
         """Write the beginning of a new run, all at once, when its model is already there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         here = Path(__file__).parent
-        sources = [here / f"{name}.py" for name in SOURCES] + [*here.glob("assets/*.json")]
+        sources = [here / name for name in SOURCES] + [*here.glob("assets/*.json")]
         with replaced(self.path) as fresh:
             (fresh / "source" / "assets").mkdir(parents=True)
             for path in sources:
@@ -575,7 +575,8 @@ class RunDirectory:
         return directory, state
 
 
-SOURCES = ("train_sft", "train_rl", "evaluate", "model", "tasks")
+SOURCES = ("train_sft.py", "train_rl.py", "evaluate.py", "model.py", "tasks.py",
+           "assets/report.html", "assets/emblems.png")
 
 
 @contextmanager
@@ -696,10 +697,10 @@ def choose_parameters(model, args):
     are those of --train; by default the decoder, and in full fine-tuning on pictures all."""
     pictures = tasks.TASKS[args.task].pictures
     parts = args.train or (list(PARTS) if pictures and not args.lora_rank else ["decoder"])
+    if has_adapters(model):
+        return
     if args.lora_rank:
-        if not any(".lora_" in name for name, _ in model.named_parameters()):
-            where = tuple(PARTS[part] for part in parts)
-            add_lora(model, args.lora_rank, args.lora_alpha, where)
+        add_lora(model, args.lora_rank, args.lora_alpha, tuple(PARTS[part] for part in parts))
         return
     model.vision_model.requires_grad_("tower" in parts)
     model.multi_modal_projector.requires_grad_("projector" in parts)
@@ -707,6 +708,11 @@ def choose_parameters(model, args):
     if not pictures:  # text gives the cross layers no gradient
         for i in model.config.text.cross_attention_layers:
             model.language_model.model.layers[i].requires_grad_(False)
+
+
+def has_adapters(model):
+    """Whether the model carries LoRA."""
+    return any(".lora_" in name for name, _ in model.named_parameters())
 
 
 def make_optimizer(model, args):
@@ -732,25 +738,20 @@ class AdamW16(torch.optim.Optimizer):
     would never move (Zamirai et al., arXiv 2010.06192).
     """
 
-    def __init__(self, params, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
+    def __init__(self, params, lr, betas=(0.9, 0.95), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
-                    state["step"] = torch.zeros(())
-                    state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
+                    state.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
                 state["step"] += 1
                 tensors = (p.data, p.grad, state["m"], state["v"])
-                pieces = (x.reshape(-1).split(2**24) for x in tensors)  # 0.5 GB of float32
-                for piece in zip(*pieces):
+                for piece in zip(*(x.reshape(-1).split(2**24) for x in tensors)):  # 0.5 GB of float32
                     self.step_piece(*piece, state["step"].item(), group)
 
     def step_piece(self, weight, grad, m16, v16, t, group):
@@ -758,9 +759,9 @@ class AdamW16(torch.optim.Optimizer):
         (beta1, beta2), lr, grad = group["betas"], group["lr"], grad.float()
         m = m16.float().lerp_(grad, 1 - beta1)
         v = v16.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        change = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt_() + group["eps"])
-        decayed = weight.float().mul_(1 - lr * group["weight_decay"])
-        round_at_random(weight, decayed.sub_(change, alpha=lr))
+        change = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt_() + 1e-8)
+        weight_now = weight.float().mul_(1 - lr * group["weight_decay"])
+        round_at_random(weight, weight_now.sub_(change, alpha=lr))
         m16.copy_(m)
         round_at_random(v16, v)
 
@@ -793,8 +794,7 @@ def sft_flops(model, episodes):
 def update_flops(model: LlamaVision, forward: float) -> float:
     """FLOPs of a forward and backward pass whose forward costs `forward`, for this model's adapters
     and recompute."""
-    adapted = any(".lora_" in name for name, _ in model.named_parameters())
-    return training_flops(forward, adapted, model.language_model.model.recompute)
+    return training_flops(forward, has_adapters(model), model.language_model.model.recompute)
 
 
 def update_image_flops(model: LlamaVision, encoded=False) -> float:
@@ -949,12 +949,11 @@ def resumed_arguments(parser, given, flags):
         raise ValueError(f"{path}: {error}") from None
     read = vars(args) | {"init_path": init_path if isinstance(init_path, str) else None}
     for name, value in (stored | {"init_path": init_path}).items():
-        if read[name] != value or type(read[name]) is not type(value):
+        if read[name] != value:
             raise ValueError(f"{path}: {name} cannot be {clean(json.dumps(value))[:60]}.")
-    here = {"--device": "device", "--threads": "threads"}
-    taken = {name: getattr(given, name) for flag, name in here.items() if flag in flags}
-    vars(args).update(init_path=init_path, resume=given.resume, out=given.resume, **taken)
-    return args
+    for flag in flags - {"--resume"}:
+        read[flag[2:]] = getattr(given, flag[2:])
+    return argparse.Namespace(**read | {"resume": given.resume, "out": given.resume})
 
 
 def as_flags(arguments, parser):
