@@ -1,26 +1,19 @@
-"""Llama-3.2-Vision by hand: one set of classes for `tiny` (two CPU cores), `small` and the real `11b`.
+"""Llama-3.2-Vision by hand: one set of classes for `tiny` (two CPU cores), `small` and the `11b`.
 
 Contents
-  1. Linear and LoRA         y = W x + (alpha / rank) B A x
-  2. Attention               RMSNorm, RoPE, grouped queries; over text, over image tokens
-  3. Decoder                 self-attention layers, gated cross-attention layers for images
-  4. The whole model         forward, logits, log-probabilities of chosen tokens
-  5. Cache and generation    static KV cache, one prompt for a group, per-row stopping
-  Can be skipped:
-  6. Configuration           sizes, the hub's config.json, random weights; all of LoRA's on and off
-  7. Images in the decoder   which token sees which image; the cache with images
-  8. Shared prompts          the training pass computes a group's prompt once
-  9. Vision tower            tiles -> patches -> layers -> six stacked feature maps
- 10. Pictures                any picture -> 8-bit RGB -> a canvas of up to four tiles
- 11. Tokenizer and chat      text never becomes a special token
- 12. Saving, 13. loading     safetensors as on the hub, adapters as PEFT writes them
- 14. Cost, 15. dry run       parameters, FLOPs, memory
+  1. Layers of the decoder, 2. the whole model, 3. cache and generation; the rest can be skipped
+  4. Configuration, 5. LoRA  sizes, the hub's config.json, random weights; adapters on and off
+  6. Images in the decoder   which token sees which image; the cache with images
+  7. Batches                 padding; the training pass computes a group's prompt once
+  8. Vision tower            tiles -> patches -> layers -> six stacked feature maps
+  9. Pictures                any picture -> 8-bit RGB -> a canvas of up to four tiles
+ 10. Tokenizer and chat      text never becomes a special token
+ 11. Saving, 12. loading, 13. cost in FLOPs, 14. dry run: the memory that a size takes
 
-Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head size,
-V vocabulary; R sets of I images, M tile slots of an image, L pixels of a tile's side, P tokens of a
-tile, N image tokens of a set, C hidden size of the tower.
-Modules have the hub's names (`language_model.model.layers.0.self_attn.q_proj.weight`), so a checkpoint
-loads with `load_state_dict(strict=True)`. Where transformers differs from Meta's code, we follow Meta.
+Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head
+size, V vocabulary; R sets of I images, M tile slots of an image, L pixels of a tile, P tokens
+of a tile, N image tokens of a set, C hidden size of the tower. Modules have the hub's names, so a
+checkpoint loads with strict=True. Where transformers differs from Meta's code, we follow Meta.
 """
 
 from __future__ import annotations
@@ -48,12 +41,12 @@ from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# ---- 1. Linear and LoRA --------------------------------------------------------------------------
+# ---- 1. Layers of the decoder --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder. The defaults are those of the 11B; names are those of the hub's `text_config`."""
+    """The decoder. The defaults are the 11B's; names are those of the hub's `text_config`."""
 
     vocab_size: int = 128256  # rows of lm_head; the embedding has 8 more, the first is <|image|>
     hidden_size: int = 4096
@@ -75,12 +68,12 @@ class TextConfig:
 
 
 class Linear(nn.Linear):
-    """A linear layer that can carry a low-rank adapter: W x + (alpha / rank) B (A x), B starting at zero
-    (Hu et al., arXiv 2106.09685). The adapter is float32 beside weights of any type. W itself is never
+    """A linear layer that can carry a low-rank adapter, W x + (alpha / rank) B (A x), B zero first
+    (Hu et al., arXiv 2106.09685). The adapter is float32 beside weights of any type. W is never
     written to: rounding errors of adapters that go in and out would pile up in bfloat16."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, inputs, outputs, bias=False):
+        super().__init__(inputs, outputs, bias)
         self.lora_A = self.lora_B = None
         self.lora_scale, self.lora_on = 0.0, True
 
@@ -103,10 +96,6 @@ class Linear(nn.Linear):
         y = y.addmm_(low, self.lora_B.weight.to(x.dtype).T, alpha=self.lora_scale)
         return y.view(*x.shape[:-1], -1)
 
-
-# ---- 2. Attention --------------------------------------------------------------------------------
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, cast back, then times the weight (that order is the checkpoint's)."""
 
@@ -121,8 +110,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(c):
-    """Inverse wavelengths (E/2,), float32. "llama3" divides those of low frequency by `rope_factor`
-    and blends in between (Llama 3.1's context extension)."""
+    """Inverse wavelengths (E/2,), float32. "llama3" divides low frequencies by `rope_factor` and
+    blends in between (Llama 3.1's context extension)."""
     inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
     turns = c.rope_original * inverse / (2 * math.pi)  # full turns within the original context
     plain = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
@@ -130,16 +119,16 @@ def rope_frequencies(c):
 
 
 def rope_table(c, positions):
-    """cos and sin (B, 1, T, E) in float32 for positions (B, T). The first half of sin has the minus
-    sign that `rotate` needs. In bfloat16 neighbouring positions beyond 256 would be one."""
+    """cos and sin (B, 1, T, E) of positions (B, T), sin's first half negative, for `rotate`.
+    In float32: in bfloat16 neighbours beyond position 256 would be one."""
     frequencies = rope_frequencies(c).to(positions.device)
     angles = (positions[..., None].float() * frequencies)[:, None]  # (B, 1, T, E/2)
     return angles.cos().repeat(1, 1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
 def rotate(x, rope):
-    """RoPE (Su et al., arXiv 2104.09864) on x (B, heads, T, E): the two halves of a head are the real
-    and imaginary parts ("rotate_half")."""
+    """RoPE (Su et al., arXiv 2104.09864) on x (B, heads, T, E): the halves of a head are real and
+    imaginary parts ("rotate_half")."""
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -150,14 +139,14 @@ def split_heads(x, heads):
 
 
 def grouped_attention(q, k, v, mask):
-    """q (B, H, T, E) over k, v (B, K, S, E), H a multiple of K (Ainslie et al., arXiv 2305.13245) ->
-    (B, T, H * E). The query heads that share a key head become more queries of it, so k and v are not
-    repeated. mask (B, 1, T or 1, S): True where seen, or numbers to add to scores; None: all seen."""
+    """q (B, H, T, E) over k, v (B, K, S, E) -> (B, T, H * E), H a multiple of K (Ainslie et al.,
+    arXiv 2305.13245). Query heads that share a key head become more queries of it, so k and v are
+    not repeated. mask (B, 1, T or 1, S): True where seen, or what scores get; None: all is seen."""
     B, H, T, E = q.shape
     share = H // k.shape[1]
     q = q.reshape(B, k.shape[1], share * T, E)
     if T == 1 and mask is not None and mask.is_floating_point():
-        # Decoding on the CPU: torch's kernel is slow for so few queries. Mask and scores in one call.
+        # Decoding on the CPU, where torch's kernel is slow for so few queries.
         bias = mask.expand(-1, k.shape[1], -1, -1).flatten(0, 1)
         scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=E**-0.5)
         return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, 1, H * E)
@@ -177,23 +166,21 @@ def causal_attention(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    """The projections of grouped-query attention: H query heads, K key and value heads of size E."""
+    """The projections of grouped-query attention: H query heads, K key and value heads."""
 
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.q_proj = Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
-        self.k_proj = Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
-        self.v_proj = Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
-        self.o_proj = Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
+        D, q, kv = c.hidden_size, self.heads * c.head_dim, self.kv_heads * c.head_dim
+        self.q_proj, self.k_proj, self.v_proj = Linear(D, q), Linear(D, kv), Linear(D, kv)
+        self.o_proj = Linear(q, D)
 
 
 class SelfAttention(Attention):
     """Causal grouped-query attention with RoPE."""
 
     def forward(self, x, rope, mask=None, store=None):
-        """x (B, T, D). mask None: causal among the T tokens. store(k, v) puts the new keys and values
-        into a cache and returns all that the queries may see."""
+        """x (B, T, D). mask None: causal. store(k, v) writes to a cache and returns what it has."""
         q = rotate(split_heads(self.q_proj(x), self.heads), rope)
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), rope)
         v = split_heads(self.v_proj(x), self.kv_heads)
@@ -207,31 +194,26 @@ class CrossAttention(Attention):
 
     def __init__(self, c):
         super().__init__(c)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) for _ in range(2))
 
     def keys_values(self, features):
-        """features (R, N, D) -> k (normed), v (R, K, N, E): once per image, for every later token."""
+        """features (R, N, D) -> k (normed), v (R, K, N, E), for all tokens to come."""
         return (self.k_norm(split_heads(self.k_proj(features), self.kv_heads)),
                 split_heads(self.v_proj(features), self.kv_heads))
 
     def forward(self, x, keys_values, image, mask):
-        """x (B, T, D) -> (B, T, D). Rows that share a set of images are queries of the same keys."""
+        """x (B, T, D). Rows that share a set of images are queries of the same keys."""
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
         return self.o_proj(image.unfold(grouped_attention(image.fold(q), *keys_values, mask)))
-
-
-# ---- 3. Decoder ----------------------------------------------------------------------------------
-
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -252,8 +234,8 @@ class SelfLayer(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """The same with cross attention, each branch behind tanh of a learned gate. The gates are zero in
-    a fresh model, which therefore ignores images (`init_weights` opens them)."""
+    """The same with cross attention, each branch behind tanh of a learned gate. Gates are zero in a
+    fresh model, which then ignores images: `init_weights` opens them."""
 
     def __init__(self, c, mask_prefix_attention):
         super().__init__()
@@ -265,8 +247,8 @@ class CrossLayer(nn.Module):
         self.mask_prefix_attention = mask_prefix_attention
 
     def forward(self, h, image, mask, sees, keys_values=None):
-        """h (B, T, D); mask and sees: of ImageContext.visible; keys_values: from a cache, or None to
-        compute them here. A token that sees no image gets nothing from this layer."""
+        """h (B, T, D); mask and sees of ImageContext.visible; keys_values: ready ones or None.
+        A token that sees no image gets nothing from this layer."""
         if keys_values is None:
             keys_values = self.cross_attn.keys_values(image.features)
         attention, mlp = self.cross_attn_attn_gate.tanh(), self.cross_attn_mlp_gate.tanh() * sees
@@ -289,41 +271,32 @@ class TextModel(nn.Module):
         self.recompute = False
 
     def forward(self, ids, positions, mask, image=None, cache=None):
-        """ids, positions (B, T) -> hidden states (B, T, D). mask (B, 1, T, S), None: causal. image: an
-        ImageContext or None. A cache knows positions and images of its rows itself."""
+        """ids, positions (B, T) -> hidden states (B, T, D). mask (B, 1, T, S), None: causal. image:
+        an ImageContext. A cache knows the positions and images of its rows itself."""
         h = self.embed_tokens(ids)
         image = image if cache is None else cache.image
         rope = rope_table(self.config, positions) if cache is None else cache.rope
         rope = [part.to(h.dtype) for part in rope]
         if image is not None:
-            shown = ids == self.config.vocab_size  # <|image|> has the first row behind the vocabulary
-            mask_and_sees = (cache or image).visible(shown)
+            shown = ids == self.config.vocab_size  # <|image|>: the first id behind the vocabulary
+            mask_and_sees = (image if cache is None else cache).visible(shown)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, SelfLayer):
-                h = run_layer(self, layer, h, rope, mask, cache and partial(cache.store, i))
+                store = None if cache is None else partial(cache.store, i)
+                h = run_layer(self, layer, h, rope, mask, store)
             elif image is not None:  # without an image the layer would add zero
-                h = run_layer(self, layer, h, image, *mask_and_sees, cache and cache.cross[i])
+                h = run_layer(self, layer, h, image, *mask_and_sees, image.cross.get(i))
         return self.norm(h)
 
 
 def run_layer(owner, layer, *args):
-    """Call a layer. Where `owner.recompute` asks for it, only its input is kept for the backward pass
-    (gradient checkpointing: Chen et al., arXiv 1604.06174)."""
+    """Call a layer; if `owner.recompute`, keep only its input for backward (arXiv 1604.06174)."""
     if owner.recompute and torch.is_grad_enabled():
         return checkpoint(layer, *args, use_reentrant=False)
     return layer(*args)
 
 
-# ---- 4. The whole model --------------------------------------------------------------------------
-
-
-class CausalLM(nn.Module):
-    """The decoder and its output layer (a module of its own because the hub's names have it)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.model = TextModel(config)
-        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+# ---- 2. The whole model --------------------------------------------------------------------------
 
 
 class LlamaVision(nn.Module):
@@ -333,8 +306,10 @@ class LlamaVision(nn.Module):
         super().__init__()
         self.config = config
         self.vision_model = VisionTower(config)
-        self.multi_modal_projector = Linear(config.vision.output_dim, config.text.hidden_size)
-        self.language_model = CausalLM(config)
+        self.multi_modal_projector = Linear(config.vision.output_dim, config.text.hidden_size, True)
+        self.language_model = nn.ModuleDict({
+            "model": TextModel(config),
+            "lm_head": Linear(config.text.hidden_size, config.text.vocab_size)})
 
     @property
     def device(self) -> torch.device:
@@ -342,23 +317,20 @@ class LlamaVision(nn.Module):
 
     @property
     def trains_vision(self) -> bool:
-        """Is anything before the decoder trained? Then every pass encodes its pictures with gradient."""
-        return any(p.requires_grad for name, p in self.named_parameters()
-                   if not name.startswith("language_model"))
+        """Is anything before the decoder trained? Then each pass encodes images, with gradient."""
+        return any(p.requires_grad for n, p in self.named_parameters() if "language_model" not in n)
 
     def recompute(self, on: bool = True):
-        """Gradient checkpointing of every layer: less memory, one more forward pass."""
+        """Gradient checkpointing in every layer: less memory for one more forward pass."""
         self.vision_model.recompute = self.language_model.model.recompute = on
 
     def encode_images(self, tiles: Tensor, ratio_ids: Tensor, rows: Tensor | None = None):
-        """The ImageContext of images as `pack_images` packs them: tiles (R, I, M, 3, L, L), ratio_ids
-        (R, I), 0 = no image; None without any. rows (B,): the set of each row of text, by default its
-        own. Call it under no_grad while tower and projector are frozen, once for all uses."""
+        """ImageContext.encode, to be called under no_grad unless `trains_vision`."""
         return ImageContext.encode(self, tiles, ratio_ids, rows)
 
     def forward(self, ids: Tensor, image: ImageContext | None = None) -> Tensor:
-        """Hidden states (B, T, D) of ids (B, T) after the final norm. Rows may be padded on the right:
-        no token sees later ones. ValueError when a row has more <|image|> tokens than images."""
+        """Hidden states (B, T, D) of ids (B, T) after the final norm. Rows may be padded on the
+        right. ValueError when a row has more <|image|> tokens than images."""
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.language_model.model(ids, positions, None, image)
 
@@ -368,37 +340,34 @@ class LlamaVision(nn.Module):
 
     def log_probs(self, ids: Tensor, chosen: Tensor, temperature: float = 1.0,
                   image: ImageContext | None = None) -> Tensor:
-        """Log-probabilities of the tokens ids[b, t] with chosen[b, t] = True, given all before them.
+        """Log-probabilities of the tokens ids[b, t] with chosen[b, t], given all before them.
 
-        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0. Returns (number chosen,)
-        float32 in row-major order, of softmax(logits / temperature): the distribution that was sampled
-        from, so that the ratio to `old_log_probs` is 1 before an update.
-        """
-        # = self(ids[:, :-1], image)[chosen[:, 1:]], as the state at t - 1 predicts token t; but a prompt
-        # that several rows begin with is computed once. Only these states reach lm_head: the logits
-        # of the 11B cost 1 MB a token.
+        ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0 -> (number chosen,)
+        float32 in row-major order, of softmax(logits / temperature): the distribution that was
+        sampled from, so that the ratio to `old_log_probs` is 1 before an update."""
+        # States self(ids[:, :-1], image)[chosen[:, 1:]], since t - 1 predicts token t; a prompt that
+        # rows share is computed once. No others reach lm_head: 1 MB of logits a token of the 11B.
         hidden = states_before(self, ids, chosen, image)
         log_p = (self.logits(hidden) / temperature).log_softmax(-1)
         return log_p.gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
 
     def extend(self, cache: TextCache, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Feed ids (B, T), of which the first `lengths` (B,) of each row are real, after the tokens that
-        `cache` holds. Returns logits (B, V) float32 behind the last real token of each row. Padding goes
-        to slots behind the row's end, which a later token overwrites before any query sees them."""
+        """Feed ids (B, T), the first `lengths` (B,) of each row real, after the tokens of `cache`.
+        Returns logits (B, V) float32 behind the last real token of each row. Padding goes to slots
+        behind the row's end, which a later token overwrites before any query sees them."""
         slots = cache.next_slots(ids.shape[1])  # (B, T)
         mask = None  # the first tokens of all rows are causal among themselves
         if cache.used > ids.shape[1]:
             mask = (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
             if ids.shape[1] == 1 and ids.device.type == "cpu":  # as `grouped_attention` adds it
-                low = torch.finfo(cache.dtype).min
-                mask = torch.zeros((), dtype=cache.dtype).where(mask, low)
+                mask = torch.zeros((), dtype=cache.dtype).where(mask, torch.finfo(cache.dtype).min)
         hidden = self.language_model.model(ids, None, mask, cache=cache)
         cache.length = cache.length + lengths
         rows = torch.arange(len(ids), device=ids.device)
         return self.logits(hidden[rows, (lengths - 1).clamp(min=0)])
 
 
-# ---- 5. Cache and generation ---------------------------------------------------------------------
+# ---- 3. Cache and generation ---------------------------------------------------------------------
 
 
 class TextCache:
@@ -406,9 +375,8 @@ class TextCache:
 
     Token t of a row lies in slot t whatever the other rows hold, so rows need not be equally long.
     length (B,): tokens of each row. `Cache` (with images) and `Prompts` (with gradients) offer the
-    decoder the same: image, cross, rope, store, visible.
+    decoder the same: image, rope, store, visible.
     """
-
     image = None
 
     def __init__(self, model, rows, slots):
@@ -421,22 +389,21 @@ class TextCache:
         self.reserve(slots)
 
     def reserve(self, count: int) -> TextCache:
-        """Make room for `count` more tokens in every row. Call it between turns: it asks the device."""
+        """Make room for `count` more tokens in every row. It asks the device: once a turn."""
         self.used = int(self.length.max())
         extra = self.used + count - self.slots
         if extra > 0:
             self.kv = {i: F.pad(kv, (0, 0, 0, extra)) for i, kv in self.kv.items()}
             self.slots += extra
-            positions = torch.arange(self.slots, device=self.length.device)
-            self.table = rope_table(self.config, positions[None])
+            positions = torch.arange(self.slots, device=self.length.device)[None]
+            self.table = rope_table(self.config, positions)
         return self
 
     def next_slots(self, count):
         """Slots (B, count) for the next `count` tokens of each row. ValueError: not reserved."""
         self.used += count  # an upper bound of the longest row, without asking the device
         if self.used > self.slots:
-            raise ValueError(f"{self.used} tokens do not fit into the {self.slots} slots of the cache: "
-                             "reserve more.")
+            raise ValueError(f"{self.used} tokens do not fit in {self.slots} slots: reserve more.")
         device = self.length.device
         self.rows = torch.arange(len(self.length), device=device)[:, None]
         self.at = self.length[:, None] + torch.arange(count, device=device)
@@ -467,14 +434,14 @@ class Sampling:
 
 
 def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits (B, V), and its log-probability, both (B,). temperature 0: the
-    likeliest token, with its log-probability at temperature 1."""
+    """One token for each row of logits (B, V), and its log-probability, both (B,). temperature 0:
+    the likeliest token, with its log-probability at temperature 1."""
     log_p = (logits / (temperature or 1)).log_softmax(-1)
     if temperature == 0:
         token = log_p.argmax(-1)
     else:
-        # One uniform number a row, looked up in the cumulated probabilities, needs no answer from the
-        # device. In float32 the sum of 128,256 of them is off by more than rare tokens weigh.
+        # One uniform number a row, looked up in the cumulated probabilities: the device need not
+        # answer. A float32 sum of 128,256 of them is off by more than rare tokens weigh.
         total = log_p.exp().cumsum(-1, dtype=torch.float64)
         point = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device,
                            generator=generator) * total[:, -1:]
@@ -488,8 +455,8 @@ def generate(model: LlamaVision, cache: TextCache, logits: Tensor, sampling: Sam
     """Sample a response for every row of `cache`, whose next-token logits (B, V) are given.
 
     A row ends with a token of stop_ids, which belongs to its response, or after max_new_tokens.
-    Returns (responses, log_probs): for each row a list of token ids and a list of floats. The cache
-    then holds all tokens of a response but its last: continue with `extend`.
+    Returns lists of token ids and lists of their log-probabilities, one a row. The cache then holds
+    all tokens of a response but its last: continue with `extend`.
     """
     stops = torch.tensor(sorted(stop_ids), device=logits.device)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
@@ -512,7 +479,7 @@ def generate(model: LlamaVision, cache: TextCache, logits: Tensor, sampling: Sam
 
 # ==== The reading path ends here. Everything below can be skipped. ====
 
-# ---- 6. Configuration ----------------------------------------------------------------------------
+# ---- 4. Configuration ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -571,7 +538,8 @@ SIZES = {
 # Entries of text_config and vision_config that would change the computation: only these are built.
 FIXED = ({"hidden_act": "silu", "tie_word_embeddings": False},
          {"hidden_act": "gelu", "num_channels": 3, "max_num_tiles": 4,
-          "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]})
+          "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1],
+                                      [4, 1]]})
 # Names of the "llama3" entries of RoPE, on the hub and here.
 ROPE = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
         "original_max_position_embeddings": "rope_original"}
@@ -580,7 +548,8 @@ LIMITS = {"num_hidden_layers": 201, "num_global_layers": 201}  # numbers lie bel
 
 def config_to_json(config):
     """The hub's config.json as a dict: what transformers' MllamaConfig reads."""
-    text, vision = asdict(config.text), asdict(config.vision)
+    text = asdict(config.text)
+    vision = asdict(config.vision)
     scaling = {"rope_type": "llama3"} | {theirs: text.pop(ours) for theirs, ours in ROPE.items()}
     rope = {"rope_type": "default"} if config.text.rope_factor == 1.0 else scaling
     text |= {"model_type": "mllama_text_model", "rope_scaling": rope, "hidden_act": "silu"}
@@ -594,18 +563,21 @@ def config_to_json(config):
 def config_from_json(data):
     """Config from the hub's config.json (a dict); only known fields are read.
 
-    transformers 5 writes RoPE as rope_parameters, before it was rope_scaling beside rope_theta. What the
-    file leaves out has transformers' default (so 448 px, plain RoPE). Raises ValueError with one sentence
-    when it is not a config of this architecture, asks for something that is not built here, or holds a
-    number that is out of range.
+    transformers 5 writes RoPE as rope_parameters, before it was rope_scaling beside rope_theta.
+    What the file leaves out has transformers' default (so 448 px, plain RoPE). Raises ValueError
+    with one sentence when it is not a config of this architecture, asks for something that is not
+    built here, or holds a number that is out of range.
     """
     if not isinstance(data, dict) or data.get("model_type") != "mllama":
         raise ValueError("config.json does not describe a Llama-3.2-Vision model "
                          "(model_type must be \"mllama\").")
-    text, vision = data.get("text_config"), data.get("vision_config")
-    rope = isinstance(text, dict) and (text.get("rope_parameters") or text.get("rope_scaling")) or {}
+    text = data.get("text_config")
+    vision = data.get("vision_config")
+    rope = {}
+    if isinstance(text, dict):
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not all(isinstance(part, dict) for part in (text, vision, rope)):
-        raise ValueError("config.json: text_config, vision_config and the RoPE entry must be objects.")
+        raise ValueError("config.json: text_config, vision_config, RoPE entry must be objects.")
     for part, fixed in zip((text, vision), FIXED):
         for name, value in fixed.items():
             if part.get(name, value) not in (value, None):
@@ -647,9 +619,12 @@ def _number(name, value, wanted, limit=None, above=0):
 
 def _check_config(config, image_token):
     """Refuse numbers that do not fit together, before memory is taken for them."""
-    text, vision, switch = config.text, config.vision, config.mask_prefix_attention
+    text = config.text
+    vision = config.vision
+    switch = config.mask_prefix_attention
     for name, part in (("cross_attention_layers", text), ("intermediate_layers_indices", vision)):
-        indices, layers = getattr(part, name), part.num_hidden_layers
+        indices = getattr(part, name)
+        layers = part.num_hidden_layers
         if list(indices) != sorted(set(indices)) or max(indices, default=0) >= layers:
             raise ValueError(f"config.json: {name} must be rising numbers below {layers}, "
                              "the number of layers.")
@@ -691,18 +666,20 @@ def init_weights(model: LlamaVision, seed: int) -> LlamaVision:
     return model
 
 
+# ---- 5. LoRA -------------------------------------------------------------------------------------
+
 PARTS = {"decoder": "language_model.model.", "projector": "multi_modal_projector",
          "tower": "vision_model."}
 
 
 def add_lora(model: LlamaVision, rank: int, alpha: float, where=PARTS["decoder"]) -> int:
     """Adapters on every Linear whose name starts with `where` (one or a tuple; default: all of the
-    decoder, not lm_head); everything else is frozen. Add them after loading weights. Returns the number
-    of adapted layers."""
+    decoder, not lm_head); everything else is frozen. Add them after loading weights. Returns the
+    number of adapted layers."""
     model.requires_grad_(False)
     adapted = [m for name, m in linear_layers(model).items() if name.startswith(where)]
     if not adapted:
-        raise ValueError(f"no linear layer's name starts with {where!r}, so there is nothing to adapt.")
+        raise ValueError(f"no linear layer's name starts with {where!r}: nothing to adapt.")
     for module in adapted:
         module.add_lora(rank, alpha)
     return len(adapted)
@@ -723,7 +700,8 @@ def merged(linear):
 
 @torch.no_grad()
 def merge_lora(model: LlamaVision):
-    """Add every adapter into its weights and take it out: the same model, all of it trainable again."""
+    """Add every adapter into its weights and take it out: the same model, all of it trainable
+    again."""
     for linear in linear_layers(model).values():
         if linear.lora_A is not None:
             linear.weight.copy_(merged(linear))
@@ -733,8 +711,8 @@ def merge_lora(model: LlamaVision):
 
 @contextmanager
 def adapters_off(model: LlamaVision):
-    """Within this context the model is the one that the adapters started from: the reference policy,
-    without a second copy of the weights."""
+    """Within this context the model is the one that the adapters started from: the reference
+    policy, without a second copy of the weights."""
     layers = linear_layers(model).values()
     for linear in layers:
         linear.lora_on = False
@@ -745,7 +723,7 @@ def adapters_off(model: LlamaVision):
             linear.lora_on = True
 
 
-# ---- 7. Images in the decoder --------------------------------------------------------------------
+# ---- 6. Images in the decoder --------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -753,49 +731,88 @@ class ImageContext:
     """The images that rows of text may see: R sets of up to I images, and the set of each row. Rows
     that share a set (the episodes of a group) share its keys and values: they become its queries.
 
-    features (R, I * M * P, D): projected image tokens; tiles (R, I, M) bool: those that exist; rows (B,)
-    long: the set of each row of text, by default its own. prefix_looks: tokens before an image see
-    everything (transformers).
+    features (R, I * M * P, D): projected image tokens; tiles (R, I, M) bool: those that exist; rows
+    (B,) long: the set of each row of text, by default its own. prefix_looks: tokens before an image
+    see everything (transformers). cross: {layer: [k, v] (R, K, N, E)} where `with_keys` has
+    computed them.
     """
 
     features: Tensor
     tiles: Tensor
     rows: Tensor | None = None
     prefix_looks: bool = False
+    cross: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.rows is None:
             self.rows = torch.arange(len(self.tiles), device=self.tiles.device)
         same = self.rows[:, None] == self.rows
         self.share = int(same.sum(1).max())  # rows of the set that has most
-        self.slot = self.rows * self.share + same.tril(-1).sum(1)  # (B,): each row's of R * share slots
+        self.slot = self.rows * self.share + same.tril(-1).sum(1)  # (B,): each row's of R * share
         self.whole = bool(self.tiles.all())
 
     @classmethod
     def encode(cls, model, tiles, ratio_ids, rows=None):
-        """LlamaVision.encode_images."""
+        """Of images as `pack_images` packs them: tiles (R, I, M, 3, L, L), ratio_ids (R, I), 0 = no
+        image; None without any. rows (B,): the set of each row of text, by default its own."""
         if not ratio_ids.any():
             return None
-        tiles, ratio_ids = tiles.to(model.device), ratio_ids.to(model.device)
+        tiles = tiles.to(model.device)
+        ratio_ids = ratio_ids.to(model.device)
         tiles_of_ratio = ratio_ids.new_tensor([0, *map(math.prod, RATIOS)])
         count = tiles_of_ratio[ratio_ids][..., None]  # (R, I, 1)
         slot = torch.arange(tiles.shape[2], device=model.device)
-        # A missing image is encoded as one empty tile: with transformers' semantics, tokens before an
-        # image attend to it.
+        # A missing image is encoded as one empty tile: with transformers' semantics, tokens before
+        # an image attend to it.
         tile_mask = slot < count.clamp(min=1)
         states = model.vision_model(*(x.flatten(0, 1) for x in (tiles, ratio_ids, tile_mask)))
         features = model.multi_modal_projector(states).unflatten(0, ratio_ids.shape).flatten(1, 3)
         return cls(features, slot < count, rows, not model.config.mask_prefix_attention)
 
+    def with_keys(self, model):
+        """The same with keys and values for every cross layer."""
+        layers = model.language_model.model.layers
+        return replace(self, cross={i: layers[i].cross_attn.keys_values(self.features)
+                                    for i in model.config.text.cross_attention_layers})
+
+    def change(self, rows, function):
+        """The context for other rows, with function(x, d) of every tensor x whose dimension d has
+        the images."""
+        cross = {i: [function(x, 2) for x in pair] for i, pair in self.cross.items()}
+        return replace(self, features=function(self.features, 1), tiles=function(self.tiles, 1),
+                       rows=rows, cross=cross)
+
     def select(self, rows):
-        """The context of the given rows of text (a LongTensor), without the sets that none of them uses."""
+        """The context of the given rows of text (a LongTensor), without the sets that none of them
+        uses."""
         sets, rows = self.rows[rows].unique(return_inverse=True)
-        if len(sets) == len(self.tiles):
-            return replace(self, rows=rows)
-        return replace(self, features=self.features[sets], tiles=self.tiles[sets], rows=rows)
+        sets = slice(None) if len(sets) == len(self.tiles) else sets  # all of them: no copy
+        return self.change(rows, lambda x, d: x[sets])
+
+    def latest(self):
+        """The context with the last image of each set only."""
+        last = self.tiles.any(-1).cumsum(1).argmax(1)  # (R,)
+        sets = torch.arange(len(last), device=last.device)
+        count = self.tiles.shape[1]
+
+        def of_last(x, d):
+            return x.unflatten(d, (count, -1)).movedim(d, 1)[sets, last]
+        return self.change(self.rows, of_last)
+
+    def add(self, more, model):
+        """The images of another context of the same rows after one's own, both with keys. Rows
+        share from now on what both their old and new sets share."""
+        (old, new), rows = torch.stack([self.rows, more.rows]).unique(dim=1, return_inverse=True)
+        more = more.change(rows, lambda x, d: x[new]).with_keys(model)
+        own = self.change(rows, lambda x, d: x[old])
+        cross = {i: [torch.cat(parts, 2) for parts in zip(own.cross[i], more.cross[i])]
+                 for i in own.cross}
+        return replace(own, features=torch.cat([own.features, more.features], 1),
+                       tiles=torch.cat([own.tiles, more.tiles], 1), cross=cross)
 
     def fold(self, x):
-        """(B, heads, T, E) of rows -> (R, heads, share * T, E) of sets. Slots without a row hold ones."""
+        """(B, heads, T, E) of rows -> (R, heads, share * T, E) of sets. Slots without a row hold
+        ones."""
         slots = x.new_ones(len(self.tiles) * self.share, *x.shape[1:]).index_copy(0, self.slot, x)
         return slots.unflatten(0, (-1, self.share)).transpose(1, 2).flatten(2, 3)
 
@@ -804,66 +821,60 @@ class ImageContext:
         return x.unflatten(1, (self.share, -1)).flatten(0, 1)[self.slot]
 
     def visible(self, shown, at=None):
-        """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for, by default all.
+        """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for, by default
+        all.
 
-        A token sees the latest image up to itself, and those directly before that one in the same run of
-        <|image|> tokens. Returns (mask (R, 1, share * T or 1, N) bool, True where seen, or None; sees
-        (B, T, 1) bool). A token that sees nothing has a mask of ones (of -inf it would be NaN, in the
-        gradient too), and `sees` discards its result.
+        A token sees the latest image up to itself, and those directly before that one in the same
+        run of <|image|> tokens. Returns (mask (R, 1, share * T or 1, N) bool, True where seen, or
+        None; sees (B, T, 1) bool). A token that sees nothing has a mask of ones (of -inf it would
+        be NaN, in the gradient too), and `sees` discards its result.
         """
         end = shown.cumsum(1)  # tokens see the images first .. end of their row
         begins = shown & ~F.pad(shown, (1, 0))[:, :-1]
         first = (begins * end).cummax(1).values
         if at is not None:
-            first, end = first.gather(1, at), end.gather(1, at)
-        tiles, tokens = self.tiles[self.rows], self.features.shape[1] // self.tiles[0].numel()
+            first = first.gather(1, at)
+            end = end.gather(1, at)
+        tiles = self.tiles[self.rows]
+        tokens = self.features.shape[1] // self.tiles[0].numel()
         number = tiles.any(-1).cumsum(1)  # (B, I): missing images are not counted
-        # Not for single tokens of decoding, where the question would make the CPU wait for the device.
+        # Not for single tokens of decoding, where the question would make the CPU wait for the
+        # device.
         if end.shape[1] > 1 and bool((end[:, -1] > number[:, -1]).any()):
             raise ValueError("a row of text has more <|image|> tokens than it was given images.")
         number = number[:, None]
         seen = (number >= first[..., None]) & (number <= end[..., None])
         seen = (seen[..., None] & tiles[:, None]).flatten(2)  # (B, T, I * M)
         sees = seen.any(-1, keepdim=True)
-        if self.tiles.shape[1] == 1 and not self.prefix_looks:  # one image a row: its tiles are mask enough
+        if self.tiles.shape[1] == 1 and not self.prefix_looks:  # one image: its tiles are the mask
             mask = (self.tiles | ~self.tiles.any(-1, keepdim=True))[:, None]  # (R, 1, 1, M)
             return (None if self.whole else mask.repeat_interleave(tokens, -1)), sees
         mask = (seen | ~sees).repeat_interleave(tokens, -1)  # (B, T, N)
         return self.fold(mask[:, None]), sees
 
 
-def image_keys(model, features):
-    """{cross layer: [k, v] (R, K, N, E)} of the features of an ImageContext."""
-    layers = model.language_model.model.layers
-    return {i: layers[i].cross_attn.keys_values(features)
-            for i in model.config.text.cross_attention_layers}
-
-
 class Cache(TextCache):
-    """A TextCache whose rows may see images. The keys and values of an image are computed once for all
-    rows that share it, and for all their turns and tokens."""
+    """A TextCache whose rows may see images. The keys and values of an image are computed once for
+    all rows that share it, and for all their turns and tokens."""
 
-    def __init__(self, model: LlamaVision, rows: int, slots: int, image: ImageContext | None = None):
+    def __init__(self, model: LlamaVision, rows: int, slots: int,
+                 image: ImageContext | None = None):
         super().__init__(model, rows, slots)
-        self.shown = torch.zeros(rows, 0, dtype=torch.bool, device=model.device)  # <|image|> stands here
-        self.model, self.image, self.cross = model, None, {}
-        self.add_images(image)
+        self.shown = torch.zeros(rows, 0, dtype=torch.bool, device=model.device)  # by <|image|>
+        self.model = model
+        self.image = image and image.with_keys(model)
 
-    @torch.no_grad()
+    @property
+    def cross(self):
+        return self.image.cross
+
     def add_images(self, more: ImageContext | None):
-        """Further images for the turn that is fed next: an ImageContext of the cache's rows (with empty
-        sets for rows that get none). Rows share from now on what both their old and new sets share."""
-        if more is None:
-            return
+        """Further images for the turn that is fed next: an ImageContext of the cache's rows, with
+        empty sets for rows that get none, or None."""
         if self.image is None:
-            self.image, self.cross = more, image_keys(self.model, more.features)
-            return
-        (old, new), rows = torch.stack([self.image.rows, more.rows]).unique(dim=1, return_inverse=True)
-        more = replace(more, features=more.features[new], tiles=more.tiles[new], rows=rows)
-        keys = image_keys(self.model, more.features)
-        self.cross = {i: [torch.cat([a[old], b], 2) for a, b in zip(self.cross[i], keys[i])] for i in keys}
-        self.image = replace(more, features=torch.cat([self.image.features[old], more.features], 1),
-                             tiles=torch.cat([self.image.tiles[old], more.tiles], 1))
+            self.image = more and more.with_keys(self.model)
+        elif more is not None:
+            self.image = self.image.add(more, self.model)
 
     def visible(self, shown):
         """ImageContext.visible of the next slots; shown (B, T): where <|image|> stands in them."""
@@ -872,48 +883,41 @@ class Cache(TextCache):
         return self.image.visible(self.shown[:, : self.used], self.at)
 
     def keep_latest_image(self):
-        """Drop all images but the latest of each row, with their keys and values: no token to come sees
-        the others. Not for rows whose latest <|image|> follows directly on another one, which tokens
-        see together."""
-        exists = self.image.tiles.any(-1)  # (R, I)
-        number = torch.arange(exists.shape[1], device=exists.device)
-        sets, latest = torch.arange(len(exists), device=exists.device), (exists * number).argmax(1)
-
-        def of_latest(x, dim):
-            return x.unflatten(dim, (len(number), -1)).movedim(dim, 1)[sets, latest]
-        self.cross = {i: [of_latest(part, 2) for part in pair] for i, pair in self.cross.items()}
-        self.image = replace(self.image, features=of_latest(self.image.features, 1),
-                             tiles=of_latest(self.image.tiles, 1))
+        """Drop all images but the latest of each row, with their keys and values: no token to come
+        sees the others. Not for rows whose latest <|image|> follows directly on another one, which
+        tokens see together."""
+        self.image = self.image.latest()
         self.shown = self.shown & (self.shown.cumsum(1) == self.shown.sum(1, keepdim=True))
 
     def select(self, rows: Tensor) -> Cache:
         self.shown = self.shown[rows]
-        if self.image is not None:
-            sets = self.image.rows[rows].unique()
-            if len(sets) < len(self.image.tiles):
-                self.cross = {i: [part[sets] for part in pair] for i, pair in self.cross.items()}
-            self.image = self.image.select(rows)
+        self.image = self.image and self.image.select(rows)
         return super().select(rows)
 
 
-# ---- 8. Shared prompts ---------------------------------------------------------------------------
+# ---- 7. Batches ----------------------------------------------------------------------------------
 
 
 class Prompts:
-    """What rows of a training pass begin with, computed once for all of them: a cache with gradients.
+    """What rows of a training pass begin with, computed once for all of them: a cache with
+    gradients.
 
-    One pass, over the prompts, makes it; a second one, over the rows, has its own with `before` = the
-    first and rows (B,) = the prompt of each row. at (B, T): positions of the tokens of this pass in
-    their rows, whose ids are given whole. Neither changes afterwards: with gradient checkpointing both
-    passes run again, in the order of the backward pass. Prompts are padded on the right, which the mask of
-    the second pass has to hide.
+    One pass, over the prompts, makes it; a second one, over the rows, has its own with `before` =
+    the first and rows (B,) = the prompt of each row. at (B, T): positions of the tokens of this
+    pass in their rows, whose ids are given whole. Neither changes afterwards: with gradient
+    checkpointing both passes run again, in the order of the backward pass. Prompts are padded on
+    the right, which the mask of the second pass has to hide.
     """
 
     def __init__(self, model, ids, at, image, before=None, rows=None):
         c = model.config.text
-        self.rope, self.at, self.image, self.shown = rope_table(c, at), at, image, ids == c.vocab_size
-        self.before, self.rows, self.stored = before, rows, {}
-        self.cross = before.cross if before else image and image_keys(model, image.features)
+        self.rope = rope_table(c, at)
+        self.at = at
+        self.shown = ids == c.vocab_size
+        self.image = image
+        self.before = before
+        self.rows = rows
+        self.stored = {}
 
     def store(self, i, k, v):
         if self.before is None:
@@ -927,36 +931,32 @@ class Prompts:
 
 
 def states_before(model, ids, chosen, image):
-    """Hidden states (N, D) from which the chosen tokens follow: model(ids[:, :-1], image)[chosen[:, 1:]].
-    A prompt (the tokens before the first chosen one) that several rows have is computed once, with its
-    gradient: arguments and values are those of LlamaVision.log_probs."""
+    """Hidden states (N, D) from which the chosen tokens follow: model(ids[:, :-1], image)[chosen[:,
+    1:]]. A prompt (the tokens before the first chosen one) that several rows have is computed once,
+    with its gradient: arguments and values are those of LlamaVision.log_probs."""
     start = (chosen.int().argmax(1) - 1).clamp(min=0)  # (B,): the last token of each prompt
-    rows, first = common_prompts(ids, start, image)
+    sets = [0] * len(ids) if image is None else image.rows.tolist()
+    prompts = [(tuple(row[:n]), i) for row, n, i in zip(ids.tolist(), start.tolist(), sets)]
+    different = sorted(set(prompts))
+    rows = [different.index(prompt) for prompt in prompts]  # the number of each row's prompt
+    first = [prompts.index(prompt) for prompt in different]  # a row that has it
     if start.sum() - start[first].sum() <= ids.numel() // 16:  # too little is saved
         return model(ids[:, :-1], image)[chosen[:, 1:]]
     row, t = chosen[:, 1:].nonzero(as_tuple=True)
     width, count = int(start.max()), int((t - start[row]).max()) + 1  # of the prompts, of the rest
-    decoder, positions = model.language_model.model, torch.arange(ids.shape[1], device=ids.device)
-    prompts, at = ids[first, :width], positions[:width].expand(len(first), -1)
-    shared = Prompts(model, prompts, at, image and replace(image, rows=image.rows[first]))
+    decoder = model.language_model.model
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    prompts = ids[first, :width]
+    image = image and image.with_keys(model)
+    shared = Prompts(model, prompts, positions[:width].expand_as(prompts),
+                     image and replace(image, rows=image.rows[first]))
     decoder(prompts, None, None, cache=shared)
     at = (start[:, None] + positions[:count]).clamp(max=ids.shape[1] - 2)
-    causal = torch.ones(len(ids), count, count, dtype=torch.bool, device=ids.device).tril()
+    own = Prompts(model, ids, at, image, before=shared, rows=torch.tensor(rows, device=ids.device))
     of_prompt = (positions[:width] < start[:, None])[:, None].expand(-1, count, -1)
+    causal = torch.ones(len(ids), count, count, dtype=torch.bool, device=ids.device).tril()
     mask = torch.cat([of_prompt, causal], 2)[:, None]
-    own = Prompts(model, ids, at, image, before=shared, rows=rows)
     return decoder(ids.gather(1, at), None, mask, cache=own)[row, t - start[row]]
-
-
-def common_prompts(ids, start, image):
-    """Which rows of ids (B, T) have the same tokens before start (B,), and the same images. Returns
-    rows (B,): the number of each row's prompt, and first (U,): a row that has it."""
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    key = ids.masked_fill(positions >= start[:, None], -1)
-    key = key if image is None else torch.cat([key, image.rows[:, None]], 1)
-    prompts, rows = key.unique(dim=0, return_inverse=True)
-    numbers = torch.arange(len(prompts), device=ids.device)[:, None]
-    return rows, (rows == numbers).int().argmax(1)
 
 
 def pad_rows(rows: list[list], pad, device) -> tuple[Tensor, Tensor]:
@@ -966,7 +966,7 @@ def pad_rows(rows: list[list], pad, device) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
-# ---- 9. Vision tower -----------------------------------------------------------------------------
+# ---- 8. Vision tower -----------------------------------------------------------------------------
 
 
 class VisionAttention(nn.Module):
@@ -976,7 +976,7 @@ class VisionAttention(nn.Module):
         super().__init__()
         self.heads = c.attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            Linear(c.hidden_size, c.hidden_size, bias=False) for _ in range(4))
+            Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
     def forward(self, x, mask):
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -989,8 +989,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.fc1 = Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = Linear(c.intermediate_size, c.hidden_size)
+        self.fc1 = Linear(c.hidden_size, c.intermediate_size, True)
+        self.fc2 = Linear(c.intermediate_size, c.hidden_size, True)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
@@ -1001,11 +1001,13 @@ class VisionLayer(nn.Module):
 
     def __init__(self, c, gated):
         super().__init__()
-        self.self_attn, self.mlp = VisionAttention(c), VisionMLP(c)
+        self.self_attn = VisionAttention(c)
+        self.mlp = VisionMLP(c)
         self.input_layernorm = nn.LayerNorm(c.hidden_size, c.norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(c.hidden_size, c.norm_eps)
         if gated:
-            self.gate_attn, self.gate_ffn = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+            self.gate_attn = nn.Parameter(torch.zeros(1))
+            self.gate_ffn = nn.Parameter(torch.zeros(1))
         self.gated = gated
 
     def forward(self, x, mask):
@@ -1029,7 +1031,8 @@ class TileEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """x (I, M, P, C) + (1 - tanh g) * (of the patch in its tile) + tanh g * (of patch, tile and ratio)."""
+    """x (I, M, P, C) + (1 - tanh g) * (of the patch in its tile) + tanh g * (of patch, tile and
+    ratio)."""
 
     def __init__(self, c):
         super().__init__()
@@ -1048,7 +1051,8 @@ def vision_layers(c, count, gated):
 
 
 class VisionTower(nn.Module):
-    """Tiles of images -> the final state of every patch with the tapped states of earlier layers."""
+    """Tiles of images -> the final state of every patch with the tapped states of earlier
+    layers."""
 
     def __init__(self, config):
         super().__init__()
@@ -1078,11 +1082,12 @@ class VisionTower(nn.Module):
         """tiles (I, M, 3, L, L); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real ->
         (I, M, P, output_dim).
 
-        Tokens are padded to a multiple of 8 per tile, and only padding to padding is forbidden: real
-        tokens do attend to padding and to empty tiles. That is what the checkpoint was trained with;
-        "fixing" it changes the features.
+        Tokens are padded to a multiple of 8 per tile, and only padding to padding is forbidden:
+        real tokens do attend to padding and to empty tiles. That is what the checkpoint was trained
+        with; "fixing" it changes the features.
         """
-        M, P = tiles.shape[1], self.config.tokens
+        M = tiles.shape[1]
+        P = self.config.tokens
         x = F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8))
         slots = x.shape[2]
         patch = torch.arange(slots, device=x.device) < P
@@ -1103,7 +1108,7 @@ class VisionTower(nn.Module):
         return out.unflatten(1, (M, slots))[:, :, :P]
 
 
-# ---- 10. Pictures --------------------------------------------------------------------------------
+# ---- 9. Pictures ---------------------------------------------------------------------------------
 
 # Canvases in tiles, id = index + 1. Height first: (width, height) would be silently wrong.
 RATIOS = [(rows, cols) for rows in range(1, 5) for cols in range(1, 5) if rows * cols <= 4]
@@ -1113,9 +1118,10 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def open_image(source) -> Image.Image:
-    """A picture as a person sees it, in 8-bit RGB: upright (EXIF), alpha over white, 16-bit grey scaled
-    down. source: a path, bytes or a PIL image. Raises ValueError with one sentence when it cannot be
-    read, or when its header announces more than MAX_PIXELS pixels: then none of them is decoded."""
+    """A picture as a person sees it, in 8-bit RGB: upright (EXIF), alpha over white, 16-bit grey
+    scaled down. source: a path, bytes or a PIL image. Raises ValueError with one sentence when it
+    cannot be read, or when its header announces more than MAX_PIXELS pixels: then none of them is
+    decoded."""
     name = str(source)[:200] if isinstance(source, (str, Path)) else "the picture"
     try:
         with warnings.catch_warnings():
@@ -1142,35 +1148,37 @@ def _to_rgb(image):
 
 
 def cut_tiles(image, tile):
-    """An 8-bit RGB PIL image -> tiles (n, 3, tile, tile) float32, row by row, and the id 1..8 of their
-    arrangement.
+    """An 8-bit RGB PIL image -> tiles (n, 3, tile, tile) float32, row by row, and the id 1..8 of
+    their arrangement.
 
     The picture goes to the top left of the canvas of `RATIOS` that scales it up least, or else down
-    least (the smaller one when several do), shrunk but never enlarged beyond one tile; black fills the
-    rest before normalising. Equal to transformers' MllamaImageProcessorPil with the checkpoint's
-    settings, to the last bit.
+    least (the smaller one when several do), shrunk but never enlarged beyond one tile; black fills
+    the rest before normalising. Equal to transformers' MllamaImageProcessorPil with the
+    checkpoint's settings, to the last bit.
     """
     width, height = image.size
     scales = [min(rows * tile / height, cols * tile / width) for rows, cols in RATIOS]
     best = min((s for s in scales if s >= 1), default=max(scales))
     rows, cols = min((ratio for ratio, s in zip(RATIOS, scales) if s == best), key=math.prod)
-    w, h = min(max(width, tile), cols * tile), min(max(height, tile), rows * tile)
+    w = min(max(width, tile), cols * tile)
+    h = min(max(height, tile), rows * tile)
     if w / width < h / height:
-        h = min(max(int(height * (w / width)), 1), h)  # at least one pixel: 4000 x 10 has to survive
+        h = min(max(int(height * (w / width)), 1), h)  # 4000 x 10 has to survive
     else:
         w = min(max(int(width * (h / height)), 1), w)
     canvas = np.zeros((rows * tile, cols * tile, 3), np.uint8)
     canvas[:h, :w] = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR))
-    levels = (np.arange(256) * (1 / 255)).astype(np.float32)[:, None]  # every value of a pixel
-    levels = (levels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)  # (256, 3)
-    tiles = levels[canvas, np.arange(3)].reshape(rows, tile, cols, tile, 3).transpose(0, 2, 4, 1, 3)
+    pixels = (canvas * (1 / 255)).astype(np.float32)
+    pixels = (pixels - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    tiles = pixels.reshape(rows, tile, cols, tile, 3).transpose(0, 2, 4, 1, 3)
     tiles = np.ascontiguousarray(tiles.reshape(rows * cols, 3, tile, tile))
     return tiles, RATIOS.index((rows, cols)) + 1
 
 
 def pack_images(sets: list[list[Image.Image]], tile: int) -> tuple[Tensor, Tensor]:
-    """Sets of pictures (lists of what `open_image` returns) -> tiles (R, I, 4, 3, tile, tile) float32 and
-    ratio_ids (R, I) long, both 0 where there is none. I: the size of the largest set, at least 1."""
+    """Sets of pictures (lists of what `open_image` returns) -> tiles (R, I, 4, 3, tile, tile)
+    float32 and ratio_ids (R, I) long, both 0 where there is none. I: the size of the largest set,
+    at least 1."""
     count = max([1, *map(len, sets)])
     tiles = torch.zeros(len(sets), count, 4, 3, tile, tile)
     ratio_ids = torch.zeros(len(sets), count, dtype=torch.long)
@@ -1181,7 +1189,7 @@ def pack_images(sets: list[list[Image.Image]], tile: int) -> tuple[Tensor, Tenso
     return tiles, ratio_ids
 
 
-# ---- 11. Tokenizer and chat ----------------------------------------------------------------------
+# ---- 10. Tokenizer and chat ----------------------------------------------------------------------
 
 BOS, EOT, PAD, IMAGE = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"
 STOPS = ("<|end_of_text|>", "<|eom_id|>", EOT)
@@ -1191,15 +1199,15 @@ DATE = "26 Jul 2024"  # pinned, or prompts would change every day
 class Tokenizer:
     """A `tokenizers` file and the chat format of its model.
 
-    Special tokens are found by name and only ever added as ids: text that spells one is encoded as plain
-    text. The tiny tokenizer has one-token headers <|user|> and <|assistant|> and no system block; others
-    speak Llama 3.2.
+    Special tokens are found by name and only ever added as ids: text that spells one is encoded as
+    plain text. The tiny tokenizer has one-token headers <|user|> and <|assistant|> and no system
+    block; others speak Llama 3.2.
     """
 
     def __init__(self, bpe):
         self.bpe = bpe
-        # Reads as: treat special tokens in text like any other text. Never the reverse: a prompt could
-        # otherwise end its own turn.
+        # Reads as: treat special tokens in text like any other text. Never the reverse: a prompt
+        # could otherwise end its own turn.
         self.bpe.encode_special_tokens = True
         self.pad, self.eot, self.bos = (self._id(name) for name in (PAD, EOT, BOS))
         self.stop_ids = {bpe.token_to_id(name) for name in STOPS} - {None}
@@ -1208,7 +1216,7 @@ class Tokenizer:
     def _id(self, name):
         found = self.bpe.token_to_id(name)
         if found is None:
-            raise ValueError(f"the tokenizer has no {name} token, so it is not one of Llama-3.2-Vision.")
+            raise ValueError(f"the tokenizer has no {name} token: it is not of Llama-3.2-Vision.")
         return found
 
     def encode(self, text: str) -> list[int]:
@@ -1216,48 +1224,53 @@ class Tokenizer:
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of token ids; special tokens are spelled out, a stop token at the end is left off."""
+        """Text of token ids; special tokens are spelled out, a stop token at the end is left
+        off."""
         ids = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
         return self.bpe.decode(ids, skip_special_tokens=False)
 
     def header(self, role, text=""):
-        """Ids that open a message of `role`, with its text: the line break before a text may merge with
-        its start."""
+        """Ids that open a message of `role`, with its text: the line break before a text may merge
+        with its start."""
         if self.short:
             return [self._id(f"<|{role}|>"), *self.encode(text)]
-        start, end = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
+        start = self._id("<|start_header_id|>")
+        end = self._id("<|end_header_id|>")
         return [start, *self.encode(role), end, *self.encode("\n\n" + text)]
 
     def prompt(self, text: str, image: bool | int = False, system: str = "") -> list[int]:
         """Ids of a conversation that opens with the user's text and waits for the first response.
 
-        image: whether (or how many) pictures precede the text. Raises ValueError for a system message
-        beside an image, which the published template refuses too, or for a tokenizer without system
-        messages.
+        image: whether (or how many) pictures precede the text. Raises ValueError for a system
+        message beside an image, which the published template refuses too, or for a tokenizer
+        without system messages.
         """
         if system and (image or self.short):
             raise ValueError("a system message cannot stand beside an image or in the tiny format: "
                              "put it into the text.")
         ids = [self.bos]
-        if not self.short and not image:  # the published template adds this block to conversations in text
+        if not self.short and not image:  # the published template adds this block to text alone
             dates = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
             ids += self.header("system", dates + system.strip()) + [self.eot]
         return ids + self.turn(text, image)
 
     def turn(self, text: str, image: bool | int = False) -> list[int]:
-        """Ids of one more user message and the header of the response to it; image as in `prompt`."""
-        shown = [self._id(IMAGE)] * int(image)
-        opened = self.header("user") + shown + self.encode(text) if shown else self.header("user", text)
-        return opened + [self.eot] + self.header("assistant")
+        """Ids of one more user message and the header of the response to it; image as in
+        `prompt`."""
+        if image:
+            message = self.header("user") + [self._id(IMAGE)] * int(image) + self.encode(text)
+        else:
+            message = self.header("user", text)
+        return message + [self.eot] + self.header("assistant")
 
 
-# ---- 12. Saving ----------------------------------------------------------------------------------
+# ---- 11. Saving ----------------------------------------------------------------------------------
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # How names begin in memory since transformers 4.52 (PEFT writes these), and on the hub.
-LAYOUTS = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
-           ("model.vision_model.", "vision_model."),
+LAYOUTS = (("model.language_model.", "language_model.model."),
+           ("lm_head.", "language_model.lm_head."), ("model.vision_model.", "vision_model."),
            ("model.multi_modal_projector.", "multi_modal_projector."))
 
 
@@ -1275,47 +1288,55 @@ def write_json(path, data):
 
 
 @torch.no_grad()
-def save_model(model: LlamaVision, tokenizer: Tokenizer, directory, dtype: torch.dtype | None = None,
-               shard_bytes: int = 5 * 10**9):
-    """Write a model directory in the hub's layout: config.json, tokenizer.json and the weights in `dtype`
-    (default: as they are) with adapters merged, in one file, or in several of at most shard_bytes."""
+def save_model(model: LlamaVision, tokenizer: Tokenizer, directory,
+               dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9):
+    """Write a model directory in the hub's layout: config.json, tokenizer.json and the weights in
+    `dtype` (default: as they are) with adapters merged, in one file, or in several of at most
+    shard_bytes."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     linears = {f"{name}.weight": linear for name, linear in linear_layers(model).items()}
     state = {name: t for name, t in model.state_dict().items() if ".lora_" not in name}
-    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in state.items()}
-    shards, room = [], 0
-    for name, size in sizes.items():
+    shards = []
+    room = 0
+    total = 0
+    for name, t in state.items():
+        size = t.numel() * (dtype or t.dtype).itemsize
         if size > room:
-            shards.append([])
+            shards.append({})
             room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    listed, count = {}, len(shards)
-    for i, names in enumerate(shards, 1):
+        shards[-1][name] = t
+        room = room - size
+        total = total + size
+    count = len(shards)
+    listed = {}
+    for i, shard in enumerate(shards, 1):
         file = WEIGHTS if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors"
-        # Merged shard by shard: all at once would take the decoder's size again.
-        tensors = {n: merged(linears[n]) if n in linears else state[n] for n in names}
-        tensors = {n: t.to("cpu", dtype).contiguous() for n, t in tensors.items()}
-        write_atomically(directory / file, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
-        listed |= dict.fromkeys(names, file)
+        # Merged tensor by tensor: all at once would take the decoder's size again.
+        tensors = {name: (merged(linears[name]) if name in linears else t).to("cpu", dtype)
+                   for name, t in shard.items()}
+        tensors = {name: t.contiguous() for name, t in tensors.items()}
+        save = partial(save_file, tensors, metadata={"format": "pt"})
+        write_atomically(directory / file, save)
+        listed |= dict.fromkeys(shard, file)
     if count > 1:
-        total = {"total_size": sum(sizes.values())}
-        write_json(directory / INDEX, {"metadata": total, "weight_map": listed})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
     # What an earlier save left in the other form would be read instead.
     (directory / (INDEX if count == 1 else WEIGHTS)).unlink(missing_ok=True)
     saved = dtype or model.language_model.lm_head.weight.dtype
     config = config_to_json(model.config) | {"torch_dtype": str(saved).removeprefix("torch.")}
     # transformers' default for padding, 128004, is no row of a small model.
-    config["text_config"] |= {"bos_token_id": tokenizer.bos, "eos_token_id": sorted(tokenizer.stop_ids),
-                              "pad_token_id": tokenizer.pad}
+    config["text_config"] |= {
+        "bos_token_id": tokenizer.bos, "eos_token_id": sorted(tokenizer.stop_ids),
+        "pad_token_id": tokenizer.pad}
     write_json(directory / "config.json", config)
     write_atomically(directory / "tokenizer.json", lambda p: tokenizer.bpe.save(str(p)))
 
 
 def save_adapter(model: LlamaVision, directory, base):
-    """Write the LoRA tensors as PEFT does, with the hub's names, and modules listed in both layouts: so
-    PEFT finds them whichever transformers it meets. `base` is the model directory that they belong to."""
+    """Write the LoRA tensors as PEFT does, with the hub's names, and modules listed in both
+    layouts: so PEFT finds them whichever transformers it meets. `base` is the model directory that
+    they belong to."""
     directory = Path(directory)
     adapted = {name: linear for name, linear in linear_layers(model).items() if linear.lora_A}
     if not adapted:
@@ -1334,7 +1355,7 @@ def save_adapter(model: LlamaVision, directory, base):
         "target_modules": [*adapted, *in_memory]})
 
 
-# ---- 13. Loading ---------------------------------------------------------------------------------
+# ---- 12. Loading ---------------------------------------------------------------------------------
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NOT_BUILT = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern",
@@ -1362,13 +1383,15 @@ class Adapter(NamedTuple):
 
 def load_model(directory, dtype: torch.dtype = torch.float32,
                device="cpu") -> tuple[LlamaVision, Tokenizer]:
-    """(model, tokenizer) of a directory in the hub's layout, or of an adapter in PEFT's: then of its base
-    with the adapter beside it, ready to be trained on.
+    """(model, tokenizer) of a directory in the hub's layout, or of an adapter in PEFT's: then of
+    its base with the adapter beside it, ready to be trained on.
 
-    Weights come in `dtype`, whatever they are stored in; an adapter stays float32. All names, shapes and
-    sizes are checked before memory is taken. Raises ValueError with one sentence for whatever is wrong.
+    Weights come in `dtype`, whatever they are stored in; an adapter stays float32. All names,
+    shapes and sizes are checked before memory is taken. Raises ValueError with one sentence for
+    whatever is wrong.
     """
-    base, adapters = Path(directory), []
+    base = Path(directory)
+    adapters = []
     while os.path.exists(base / ADAPTER_CONFIG):
         adapters.insert(0, read_adapter(base))
         base = adapters[0].base
@@ -1377,43 +1400,44 @@ def load_model(directory, dtype: torch.dtype = torch.float32,
                              "name a base that is a model.")
     if not os.path.exists(base / "config.json"):
         raise ValueError(f"{base} holds no model: it has no config.json.")
-    config, tokenizer = config_from_json(read_json(_file(base, "config.json"))), load_tokenizer(base)
+    config = config_from_json(read_json(_file(base, "config.json")))
+    tokenizer = load_tokenizer(base)
     if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
         raise ValueError(f"{base / 'tokenizer.json'} has more tokens than the embedding has rows; "
                          "take this model's.")
     with torch.device("meta"):
         model = LlamaVision(config).to(dtype)
     files = find_weights(base)
-    _check_tensors(files, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    _check_tensors(files, model.state_dict())
     for adapter in adapters:
-        _check_tensors(adapter.files, {
-            f"{name}.{part}.weight": shape for name, linear in adapted_layers(model, adapter)
-            for part, shape in (("lora_A", (adapter.rank, linear.in_features)),
-                                ("lora_B", (linear.out_features, adapter.rank)))})
+        attach(model, adapter)  # on a model without data: the adapter is checked
+    merge_lora(model)
     try:
         model.to_empty(device=device)
     except RuntimeError:
         size = sum(p.nbytes for p in model.parameters()) / 1e9
-        raise ValueError(f"{device} has no room for {base}: {size:.1f} GB as {str(dtype)[6:]}.") from None
+        raise ValueError(f"{device} has no room for {base}: {size:.1f} GB as {str(dtype)[6:]}."
+                         ) from None
     for path, header in files.items():
         read_tensors(path, header, model.state_dict())
     for adapter in adapters:
-        merge_lora(model)  # an adapter that was trained on top of another counts that as its base
-        model.requires_grad_(False)
-        for _, linear in adapted_layers(model, adapter):
-            linear.add_lora(adapter.rank, adapter.alpha)
+        attach(model, adapter)
         for path, header in adapter.files.items():
             read_tensors(path, header, model.state_dict())
     return model, tokenizer
 
 
-def adapted_layers(model, adapter):
-    """(name, Linear) of what an adapter changes. PEFT adapts every module whose name ends with a listed
-    one; where none are listed, the tensors tell."""
+def attach(model, adapter):
+    """Add the layers of an Adapter, whose tensors must fit. PEFT adapts every module whose name
+    ends with a listed one; where none are listed, the tensors tell."""
+    merge_lora(model)  # an adapter that was trained on top of another counts that as its base
+    model.requires_grad_(False)
     stored = {name.rpartition(".lora_")[0] for header in adapter.files.values() for name in header}
     ends = tuple(f".{module}" for module in adapter.modules)
-    return [(name, linear) for name, linear in linear_layers(model).items()
-            if name in stored or f".{name}".endswith(ends)]
+    for name, linear in linear_layers(model).items():
+        if name in stored or f".{name}".endswith(ends):
+            linear.add_lora(adapter.rank, adapter.alpha)
+    _check_tensors(adapter.files, {n: t for n, t in model.state_dict().items() if ".lora_" in n})
 
 
 def read_adapter(directory):
@@ -1424,24 +1448,24 @@ def read_adapter(directory):
         raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
     bias = config.get("bias", "none") != "none"
     for name in [*filter(config.get, NOT_BUILT), *["bias"] * bias]:
-        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and load "
-                         "the result.")
+        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and "
+                         "load the result.")
     rank = _number(f"{path}: r", config.get("r"), int)
     alpha = _number(f"{path}: lora_alpha", config.get("lora_alpha"), float)
     alpha *= rank**0.5 if config.get("use_rslora") is True else 1
-    modules, base = config.get("target_modules"), config.get("base_model_name_or_path")
+    modules = config.get("target_modules")
+    base = config.get("base_model_name_or_path")
     if not isinstance(modules, (str, list)) or not all(isinstance(m, str) for m in modules):
         raise ValueError(f"{path}: target_modules must be a text or a list of module names.")
     # A text is a pattern, which is never run: it could take for ever.
-    if isinstance(modules, str) or config.get("layers_to_transform") or config.get("exclude_modules"):
-        modules = ()
+    narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
+    modules = () if narrowed or isinstance(modules, str) else map(hub_name, modules)
     places = (Path(base), directory / base) if isinstance(base, str) and base else ()
     base = next(filter(os.path.isdir, places), None)
     if base is None:
-        raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base model; "
-                         "download that, and put its path there.")
-    modules = tuple(map(hub_name, modules))
-    return Adapter(rank, alpha, modules, base, find_weights(directory, ADAPTER))
+        raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base "
+                         "model; download that, and put its path there.")
+    return Adapter(rank, alpha, tuple(modules), base, find_weights(directory, ADAPTER))
 
 
 def hub_name(name):
@@ -1451,10 +1475,12 @@ def hub_name(name):
 
 
 def find_weights(directory, file=WEIGHTS):
-    """{path: {hub's name: Stored}} of a model's or an adapter's directory: one file, or the shards that its
-    index lists. Raises ValueError also for a tensor that is there twice."""
-    listed, files, seen = {}, {}, {}
-    if file == WEIGHTS and not os.path.exists(directory / WEIGHTS) and os.path.exists(directory / INDEX):
+    """{path: {hub's name: Stored}} of a model's or an adapter's directory: one file, or the shards
+    that its index lists. Raises ValueError also for a tensor that is there twice."""
+    listed = {}
+    files = {}
+    seen = {}
+    if not os.path.exists(directory / file) and os.path.exists(directory / INDEX):
         index = read_json(_file(directory, INDEX))
         listed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(listed, dict) or not listed:
@@ -1465,30 +1491,34 @@ def find_weights(directory, file=WEIGHTS):
         for name, stored in read_header(path).items():
             hub = hub_name(name)
             if seen.setdefault(hub, stored) is not stored:
-                raise ValueError(f"{path} has tensor {name[:120]!r} twice, or another file has it too; "
-                                 "keep one of the two.")
+                raise ValueError(f"{path} has tensor {name[:120]!r} twice, or another file has it "
+                                 "too; keep one of the two.")
             files[path][hub] = stored
-    for name in listed.keys() ^ {stored.name for stored in seen.values()} if listed else ():
+    there = {stored.name for stored in seen.values()}
+    for name in sorted(listed.keys() ^ there) if listed else ():
         raise ValueError(f"{directory} {'lacks' if name in listed else 'has an unlisted'} tensor "
                          f"{name[:120]!r}, unlike {INDEX}; copy or download both again.")
     return files
 
 
 def read_header(path):
-    """{name: Stored} of a safetensors file; no tensor is read. The library checks that the tensors fill the
-    file without gaps. Raises ValueError with one sentence."""
+    """{name: Stored} of a safetensors file; no tensor is read. The library checks that the tensors
+    fill the file without gaps. Raises ValueError with one sentence."""
+    found = {}
     try:
         with safe_open(path, "pt") as file:
-            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
-            parts = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+            for name in sorted(file.keys()):
+                part = file.get_slice(name)
+                kind = part.get_dtype()
+                found[name] = Stored(DTYPES.get(kind, kind), tuple(part.get_shape()), name)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:200]!r}); "
                          "copy or download it again.") from None
-    for name, (dtype, _) in parts.items():
-        if dtype not in DTYPES:
-            raise ValueError(f"{path}: tensor {name[:120]!r} is of type {dtype!r}, not {', '.join(DTYPES)}: "
-                             "take the model from before it was quantized.")
-    return {name: Stored(DTYPES[dtype], shape, name) for name, (dtype, shape) in parts.items()}
+    for name, stored in found.items():
+        if isinstance(stored.dtype, str):
+            raise ValueError(f"{path}: tensor {name[:120]!r} is of type {stored.dtype!r}, not "
+                             f"{', '.join(DTYPES)}: take the model from before it was quantized.")
+    return found
 
 
 @torch.no_grad()
@@ -1500,17 +1530,20 @@ def read_tensors(path, header, targets):
 
 
 def _check_tensors(files, wanted):
-    """Compare names and shapes in {path: header} with {name: shape}."""
-    found = {name: (path, stored.shape) for path, header in files.items() for name, stored in header.items()}
+    """Compare names and shapes in {path: header} with {name: tensor}."""
+    found = {name: (path, stored.shape) for path, header in files.items()
+             for name, stored in header.items()}
     for name in sorted(found.keys() - wanted.keys()):
-        raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; it belongs to another model.")
-    for name, shape in wanted.items():
-        path, stored = found.get(name, (min(files).parent, None))
-        if stored is None:
-            raise ValueError(f"{path} lacks tensor {name!r} of its configuration; copy or download it again.")
-        if stored != shape:
-            raise ValueError(f"{path}: tensor {name} has shape {stored}, but the configuration asks for {shape}; "
-                             "take both from the same model.")
+        raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; "
+                         "it belongs to another model.")
+    for name, tensor in wanted.items():
+        path, shape = found.get(name, (min(files).parent, None))
+        if shape is None:
+            raise ValueError(f"{path} lacks tensor {name!r} of its configuration; "
+                             "copy or download it again.")
+        if shape != tensor.shape:
+            raise ValueError(f"{path}: tensor {name} has shape {shape}, but the configuration asks "
+                             f"for {tuple(tensor.shape)}; take both from the same model.")
 
 
 def load_tokenizer(directory) -> Tokenizer:
@@ -1524,8 +1557,9 @@ def load_tokenizer(directory) -> Tokenizer:
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception for a damaged file, and panics at some
-        raise ValueError(f"{path} cannot be used as a tokenizer ({str(error)[:120]}); copy it again.") from None
+    except BaseException as error:  # the library raises bare Exception, and panics at some files
+        raise ValueError(f"{path} cannot be used as a tokenizer ({str(error)[:120]}); "
+                         "copy it again.") from None
 
 
 def read_json(path):
@@ -1546,23 +1580,28 @@ def read_json(path):
 def _file(directory, name):
     """Path of a regular file in a directory. A link may leave it only as the hub's cache has it: to
     ../../blobs. An index from elsewhere must not make us read other files."""
-    if not isinstance(name, str) or not 0 < len(name) < 200 or set(name) & set("/\\\0") or name in (".", ".."):
+    plain = isinstance(name, str) and 0 < len(name) < 200 and not set(name) & set("/\\\0")
+    if not plain or name in (".", ".."):
         shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
         raise ValueError(f"{directory}: the index names {shown} as a shard; "
                          "it must name plain files of this directory.")
-    path, home = directory / name, os.path.realpath(directory)
+    path = directory / name
+    home = os.path.realpath(directory)
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing or no regular file; copy or download the directory again.")
-    if os.path.dirname(os.path.realpath(path)) not in (home, os.path.realpath(f"{home}/../../blobs")):
+        raise ValueError(f"{path} is missing or no regular file; copy or download the directory "
+                         "again.")
+    homes = (home, os.path.realpath(f"{home}/../../blobs"))
+    if os.path.dirname(os.path.realpath(path)) not in homes:
         raise ValueError(f"{path} is a link out of its directory; put the file itself there.")
     return path
 
 
-# ---- 14. Cost ------------------------------------------------------------------------------------
+# ---- 13. Cost ------------------------------------------------------------------------------------
 
 
 def count_parameters(model: LlamaVision) -> dict[str, int]:
-    """Parameters of the decoder, the tower (with projector), the adapters, and those that are trained."""
+    """Parameters of the decoder, the tower (with projector), the adapters, and those that are
+    trained."""
     counts = dict.fromkeys(("decoder", "vision", "adapters", "trained"), 0)
     for name, p in model.named_parameters():
         part = "decoder" if name.startswith("language_model") else "vision"
@@ -1572,18 +1611,22 @@ def count_parameters(model: LlamaVision) -> dict[str, int]:
 
 
 def text_flops(config: Config, start: int, end: int, scored: int, images: int = 0) -> int:
-    """Forward FLOPs of tokens start .. end - 1 of one sequence whose first `start` are cached and that sees
-    `images`.
+    """Forward FLOPs of tokens start .. end - 1 of one sequence whose first `start` are cached and
+    that sees `images`.
 
-    2 per weight and token of the layers, 4 E per head, query and key for the attention, and lm_head on
-    the `scored` positions whose logits are needed. Cross layers are skipped without an image; lookups
-    are free.
+    2 per weight and token of the layers, 4 E per head, query and key for the attention, and lm_head
+    on the `scored` positions whose logits are needed. Cross layers are skipped without an image;
+    lookups are free.
     """
-    c, crossing = config.text, len(config.text.cross_attention_layers)
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    mlp, pairs = 3 * c.intermediate_size, (end * (end + 1) - start * (start + 1)) // 2
+    c = config.text
+    crossing = len(config.text.cross_attention_layers)
+    q = c.num_attention_heads * c.head_dim
+    kv = c.num_key_value_heads * c.head_dim
+    mlp = 3 * c.intermediate_size
+    pairs = (end * (end + 1) - start * (start + 1)) // 2
     own = 2 * c.hidden_size * (2 * q + 2 * kv + mlp) * (end - start) + 4 * q * pairs
-    cross = (end - start) * (2 * c.hidden_size * (2 * q + mlp) + 4 * q * images * image_tokens(config))
+    keys = images * image_tokens(config)
+    cross = (end - start) * (2 * c.hidden_size * (2 * q + mlp) + 4 * q * keys)
     layers = (c.num_hidden_layers - crossing) * own + (crossing * cross if images else 0)
     return layers + 2 * c.hidden_size * c.vocab_size * scored
 
@@ -1594,8 +1637,10 @@ def image_tokens(config: Config) -> int:
 
 
 def image_flops(config: Config) -> tuple[int, int]:
-    """(tower, projector and keys and values of the cross layers): forward FLOPs of encoding one image."""
-    c, v = config.text, config.vision
+    """(tower, projector and keys and values of the cross layers): forward FLOPs of encoding one
+    image."""
+    c = config.text
+    v = config.vision
     slots = v.max_num_tiles * (v.tokens + -v.tokens % 8)
     weights = 4 * v.hidden_size + 2 * v.intermediate_size
     layer = 2 * slots * v.hidden_size * weights + 4 * v.hidden_size * slots**2
@@ -1606,94 +1651,102 @@ def image_flops(config: Config) -> tuple[int, int]:
 
 
 def training_flops(forward: int, frozen: bool = False, recompute: bool = False) -> int:
-    """Forward and backward together: backward costs twice the forward, once when the weights are frozen
-    (LoRA: their gradients are not needed; the adapters' own cost, about 1 %, is left out); recompute adds
-    one forward."""
+    """Forward and backward together: backward costs twice the forward, once when the weights are
+    frozen (LoRA: their gradients are not needed; the adapters' own cost, about 1 %, is left out);
+    recompute adds one forward."""
     return forward * (1 + (1 if frozen else 2) + (1 if recompute else 0))
 
 
-# ---- 15. Dry run ---------------------------------------------------------------------------------
+# ---- 14. Dry run ---------------------------------------------------------------------------------
 
 
 def parameter_parts(model):
     """{part of the model: [parameters, tensors]}."""
     parts = {}
+    cross = model.config.text.cross_attention_layers
     for name, p in model.named_parameters():
-        keys = name.removeprefix("language_model.").removesuffix(".weight").split(".")
-        part = keys[0] if keys[0] != "model" else keys[1]
+        part, layer = name.removeprefix("language_model.model.").split(".")[:2]
         if part == "layers":
-            cross = int(keys[2]) in model.config.text.cross_attention_layers
-            part = "cross layers" if cross else "self layers"
+            part = "cross layers" if int(layer) in cross else "self layers"
+        elif part == "language_model":
+            part = layer
         count = parts.setdefault(part, [0, 0])
         count[0] += p.numel()
         count[1] += 1
     return parts
 
 
-# AdamW's state of a trained parameter in bytes.
-OPTIMIZER = {"float32": 8, "bfloat16": 4}
-
-
-def estimate_memory(config, settings):
+def estimate_memory(config: Config, settings) -> dict[str, dict[str, float]]:
     """{"training", "recompute", "rollout": {use: bytes}}; settings: the flags of parse_args.
 
-    Products of sizes, which met nine peaks on an H200 within 3 % (tests/test_checkpoints.py). Not in them:
-    prompts that rows of a training pass share, the CUDA context, workspaces, fragmentation.
+    Products of sizes, which met eleven peaks on an H200 within 2 % (tests/test_checkpoints.py). Not
+    in them: prompts that rows of a training pass share, the CUDA context, workspaces,
+    fragmentation.
     """
-    s, c, v, n = settings, config.text, config.vision, getattr(torch, settings.dtype).itemsize
+    s = settings
+    c = config.text
+    v = config.vision
+    n = getattr(torch, settings.dtype).itemsize
     with torch.device("meta"):
         model = LlamaVision(config)
     if s.lora_rank:
         add_lora(model, s.lora_rank, 1.0)
-    count, full = count_parameters(model), not s.lora_rank
-    state = OPTIMIZER[s.optimizer_state]
-    if full and n < 4 and s.optimizer_state == "float32":
-        state += 4  # a float32 copy of the weights
+    count = count_parameters(model)
+    full = not s.lora_rank
     both = {"weights": (count["decoder"] + count["vision"]) * n, "adapters": count["adapters"] * 4,
-            "optimizer": count["trained"] * state}
-    D, F, V, C = c.hidden_size, c.intermediate_size, c.vocab_size, v.hidden_size
-    Q, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+            "optimizer": count["trained"] * OPTIMIZER[s.optimizer_state]}
+    D = c.hidden_size
+    F = c.intermediate_size
+    V = c.vocab_size
+    C = v.hidden_size
+    I = v.intermediate_size
+    Q = c.num_attention_heads * c.head_dim
+    KV = c.num_key_value_heads * c.head_dim
     cross = len(c.cross_attention_layers)
-    own, cross = c.num_hidden_layers - cross, cross * (s.images > 0)
+    own = c.num_hidden_layers - cross
+    cross *= s.images > 0  # without an image the cross layers are skipped
+    P = image_tokens(config)
     slots = v.max_num_tiles * (v.tokens + -v.tokens % 8)
 
-    # Training. What a token leaves for the backward pass: norms keep their input in float32, trained ones
-    # their result too; then inputs of the projections, queries, keys, values, the four of the MLP.
-    tokens, scored = s.micro_batch * (s.prompt_tokens + s.new_tokens), s.micro_batch * s.new_tokens
-    images, norm = max(1, s.micro_batch // s.group) * s.images, 4 + n * full
-    own_token = 2 * D * norm + n * (2 * D + 2 * Q + 2 * KV + 4 * F)
-    cross_token = (2 * D + Q) * norm + n * (2 * D + 4 * Q + 4 * F)
-    vision_token = n * (8 * C + 2 * v.intermediate_size + slots)  # the mask of attention, for every layer
-
-    def kept(own_token, cross_token, image_token, vision_token):
-        decoder = own * own_token + cross * cross_token + D * norm + 2 * c.head_dim * n
-        tower = (v.num_hidden_layers + v.num_global_layers) * slots * vision_token
-        image = image_tokens(config) * (D * n + cross * image_token)
-        if full:
-            image += tower + image_tokens(config) * n * (v.output_dim + 2 * C)
-            image += 12 * v.max_num_tiles * v.image_size**2  # pixels
-        return tokens * decoder + images * image + scored * V * 4
-
-    logits, mlp = scored * V * (8 + n), tokens * 4 * F * n  # in the backward pass
-    columns = {
-        "training": {"kept for backward": kept(own_token, cross_token, KV * (norm + 2 * n), vision_token),
-                     "other activations": max(logits, mlp)},
-        "recompute": {"kept for backward": kept(D * n, D * n, 0, C * n),
-                      "other activations": max(logits, mlp + tokens * own_token)}}
-    for column in columns.values():
-        column["gradients"] = count["trained"] * (n if full else 4)
+    # Training. Bytes that a token leaves in a layer for the backward pass: norms keep their input
+    # in float32, trained ones their result too; then inputs of the projections, queries, keys,
+    # values and the four of the MLP. With recompute only the input of the layer.
+    norm = 4 + n * full
+    own_layer = 2 * D * norm + n * (2 * D + 2 * Q + 2 * KV + 4 * F)
+    cross_layer = own_layer + Q * norm + n * (2 * Q - 2 * KV)
+    image_keys = KV * (norm + 2 * n)
+    vision_layer = n * (8 * C + 2 * I + slots)  # slots: the mask
+    tokens = s.micro_batch * (s.prompt_tokens + s.new_tokens)
+    scored = s.micro_batch * s.new_tokens
+    images = max(1, s.micro_batch // s.group) * s.images
+    logits, mlp = scored * V * (8 + n), tokens * 4 * F * n  # of the backward pass
+    columns = {}
+    for name, layers, beside in (
+            ("training", (own_layer, cross_layer, image_keys, vision_layer), mlp),
+            ("recompute", (D * n, D * n, 0, C * n), mlp + tokens * own_layer)):
+        image = P * (D * n + cross * layers[2])
+        if full:  # the tower is trained: its layers, its output, its embeddings, the pixels
+            image += slots * (v.num_hidden_layers + v.num_global_layers) * layers[3]
+            image += P * n * (v.output_dim + 2 * C) + 12 * slots * v.patch_size**2
+        token = own * layers[0] + cross * layers[1] + D * norm + 2 * c.head_dim * n
+        columns[name] = both | {"gradients": count["trained"] * (n if full else 4),
+                                "kept for backward": (tokens * token + images * image
+                                                      + scored * V * 4),
+                                "other activations": max(logits, beside)}
 
     # Rollout: prompts are read and images encoded once for a group, all of a batch at once.
     prompts, pair = s.batch // s.group, 2 * KV * n  # a key and a value of one token in one layer
-    seen = prompts * s.images * image_tokens(config)
+    seen = prompts * s.images * P
     rollout = {"KV cache": s.batch * (s.prompt_tokens + s.new_tokens) * own * pair,
                "cross-attention K/V": seen * cross * pair, "image features": seen * n * D}
-    encoding = prompts * s.images * slots * (vision_token + slots)
-    reading, drawing = prompts * s.prompt_tokens * n * (2 * D + 3 * F), s.batch * V * (20 + n)
-    rollout["other activations"] = max(reading, drawing, seen * KV * (8 + n), encoding - sum(rollout.values()))
-    return {name: both | column for name, column in (columns | {"rollout": rollout}).items()}
+    reading = max(prompts * s.prompt_tokens * n * (2 * D + 3 * F), seen * KV * (8 + n))
+    encoding = prompts * s.images * slots * (vision_layer + slots) - sum(rollout.values())
+    drawing = s.batch * V * (20 + n)
+    columns["rollout"] = both | rollout | {"other activations": max(reading, encoding, drawing)}
+    return columns
 
 
+OPTIMIZER = {"float32": 8, "bfloat16": 4}  # bytes of AdamW's state for a trained parameter
 FLAGS = {"batch": (64, 1, 4096, "rows of a rollout"),  # default, least, most
          "micro-batch": (8, 1, 4096, "rows of a training pass"),
          "group": (1, 1, 4096, "rows that share a prompt and its images"),
@@ -1711,14 +1764,16 @@ def parse_args(argv=None):
         prog="model.py", description="Parameters by part, memory by use: an estimate.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = refuse
-    parser.add_argument("--dry-run", action="store_true", required=True, help="nothing is made or read")
-    parser.add_argument("--size", choices=SIZES, default="11b", help="architecture")
+    flag = parser.add_argument
+    flag("--dry-run", action="store_true", required=True, help="nothing is made or read")
+    flag("--size", choices=SIZES, default="11b", help="architecture")
     for name, (default, least, most, text) in FLAGS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}, {least} to {most}")
-    parser.add_argument("--recompute", action="store_true", help="no column without checkpointing")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of weights")
-    parser.add_argument("--optimizer-state", choices=OPTIMIZER, default="float32",
-                        help="AdamW's moments; bfloat16: as train_sft.py --optimizer adamw16 has them")
+        flag(f"--{name}", type=int, default=default, help=f"{text}, {least} to {most}")
+    flag("--recompute", action="store_true", help="no column without checkpointing")
+    flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+         help="of weights; full fine-tuning with AdamW has float32")
+    flag("--optimizer-state", choices=OPTIMIZER, default="float32",
+         help="AdamW's moments; bfloat16: as train_sft.py --optimizer adamw16 has them")
     settings = parser.parse_args(argv)
     for name, (_, least, most, _) in FLAGS.items():
         if not least <= getattr(settings, name.replace("-", "_")) <= most:
@@ -1740,17 +1795,19 @@ def main(argv=None):
     columns = estimate_memory(SIZES[settings.size], settings)
     if settings.recompute:
         del columns["training"]
-    print("\nGB (10^9 bytes) with", ", ".join(f"{key} {value}" for key, value in vars(settings).items()))
-    lines = {"": columns} | {use: [f"{column.get(use, 0) / 1e9:.3f}" for column in columns.values()]
-                             for use in columns["recompute"] | columns["rollout"]}
-    totals = [sum(column.values()) / 1e9 for column in columns.values()]
-    lines["all"] = [f"{total:.3f}" for total in totals]
-    for limit in (80, 141):
-        lines[f"fits in {limit} GB"] = ["yes" if total <= limit else "no" for total in totals]
-    for label, cells in lines.items():
+
+    def line(label, cells):
         print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
-    print("An estimate, not measured on a GPU: fragmentation, the CUDA context and kernels' workspaces are\n"
-          "not counted. A board holds about 6 % more than its name says, which is left for these.")
+    print("\n" + ", ".join(f"{key} {value}" for key, value in vars(settings).items()))
+    line("GB (10^9 bytes)", columns)
+    for use in columns["recompute"] | columns["rollout"]:
+        line(use, [f"{column.get(use, 0) / 1e9:.3f}" for column in columns.values()])
+    totals = [sum(column.values()) / 1e9 for column in columns.values()]
+    line("all", [f"{total:.3f}" for total in totals])
+    for limit in (80, 141):
+        line(f"fits in {limit} GB", ["yes" if total <= limit else "no" for total in totals])
+    print("An estimate, not measured on a GPU: fragmentation, the CUDA context and kernels'\n"
+          "workspaces are not counted. A board holds about 6 % more than its name says, for these.")
     return columns
 
 

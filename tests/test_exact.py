@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -258,7 +259,17 @@ def test_gradients_reach_tower_and_projector_through_shared_sets():
 
 # ---- pictures
 
+def needs_the_pinned_pillow():
+    """The digests of pictures hold for one version of Pillow: others resize pictures with a side of few pixels otherwise (28 of
+    our 276 with the next one). The processor of transformers does as its Pillow does, so that is no fault of ours."""
+    pinned = (FIXTURES.parents[1] / "requirements.txt").read_text().lower().split("pillow==")[1].split()[0]
+    if PIL.__version__ != pinned:
+        pytest.skip(f"the digests of pictures were made with Pillow {pinned}, and {PIL.__version__} is installed, which resizes "
+                    "differently: install the pinned one for this test")
+
+
 def test_pictures_equal_the_processor_to_the_last_bit():
+    needs_the_pinned_pillow()
     want = fixture("rest")["pictures"]
     ours = [fx.digest(*M.cut_tiles(Image.fromarray(fx.picture(w, h)), tile)) for w, h, tile in fx.SIZES]
     assert [size for size, a, b in zip(fx.SIZES, ours, want) if a != b] == []
@@ -449,6 +460,7 @@ def cached(name):
 
 def pictures(module):
     """Pictures that differ; 1.0 is the first that counts."""
+    needs_the_pinned_pillow()
     want = fixture("rest")["pictures"]
     return float(sum(fx.digest(*module.cut_tiles(Image.fromarray(fx.picture(w, h)), t)) != d
                      for (w, h, t), d in list(zip(fx.SIZES, want))[12:]))
@@ -474,7 +486,7 @@ MUTATIONS = {
     # torch's attention makes a fully masked row zero on the CPU, so only the other semantics shows it in numbers
     "-inf fill": (forward("grouped", "hf"), [("mask = (seen | ~sees)", "mask = (seen)")]),
     "a last mask row of ones": (cached("grouped"), [("sees = seen.any(-1, keepdim=True)\n", "sees = seen.any(-1, keepdim=True)\n        seen = sees.expand_as(seen) if at is not None and seen.shape[1] == 1 else seen\n")]),
-    "normalising before padding": (pictures, [("levels[canvas, np.arange(3)].reshape", "np.pad(levels[canvas[:h, :w], np.arange(3)], ((0, rows * tile - h), (0, cols * tile - w), (0, 0))).reshape")]),
+    "normalising before padding": (pictures, [("tiles = pixels.reshape(rows, tile", "tiles = np.pad(pixels[:h, :w], ((0, rows * tile - h), (0, cols * tile - w), (0, 0))).reshape(rows, tile")]),
     "images leak into the prefix": (forward("grouped"), [("attention = attention * sees if self.mask_prefix_attention else attention", "")]),
     "runs of images split": (forward("grouped"), [("begins = shown & ~F.pad(shown, (1, 0))[:, :-1]", "begins = shown")]),
     "earlier images stay visible": (forward("grouped"), [("first = (begins * end).cummax(1).values", "first = 0 * end")]),
@@ -487,7 +499,8 @@ MUTATIONS = {
 
 def test_the_text_unchanged_passes_as_a_mutant(tmp_path):
     module = mutant(tmp_path)
-    assert forward("grouped")(module) <= 1 and cached("grouped")(module) <= 1 and pictures(module) == 0
+    assert forward("grouped")(module) <= 1 and cached("grouped")(module) <= 1
+    assert pictures(module) == 0  # last: with another Pillow this is skipped
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
