@@ -10,14 +10,14 @@ minibatches within a batch, clipping only where --epochs asks for more than one 
 penalty, no asynchronous rollouts. The four estimators differ in the few lines of `advantages` and
 in the weight that `token_weights` gives to a token.
 
-Contents
-  1. Advantages     how much better than expected an episode did
-  2. The loss       of sampled tokens: policy gradient, clipping, KL
-  3. One update     gradients over micro-batches
-  4. The loop       main
-  (the reading path ends)
-  5. Measures       of a step: what the verifier and the texts say, FLOPs
-  6. Command line
+Contents, up to 4 the reading path
+  1. Advantages              how much better than expected an episode did
+  2. The loss                of sampled tokens: policy gradient, clipping, KL
+  3. One update              gradients over micro-batches
+  4. The loop                main
+  5. Problems and reference  the problems of a step; the policy that a KL is measured to
+  6. Measures of a step      what the verifier and the texts say, FLOPs
+  7. Command line            the flags
 
 Shapes: P problems, G episodes of each (a group); in a micro-batch B episodes of T tokens, of which
 N were sampled.
@@ -209,6 +209,11 @@ def main(argv=None):
     return run.end()
 
 
+# ==== The reading path ends here. Everything below can be skipped. ====
+
+# ---- 5. Problems and reference -------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class ProblemStream:
     """The training problems: those of a step are a pure function of these fields and the step."""
@@ -248,9 +253,7 @@ def make_reference(run):
     return reference
 
 
-# ==== The reading path ends here. Everything below can be skipped. ====
-
-# ---- 5. Measures of a step -----------------------------------------------------------------------
+# ---- 6. Measures of a step -----------------------------------------------------------------------
 
 METRICS = {  # --help prints them
     "reward": "mean return",
@@ -343,7 +346,7 @@ def group_flops(config, group, cached):
     return flops
 
 
-# ---- 6. Command line -----------------------------------------------------------------------------
+# ---- 7. Command line -----------------------------------------------------------------------------
 
 
 def parse_args(argv=None):

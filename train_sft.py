@@ -3,18 +3,17 @@
     python train_sft.py --task gp-l --out runs/sft            # expert answers under one rule
     python train_sft.py --rules 10:2 11,12,13 --out runs/two  # a mixture of two rules
 
-Contents
-  1. Demonstrations   problem and demonstrator -> token ids and the mask of the learned ones
-  2. The loss         -log p of the response and its stop token, one normaliser for the whole batch
-  3. One update       clip the gradient, take a step
-  4. The loop         main
-  (the reading path ends)
-  5. A run            how far it is, and everything that a finished step leaves behind
-  6. Its directory    arguments, metrics, checkpoints that resume bit for bit
-  7. Start            model, trained parameters, optimizer
-  8. AdamW16          an optimizer with everything in bfloat16
-  9. Cost             FLOPs of an update
-  10. Command line    the flags that both trainers have, and those of SFT
+Contents, up to 4 the reading path
+  1. Demonstrations  problem and demonstrator -> token ids and the mask of the learned ones
+  2. The loss        -log p of the response and its stop token, one normaliser for the whole batch
+  3. One update      clip the gradient, take a step
+  4. The loop        main
+  5. A run           how far it is, and everything that a finished step leaves behind
+  6. Its directory   arguments, metrics, checkpoints that resume bit for bit
+  7. Start           model, trained parameters, optimizer
+  8. AdamW16         an optimizer with everything in bfloat16
+  9. Cost            FLOPs of an update
+  10. Command line   the flags that both trainers have, and those of SFT
 """
 
 import argparse
@@ -47,26 +46,15 @@ from model import (PARTS, LlamaVision, Tokenizer, add_lora, count_parameters, im
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
 
 
-class Mixture(NamedTuple):
-    """Names that are drawn with a probability in proportion to their weights."""
-
-    names: list[str]
-    weights: list[float]
-
-    def draw(self, rng):
-        """One of the names."""
-        return rng.choices(self.names, self.weights)[0]
-
-
 @dataclass(frozen=True)
 class Demonstrations:
     """The stream of demonstrated episodes. Episode number `index` is a pure function of these
     fields and the index, so a resumed run needs no state of the data."""
 
     task: str
-    rules: Mixture
-    demonstrators: Mixture
-    visuals: Mixture | None  # None: the task's own look, or a task in text
+    rules: "Mixture"
+    demonstrators: "Mixture"
+    visuals: "Mixture | None"  # None: the task's own look, or a task in text
     split: str
     seed: int
     style: dict  # of prompt_style: how problems are put to this model
@@ -145,11 +133,6 @@ def update(model: LlamaVision, optimizer, lr: float, max_grad_norm: float) -> di
     return {"grad_norm": norm, "lr": lr, "moved": moved}
 
 
-def parameter_sums(parameters):
-    """The sum of each parameter, in float64: some differ after any update that moved something."""
-    return torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters])
-
-
 # ---- 4. The loop ---------------------------------------------------------------------------------
 
 
@@ -173,14 +156,6 @@ def train(run, args):
     except FloatingPointError as error:
         raise run.not_finite(error, episodes) from None
     return run.end()
-
-
-def demonstrations(args, style):
-    """The data that the flags of SFT ask for."""
-    visuals = read_mixture("visuals", args.visuals) if args.visuals else None
-    return Demonstrations(args.task, read_mixture("rules", args.rules),
-                          read_mixture("demonstrators", args.demonstrators), visuals,
-                          args.split, args.seed, style)
 
 
 # ==== The reading path ends here. Everything below can be skipped. ====
@@ -402,6 +377,11 @@ class Run:
                   flush=True)
         signal.signal(signal.SIGINT, handler)
         signal.signal(signal.SIGTERM, handler)
+
+
+def parameter_sums(parameters):
+    """The sum of each parameter, in float64: some differ after any update that moved something."""
+    return torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters])
 
 
 def random_states(generator):
@@ -808,6 +788,25 @@ def update_image_flops(model: LlamaVision, encoded=False) -> float:
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------
+
+
+class Mixture(NamedTuple):
+    """Names that are drawn with a probability in proportion to their weights."""
+
+    names: list[str]
+    weights: list[float]
+
+    def draw(self, rng):
+        """One of the names."""
+        return rng.choices(self.names, self.weights)[0]
+
+
+def demonstrations(args, style):
+    """The data that the flags of SFT ask for."""
+    visuals = read_mixture("visuals", args.visuals) if args.visuals else None
+    return Demonstrations(args.task, read_mixture("rules", args.rules),
+                          read_mixture("demonstrators", args.demonstrators), visuals,
+                          args.split, args.seed, style)
 
 
 def read_mixture(flag, items):
