@@ -345,8 +345,8 @@ class LlamaVision(nn.Module):
         ids (B, T) padded on the right, chosen (B, T) bool, never True at t = 0 -> (number chosen,)
         float32 in row-major order, of softmax(logits / temperature): the distribution that was
         sampled from, so that the ratio to `old_log_probs` is 1 before an update."""
-        # States self(ids[:, :-1], image)[chosen[:, 1:]], since t - 1 predicts token t; a prompt that
-        # rows share is computed once. No others reach lm_head: 1 MB of logits a token of the 11B.
+        # States self(ids[:, :-1], image)[chosen[:, 1:]], since t - 1 predicts token t; a prompt
+        # that rows share is computed once. No others reach lm_head: 1 MB of logits each in the 11B.
         hidden = states_before(self, ids, chosen, image)
         log_p = (self.logits(hidden) / temperature).log_softmax(-1)
         return log_p.gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
@@ -359,7 +359,7 @@ class LlamaVision(nn.Module):
         mask = None  # the first tokens of all rows are causal among themselves
         if cache.used > ids.shape[1]:
             mask = (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
-            if ids.shape[1] == 1 and ids.device.type == "cpu":  # as `grouped_attention` adds it
+            if ids.shape[1] == 1 and ids.device.type == "cpu":  # added to scores; -inf could be NaN
                 mask = torch.zeros((), dtype=cache.dtype).where(mask, torch.finfo(cache.dtype).min)
         hidden = self.language_model.model(ids, None, mask, cache=cache)
         cache.length = cache.length + lengths
@@ -730,6 +730,7 @@ def adapters_off(model: LlamaVision):
 class ImageContext:
     """The images that rows of text may see: R sets of up to I images, and the set of each row. Rows
     that share a set (the episodes of a group) share its keys and values: they become its queries.
+    With 2 prompts and groups of 3: R = 2, rows = [0, 0, 0, 1, 1, 1], share = 3.
 
     features (R, I * M * P, D): projected image tokens; tiles (R, I, M) bool: those that exist; rows
     (B,) long: the set of each row of text, by default its own. prefix_looks: tokens before an image
@@ -829,7 +830,9 @@ class ImageContext:
         None; sees (B, T, 1) bool). A token that sees nothing has a mask of ones (of -inf it would
         be NaN, in the gradient too), and `sees` discards its result.
         """
-        end = shown.cumsum(1)  # tokens see the images first .. end of their row
+        # Tokens see the images first .. end of their row, counted from 1. Generated tokens too:
+        # a mask of ones for them would show the empty tiles of pictures with fewer than four.
+        end = shown.cumsum(1)
         begins = shown & ~F.pad(shown, (1, 0))[:, :-1]
         first = (begins * end).cummax(1).values
         if at is not None:
@@ -838,8 +841,7 @@ class ImageContext:
         tiles = self.tiles[self.rows]
         tokens = self.features.shape[1] // self.tiles[0].numel()
         number = tiles.any(-1).cumsum(1)  # (B, I): missing images are not counted
-        # Not for single tokens of decoding, where the question would make the CPU wait for the
-        # device.
+        # Not for single tokens of decoding: the question would make the CPU wait for the device.
         if end.shape[1] > 1 and bool((end[:, -1] > number[:, -1]).any()):
             raise ValueError("a row of text has more <|image|> tokens than it was given images.")
         number = number[:, None]
@@ -931,11 +933,17 @@ class Prompts:
 
 
 def states_before(model, ids, chosen, image):
-    """Hidden states (N, D) from which the chosen tokens follow: model(ids[:, :-1], image)[chosen[:,
-    1:]]. A prompt (the tokens before the first chosen one) that several rows have is computed once,
-    with its gradient: arguments and values are those of LlamaVision.log_probs."""
+    """Hidden states (N, D) from which the chosen tokens follow, with log_probs' arguments.
+
+    The values are those of model(ids[:, :-1], image)[chosen[:, 1:]], but a prompt (all before the
+    first chosen token) that several rows have, with the same images, is computed once:
+        prompts   [ p p p p ]             one row each, padded on the right
+        the rest  [ p a a a ] [ p a a ]   from the prompt's last token on, which predicts the first
+                                          chosen one; each row sees its prompt and itself
+    """
     start = (chosen.int().argmax(1) - 1).clamp(min=0)  # (B,): the last token of each prompt
     sets = [0] * len(ids) if image is None else image.rows.tolist()
+    # Sorted, so that the same rows are always summed in the same order.
     prompts = [(tuple(row[:n]), i) for row, n, i in zip(ids.tolist(), start.tolist(), sets)]
     different = sorted(set(prompts))
     rows = [different.index(prompt) for prompt in prompts]  # the number of each row's prompt
@@ -1460,8 +1468,8 @@ def read_adapter(directory):
     # A text is a pattern, which is never run: it could take for ever.
     narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
     modules = () if narrowed or isinstance(modules, str) else map(hub_name, modules)
-    places = (Path(base), directory / base) if isinstance(base, str) and base else ()
-    base = next(filter(os.path.isdir, places), None)
+    paths = (Path(base), directory / base) if isinstance(base, str) and base else ()
+    base = next(filter(os.path.isdir, paths), None)
     if base is None:
         raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base "
                          "model; download that, and put its path there.")
@@ -1523,7 +1531,9 @@ def read_header(path):
 
 @torch.no_grad()
 def read_tensors(path, header, targets):
-    """Fill targets[name] (of any float type, on any device) from a file with this header."""
+    """Fill targets[name] (of any float type, on any device) from a file with this header. The
+    library maps the file: until it is closed its pages count beside the weights, but the system may
+    drop them."""
     with safe_open(path, "pt") as file:
         for name, stored in header.items():
             targets[name].copy_(file.get_tensor(stored.name))

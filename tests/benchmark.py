@@ -41,7 +41,7 @@ import model as M  # noqa: E402
 import tasks  # noqa: E402
 from evaluate import Episode, rollout  # noqa: E402
 from make_fixtures import hf_name  # noqa: E402
-from train_rl import advantages, policy_loss, rl_backward, token_weights  # noqa: E402
+from train_rl import LossSettings, advantages, policy_loss, rl_backward, token_weights  # noqa: E402
 from train_sft import sft_backward, update  # noqa: E402
 
 try:
@@ -96,7 +96,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
 
     def update(self):
-        update(self.model, self.optimizer, 1e-5, 1.0, SimpleNamespace(wasted=lambda *a, **k: None))
+        update(self.model, self.optimizer, 1e-5, 1.0)
 
     def train(self, ids, prompt):
         episodes = [Episode(SimpleNamespace(image=None), row, [0] * prompt + [1] * (len(row) - prompt), [0.0] * len(row)) for row in ids.tolist()]
@@ -104,15 +104,12 @@ class Ours:
         self.update()
 
     def grpo(self, problems, group, new, pattern):
-        args = SimpleNamespace(problems=len(problems), group=group, micro_batch=self.s["micro"], temperature=1.0, estimator="grpo",
-                               attempts=1, max_new_tokens=new, clip_eps=0.0, kl_coef=0.0)
+        loss = LossSettings("grpo", temperature=1.0, clip_eps=0.0, kl_coef=0.0, micro_batch=self.s["micro"])
         groups = rollout(self.model, self.tokenizer, problems, group, M.Sampling(new))
         rewards = [[e.total() for e in g] for g in groups] if pattern is None else pattern
         advantage = advantages(torch.tensor(rewards), "grpo")
-        trained = [(e, a) for g, row in zip(groups, advantage.tolist()) for e, a in zip(g, row) if a]
-        if trained:
-            rl_backward(self.model, *zip(*trained), args, self.tokenizer.pad)
-            self.update()
+        rl_backward(self.model, groups, advantage, loss, self.tokenizer.pad)
+        self.update()
 
 
 class Theirs:
@@ -186,7 +183,7 @@ class Theirs:
         texts = [self.tokenizer.decode(row) for row in answers.tolist()]
         rewards = torch.tensor([[copy.copy(p).step(t).reward for t in texts[i * group : (i + 1) * group]] for i, p in enumerate(problems)])
         advantage = advantages(torch.tensor(pattern) if pattern is not None else rewards, "grpo").flatten()[:, None].to(ids.device)
-        weight = token_weights(torch.ones_like(answers), "grpo", len(out), new)
+        weight = token_weights(torch.ones_like(answers), "grpo", len(out), answers.numel())
         for rows in torch.arange(len(out), device=ids.device).split(self.s["micro"]):
             logits = self.model(input_ids=out[rows], attention_mask=torch.ones_like(out[rows]), logits_to_keep=new + 1).logits[:, :-1]
             log_p = logits.float().log_softmax(-1).gather(2, answers[rows][..., None])[..., 0]
@@ -421,10 +418,12 @@ def street_views():
         (views := Path(folder) / "street_views").mkdir()
         noise = Image.effect_noise((3328, 1664), 12).convert("RGB")
         Image.blend(noise, walks[0].image.resize(noise.size), 0.8).save(views / "a.jpg", quality=90)
-        (views / "a.metadata.json").write_text('{"rotation": 33.3}')
+        route = {"facing": 0, "stops": [["a", [], 90.0], ["a", [], None]]}
+        data = {"routes": [route], "street_views": str(views), "rotations": {"a": 33.3}}
+        (Path(folder) / "routes.json").write_text(json.dumps(data))
         began = time.process_time()
         for heading in range(3):
-            tasks.released_grid(folder, "a", heading, tasks.Scene(), 560)
+            tasks.panorama_grid(folder, "a", heading, tasks.Scene(), 560)
         size = (views / "a.jpg").stat().st_size / 1e6
         yield f"from a JPEG of 3328 x 1664 pixels ({size:.1f} MB), four views of 640: {(time.process_time() - began) / 3:.2f} s each"
 
