@@ -18,7 +18,6 @@ import copy
 import functools
 import html
 import io
-import itertools
 import json
 import math
 import os
@@ -26,6 +25,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import chain, product
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -125,15 +125,12 @@ def rollout(model, tokenizer, problems: list, group: int, sampling: Sampling, fo
     """Play `group` episodes of every problem with the verifier in the loop: P lists of G Episodes.
 
     problems: P fresh ones, which stay unused. sampling.batch: episodes computed side by side, at
-    least one group. forced: each answer follows the expert's earlier ones (teacher forcing)."""
-    groups, size = [], max(1, sampling.batch // group)
-    for part in (problems[i : i + size] for i in range(0, len(problems), size)):
-        groups += rollout_batch(model, tokenizer, part, group, sampling, forced)
-    return groups
-
-
-def rollout_batch(model, tokenizer, problems, group, sampling, forced):
-    """`rollout` of the problems that are computed side by side, with one KV cache for all turns."""
+    least one group, with one KV cache for all turns. forced: each answer follows the expert's
+    earlier ones (teacher forcing)."""
+    parts = pieces(problems, sampling.batch // group)
+    if len(parts) > 1:
+        return [members for part in parts
+                for members in rollout(model, tokenizer, part, group, sampling, forced)]
     # 1. Read every prompt once. Its group goes on from there.
     started = [Episode.start(copy.copy(problem), tokenizer) for problem in problems]
     images = encode_new_pictures(model, started, known := {})  # known: those that are encoded
@@ -170,6 +167,11 @@ def rollout_batch(model, tokenizer, problems, group, sampling, forced):
             cache.keep_latest_image()  # no token to come looks at an earlier one
 
 
+def pieces(items: list, size: int) -> list:
+    """The items in lists of `size`, at least 1; the last one may be shorter."""
+    return [items[i : i + max(1, size)] for i in range(0, len(items), max(1, size))]
+
+
 def prompt_of(episode: Episode) -> tuple:
     """What the episodes of a group have in common: the ids of the prompt, and its picture."""
     return tuple(episode.ids[: episode.response_mask.index(1)]), *map(id, episode.pictures[:1])
@@ -189,7 +191,7 @@ def micro_batches(episodes: list, size: int) -> list:
     batches = [[]]
     groups = [sorted(group, key=lambda e: len(e.ids)) for group in by_prompt(episodes)]
     for group in sorted(groups, key=lambda group: len(group[-1].ids)):
-        for piece in (group[i : i + size] for i in range(0, len(group), size)):
+        for piece in pieces(group, size):
             if len(batches[-1]) + len(piece) > size:
                 batches.append([])
             batches[-1] += piece
@@ -251,7 +253,7 @@ def encode_new_pictures(model, episodes: list, known: dict) -> ImageContext | No
         raise ValueError("a model whose first tokens look at all pictures cannot be shown one "
                          "after the other: set mask_prefix_attention to true in its config.json, "
                          "as Meta's code has it.")
-    encode_pictures(model, [*itertools.chain(*new)], known)  # side by side
+    encode_pictures(model, [*chain(*new)], known)  # side by side
     rows = [encode_pictures(model, pictures, known) for pictures in new]
     for episode, row in zip(episodes, rows):
         episode.encoded += row
@@ -266,7 +268,7 @@ def merge_contexts(rows: list) -> ImageContext | None:
     sets = dict(zip(keys, rows))
     if not any(sets):
         return None
-    some = next(picture for row in rows for picture in row)
+    some = next(chain(*rows))
 
     def padded(part):  # a set without pictures is a part of length 0, padded like any shorter one
         none = getattr(some, part)[:0]
@@ -274,8 +276,7 @@ def merge_contexts(rows: list) -> ImageContext | None:
                  for row in sets.values()]
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
-    number = {key: i for i, key in enumerate(sets)}
-    set_of_row = torch.tensor([number[key] for key in keys], device=some.tiles.device)
+    set_of_row = torch.tensor([*map([*sets].index, keys)], device=some.tiles.device)
     return ImageContext(padded("features"), padded("tiles"), set_of_row, some.prefix_looks)
 
 
@@ -286,14 +287,13 @@ def images_for(model, episodes: list) -> ImageContext | None:
     rollout's encoding is used again. The episodes of a group have the same first pictures, so the
     longest list serves them all, and a mask hides the rest: B x T x (tokens of a set) entries.
     """
-    groups = {prompt_of(group[0]): group for group in by_prompt(episodes)}
-    fullest = [max(group, key=lambda episode: len(episode.pictures)) for group in groups.values()]
+    fullest = [max(group, key=lambda e: len(e.pictures)) for group in by_prompt(episodes)]
     rows, known = [episode.encoded for episode in fullest], {}
     if model.trains_vision or any(e.pictures and not e.encoded for e in episodes):
         with torch.set_grad_enabled(model.trains_vision and torch.is_grad_enabled()):
             encode_pictures(model, [picture for e in fullest for picture in e.pictures], known)
         rows = [encode_pictures(model, episode.pictures, known) for episode in fullest]
-    encoded = dict(zip(groups, rows))
+    encoded = dict(zip(map(prompt_of, fullest), rows))
     return merge_contexts([encoded[prompt_of(episode)] for episode in episodes])
 
 
@@ -375,8 +375,8 @@ def suite_problems(model, tokenizer, settings, row):
                            judged_by=row.judged_by, **style) for i in range(settings.n)]
     if row.name == SHUFFLED:
         pictures = [problem.image for problem in problems]
-        for i, problem in enumerate(problems):
-            problem.image = pictures[(i + 1) % len(pictures)]
+        for problem, picture in zip(problems, pictures[1:] + pictures):
+            problem.image = picture
     return problems
 
 
@@ -401,10 +401,9 @@ def play(model, tokenizer, problems, settings, mode, group=1, forced=False):
     """
     generator, episodes = torch.Generator(model.device).manual_seed(0), []
     sampling = Sampling(settings.max_new_tokens, TEMPERATURES[mode], generator, settings.batch)
-    size = max(1, settings.batch // group)
-    for part in (problems[i : i + size] for i in range(0, len(problems), size)):
+    for part in pieces(problems, settings.batch // group):
         groups = rollout(model, tokenizer, part, group, sampling, forced=forced)
-        for episode in itertools.chain(*groups):
+        for episode in chain(*groups):
             episode.encoded = []
             if model.config.vision.image_size > 100:
                 episode.pictures = []
@@ -493,18 +492,14 @@ def summary(result: dict) -> dict:
 def find_model(name: str, task: str) -> Path:
     """The model directory that a name means: `tiny` (the shipped base of the task), a run directory
     (its latest checkpoint) or a model directory. ValueError when there is none."""
-    path = Path(name)
-    if name == "tiny":
-        path = Path(__file__).parent / "assets" / f"tiny-{task}"
-        if not path.is_dir():
-            raise ValueError(f"no tiny base is shipped for {task} (looked for {path}).")
-    elif (path / "latest").is_file():
+    path = Path(__file__).parent / "assets" / f"tiny-{task}" if name == "tiny" else Path(name)
+    if (path / "latest").is_file():
         return latest_checkpoint(path)
-    elif not path.is_dir():
-        raise ValueError(f"{name} is not a directory; give `tiny`, a run directory or a model "
-                         "directory.")
-    elif not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{name} holds neither a run with a checkpoint (file `latest`) nor a "
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory; give `tiny` for a task that has a shipped "
+                         "base, a run directory or a model directory.")
+    if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{path} holds neither a run with a checkpoint (file `latest`) nor a "
                          "model (config.json).")
     return path
 
@@ -520,15 +515,14 @@ def latest_checkpoint(run) -> Path:
 
 def device_and_dtype(device: str) -> tuple:
     """("cuda", bfloat16) or ("cpu", float32); `auto` takes the GPU when there is one."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise ValueError("--device must be auto, cpu or cuda (or cuda:1 and so on).")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        return device, torch.float32
     count = torch.cuda.device_count()
-    if int(device[5:] or 0) >= count:
-        raise ValueError(f"--device {device}: there is no such GPU; torch sees {count}.")
+    if device == "cpu" or device == "auto" and not count:
+        return "cpu", torch.float32
+    device = "cuda" if device == "auto" else device
+    number = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
+    if not number or int(number[1] or 0) >= count:
+        raise ValueError(f"--device {device} is not there: give auto, cpu or cuda (or cuda:1 and "
+                         f"so on); torch sees {count} GPUs.")
     return device, torch.bfloat16
 
 
@@ -648,13 +642,13 @@ def bootstrap(values, classes, reps=2000, seed=0, among=None):
     return mean, *np.percentile(means, [2.5, 97.5]).tolist()
 
 
-def paired(a, b, classes, reps=2000, seed=0):
+def paired(a, b, classes):
     """Mean of a - b on the same problems and seeds, and its interval, as `bootstrap`."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError("A paired difference needs the same problems and seeds on both sides, not "
                          f"{a.shape} and {b.shape}.")
-    return bootstrap(a - b, classes, reps, seed)
+    return bootstrap(a - b, classes)
 
 
 def pass_at_k(n, c, k):
@@ -675,29 +669,27 @@ def pass_at_k(n, c, k):
 
 MODES = {"greedy": "greedy", "sampled": "temperature 1"}
 PARTS = {"first": "first attempt", "episode": "whole episode"}
+FIRST = ("greedy", "first")
 MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of right actions
-
-
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def _read(path, check):
     """check(the JSON in a file); any failure is one sentence that names the file."""
     try:
         return check(json.loads(path.read_text("utf-8")))
-    except DAMAGE as error:
+    except Exception as error:  # whatever stops a check when a file is damaged
         why = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(clean(f"{path} cannot be used ({why}): write it again with this "
-                               "version.")) from None
+        raise ValueError(f"{path} cannot be used ({why}): write it again with this "
+                         "version.") from None
 
 
 def _check(evaluation):
     """The evaluation in a file, if it has the shape that `evaluate` and the trainers give it."""
     counts = [evaluation[name] for name in ("step", "flops", "attempts")]
-    if not evaluation["classes"] or not all(0 <= count < math.inf for count in counts):
-        raise ValueError("it has no problems, or its step, flops or attempts are not counts")
-    if missing := ROWS.keys() - evaluation["rows"].keys():
-        raise KeyError(min(missing))
+    if not (evaluation["classes"] and ROWS.keys() <= evaluation["rows"].keys()
+            and all(0 <= count < math.inf for count in counts)):
+        raise ValueError("it lacks problems or one of the rows id, rule and fake, or its step, "
+                         "flops or attempts are not counts")
     # Samples are rendered here, so that one that cannot be shown is refused with its file's name.
     problem, samples = task_class(evaluation), evaluation["samples"]
     episodes = [(sample["row"], _episode(problem, sample)) for sample in samples]
@@ -708,7 +700,7 @@ def add_scores(evaluation):
     """Fill in "scores", see above. ValueError for lists that are no scores. "all read" is whether
     all was read; where problems lead on see `kinds_of_action`."""
     n, scores, problem = len(evaluation["classes"]), {}, task_class(evaluation)
-    for row, mode in itertools.product(evaluation["rows"], MODES):
+    for row, mode in product(evaluation["rows"], MODES):
         lists = evaluation["rows"][row][mode]
         found = {part: np.asarray(lists[part], float) for part in problem.SCORES}
         for part, values in found.items():
@@ -716,27 +708,28 @@ def add_scores(evaluation):
                 raise ValueError(f"{row} {mode} {part} is not a list of {n} times 0 to 1")
         # Some tables need more than SCORES: what was read entirely, and right by kind of action.
         found["all read"] = np.floor(found["read"])
-        found |= kinds_of_action(lists, n, f"{row} {mode}") if problem.leads_on else {}
+        found |= kinds_of_action(lists, n) if problem.leads_on else {}
         scores |= {(row, mode, part): values for part, values in found.items()}
     return evaluation | {"scores": scores}
 
 
-def kinds_of_action(lists, n, where):
+def kinds_of_action(lists, n):
     """{"turn": share of right first answers where a turn is right, "turn count": how often it is,
     "turn, forced": ...}, each (n,), from the marks of n walks: a word a route, a letter a position
     reached, small where the first answer was wrong. ValueError for other marks."""
-    walked, forced = lists["marks"].split(), lists["forced_marks"].split()
-    alike = [b.lower().startswith(a.lower()) for a, b in zip(walked, forced)]
-    failed = [next((i for i, mark in enumerate(word) if mark.islower()), None) for word in walked]
-    if not len(walked) == len(forced) == sum(alike) == n or failed != lists["failed_at"]:
-        raise ValueError(f"{where} marks are not {n} words of the same routes, or failed_at is not "
-                         "as they say")
+    walks = {"": lists["marks"].split(), ", forced": lists["forced_marks"].split()}
+    alike = [b.lower().startswith(a.lower()) for a, b in zip(*walks.values())]
+    failed = [next((i for i, mark in enumerate(word) if mark.islower()), None)
+              for word in walks[""]]
+    if {*map(len, walks.values()), sum(alike)} != {n} or failed != lists["failed_at"]:
+        raise ValueError(f"marks are not {n} words of the same routes, or failed_at is not as they "
+                         "say")
     # Right and wrong first answers where this kind of action was right.
     found = {}
-    for (how, words), mark in itertools.product([("", walked), (", forced", forced)], MARKS):
+    for (how, words), (mark, kind) in product(walks.items(), MARKS.items()):
         right = np.array([word.count(mark.upper()) for word in words])
-        found[MARKS[mark] + how + " count"] = count = right + [word.count(mark) for word in words]
-        found[MARKS[mark] + how] = right / np.maximum(count, 1)
+        count = right + [word.count(mark) for word in words]
+        found |= {f"{kind}{how}": right / np.maximum(count, 1), f"{kind}{how} count": count}
     return found
 
 
@@ -756,21 +749,20 @@ def load_study(study_dir):
         arm, seed = re.fullmatch(r"(.+?)(?:-s(\d{1,9}))?", run.name, re.DOTALL).groups()
         seed, seeds = int(seed or 0), study.setdefault(arm, {})
         if seed in seeds:
-            raise ValueError(clean(f"{run} is a second run of arm {arm} with seed {seed}: rename "
-                                   "one of the two."))
+            raise ValueError(f"{run} is a second run of arm {arm} with seed {seed}: rename one of "
+                             "the two.")
         args = _read(run / "args.json", dict) if (run / "args.json").exists() else {}
         evals = [_read(path, _check) | {"args": args} for path in (run / "evals").glob("*.json")]
         seeds[seed] = sorted(evals, key=lambda evaluation: evaluation["step"])
         first = first or evals[0]
-        for evaluation in evals:
-            if any(evaluation[key] != first[key] for key in ("suite", "split", "classes")):
-                things = task_class(first).WORDS.things
-                raise ValueError(clean(
-                    f"{run}, step {evaluation['step']}, scored other {things} than the runs before "
-                    f"it: evaluate every run on the same suite, split and number of {things}."))
+        if any(evaluation[key] != first[key]
+               for evaluation in evals for key in ("suite", "split", "classes")):
+            things = task_class(first).WORDS.things
+            raise ValueError(f"{run} scored other {things} than the runs before it: evaluate every "
+                             f"run on the same suite, split and number of {things}.")
     if not study:
-        raise ValueError(clean(f"There is no evaluation in {study_dir}: train an arm first, or "
-                               "name a study directory."))
+        raise ValueError(f"There is no evaluation in {study_dir}: train an arm first, or name a "
+                         "study directory.")
     # In tables and figures the stages come in the order of training, then other arms by name.
     order = ["base", "warmup", "sft", "rl", *sorted(study)]
     return {arm: study[arm] for arm in sorted(study, key=order.index)}
@@ -804,13 +796,13 @@ def score_name(score):
 def reported(study):
     """The scores to report: whole episodes only where they have more than one attempt."""
     parts = PARTS if any_eval(study)["attempts"] > 1 else ["first"]
-    return [*itertools.product(MODES, parts)]
+    return [*product(MODES, parts)]
 
 
-def best_checkpoint(evals, score, row="rule"):
-    """The evaluation with the highest score in that row, the earliest of equals; the start counts
+def best_checkpoint(evals, score):
+    """The evaluation with the highest score on rule OOD, the earliest of equals; the start counts
     as a checkpoint."""
-    return max(evals, key=lambda e: (e["scores"][row, *score].mean(), -e["step"]))
+    return max(evals, key=lambda e: (e["scores"]["rule", *score].mean(), -e["step"]))
 
 
 class Stage(NamedTuple):
@@ -841,23 +833,21 @@ class Stage(NamedTuple):
         classes = some.get("row_classes", {}).get(row, some["classes"])
         if minus:
             return paired(values, minus.numbers(other_row, score, seeds), classes)
-        return bootstrap(values, classes, among=among and self.numbers(row, among, seeds))
+        return bootstrap(values, classes, among=among and self.numbers(row, among))
 
 
 def stages(study, score):
     """{"base", "start", "sft end", "sft best", "rl end", ...: Stage}, as far as there are any. The
     start of a seed is the last evaluation of the warm-up, or else step 0 of SFT, or of RL."""
+    start = {seed: evals[0] for arm in ("rl", "sft") for seed, evals in study.get(arm, {}).items()
+             if evals[0]["step"] == 0}
     last = {arm: {seed: evals[-1] for seed, evals in seeds.items()} for arm, seeds in study.items()}
-    start = {}
-    for arm in ("rl", "sft"):
-        start |= {seed: evals[0] for seed, evals in study.get(arm, {}).items()
-                  if evals[0]["step"] == 0}
-    found = {"base": Stage("base", last.pop("base", {})),
-             "start": Stage("start", start | last.pop("warmup", {}))}
-    for arm, ends in last.items():
-        found[f"{arm} end"] = Stage(f"{name_of(arm)}, end", ends)
+    found = {"base": Stage("base", last.get("base")),
+             "start": Stage("start", start | last.get("warmup", {}))}
+    for arm in arms_of(study):
+        found[f"{arm} end"] = Stage(f"{name_of(arm)}, end", last[arm])
         if arm == "sft":
-            best = {seed: best_checkpoint(study[arm][seed], score) for seed in sorted(ends)}
+            best = {seed: best_checkpoint(study[arm][seed], score) for seed in sorted(last[arm])}
             steps = ", ".join(str(evaluation["step"]) for evaluation in best.values())
             found["sft best"] = Stage(f"SFT at its best OOD (step {steps})", best)
     return {key: stage for key, stage in found.items() if stage.evals}
@@ -898,7 +888,7 @@ def choose_rates(directory):
         arm, found, rate = name.partition("-lr")
         if found:
             end = Stage(name, {0: seeds[min(seeds)][-1]})
-            mean, low, high = end.interval("id", ("greedy", "first"))
+            mean, low, high = end.interval("id", FIRST)
             grid.setdefault(arm, []).append((float(rate), mean, (high - low) / (2 * 1.96)))
     for arm, rates in grid.items():
         _, best, margin = max(rates, key=lambda rate: rate[1])
@@ -908,7 +898,7 @@ def choose_rates(directory):
                   "chosen" if rate == chosen[arm] else ""] for rate, mean, error in sorted(rates)]
         print(markdown(Table("", head, lines)) + "\n")
     text = " ".join(f"{arm.upper()}_LR={rate:g}" for arm, rate in chosen.items())
-    write_atomically(Path(directory) / "chosen", lambda path: path.write_text(text + "\n"))
+    write_text(Path(directory) / "chosen", text + "\n")
     return chosen
 
 
@@ -918,7 +908,7 @@ NONE = "\u2013"  # the cell of what was not measured
 
 
 class Table(NamedTuple):
-    """Lines of cells below a head; a cell is a text or (number, interval)."""
+    """Lines of cells below a head, all of them texts."""
     title: str
     head: list
     lines: list
@@ -930,18 +920,21 @@ def sign_of(difference):
 
 
 def percent(interval, sign=""):
-    """("63.2", "[58.9, 67.4]"); sign "+" for differences. A dash for the mean of nothing."""
+    """"63.2 [58.9, 67.4]"; sign "+" for differences. A dash for the mean of nothing."""
     if math.isnan(interval[0]):
-        return NONE, ""
+        return NONE
     mean, low, high = (round(100 * x, 1) + 0.0 for x in interval)  # + 0.0: no "-0.0"
-    return f"{mean:{sign}.1f}", f"[{low:{sign}.1f}, {high:{sign}.1f}]"
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def score_table(title, lines, columns, interval):
-    """A Table of scores. lines, columns: [(name, key), ...]; a cell shows interval(key of its line,
-    key of its column), which is a difference where the column's key is None."""
-    cells = [[name, *(percent(interval(line, column), "" if column else "+")
-                      for _, column in columns)] for name, line in lines]
+def score_table(title, lines, columns, **every):
+    """A Table of scores. lines, columns: [(name, choice), ...]; every: a choice for all cells.
+
+    The choices of a cell are, together, its Stage and the arguments of `Stage.interval`."""
+    def cell(stage, minus=None, **choice):
+        return percent(stage.interval(minus=minus, **choice), "+" if minus else "")
+    cells = [[name, *(cell(**line, **column, **every) for _, column in columns)]
+             for name, line in lines]
     return Table(title, ["", *(name for name, _ in columns)], cells)
 
 
@@ -949,9 +942,9 @@ def stage_table(title, study, score):
     """A line for each stage, a column for each of ROWS, or for every row where problems lead on."""
     last = any_eval(study)
     rows = last["rows"] if task_class(last).leads_on else ROWS
-    lines = [(stage.label, stage) for stage in stages(study, score).values()]
-    return score_table(title, lines, [(ROWS.get(row, row), row) for row in rows],
-                       lambda stage, row: stage.interval(row, score))
+    lines = [(stage.label, {"stage": stage}) for stage in stages(study, score).values()]
+    columns = [(ROWS.get(row, row), {"row": row}) for row in rows]
+    return score_table(title, lines, columns, score=score)
 
 
 def pair_table(title, study, score, rows=ROWS):
@@ -967,17 +960,17 @@ def look_tables(study, score):
     """Of problems in pictures: a line for each row that is answered, a column for each stage, and
     RL - SFT where both are averaged over the same problems."""
     stage, last, all_read = stages(study, score), any_eval(study), (score[0], "all read")
-    read, sft, rl = task_class(last).SCORES["read"], stage.get("sft end"), stage.get("rl end")
-    lines = [(ROWS.get(row, row), row) for row in last["rows"] if row != "fake"]
-    columns = [(each.label, each) for key, each in stage.items() if key != "sft best"]
-    both = columns + [("RL - SFT", None)] * bool(sft and rl)
-
-    def table(title, columns, score, among=None):
-        return score_table(f"row by row: {title} in %", lines, columns, lambda row, stage: (
-            stage.interval(row, score, among=among) if stage else rl.interval(row, score, sft)))
-    return [table("success", both, score), table(f"all {read}", both, all_read),
-            table(read, both, (score[0], "read")),
-            table(f"success where all {read}", columns, score, among=all_read)]
+    read = task_class(last).SCORES["read"]
+    lines = [(ROWS.get(row, row), {"row": row}) for row in last["rows"] if row != "fake"]
+    columns = [(each.label, {"stage": each}) for key, each in stage.items() if key != "sft best"]
+    both = columns[:]
+    if "sft end" in stage and "rl end" in stage:
+        both.append(("RL - SFT", {"stage": stage["rl end"], "minus": stage["sft end"]}))
+    shown = {"success": score, f"all {read}": all_read, read: (score[0], "read")}
+    return [*(score_table(f"row by row: {title} in %", lines, both, score=each)
+              for title, each in shown.items()),
+            score_table(f"row by row: success where all {read} in %", lines, columns, score=score,
+                        among=all_read)]
 
 
 def step_tables(study, score):
@@ -989,69 +982,63 @@ def step_tables(study, score):
         if name != "read":
             title = f"{title}: paired differences on the same {problem.WORDS.things}"
             tables.append(pair_table(title, study, (mode, name), ["rule"]))
-    cases = [(f"{stage.label}: {ROWS[row]}", (stage, row)) for row in ("id", "rule")
+    lines = [(f"{stage.label}: {ROWS[row]}", {"stage": stage, "row": row})
+             for row in ("id", "rule")
              for key, stage in stages(study, score).items() if key != "sft best"]
-    return tables + failure_tables(cases, mode)
+    return tables + failure_tables(lines, mode)
 
 
-def failure_tables(cases, mode, most=6):
-    """A line for each case, (name, (Stage, row)): where the first wrong answer is; then right first
-    answers by kind of action."""
+def failure_tables(lines, mode, most=6):
+    """For each line, (name, {"stage": Stage, "row": row}): where the first wrong answer is; then
+    right first answers by kind of action."""
     # Positions from the last column on are counted together; None is a walk without a wrong answer.
     where = []
-    for name, (stage, row) in cases:
-        failed = [at if at is None else min(at, most) for evaluation in stage.evals.values()
-                  for at in evaluation["rows"][row][mode]["failed_at"]]
+    for name, line in lines:
+        failed = [at if at is None else min(at, most) for evaluation in line["stage"].evals.values()
+                  for at in evaluation["rows"][line["row"]][mode]["failed_at"]]
         where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}"
                               for at in (*range(most + 1), None))])
     head = ["", *map(str, range(1, most + 1)), "later", "nowhere"]
-    kinds = [(kind + how, kind + how) for how in ("", ", forced") for kind in MARKS.values()]
-
-    def interval(case, kind):
-        stage, row = case
-        return stage.interval(row, (mode, kind), among=(mode, f"{kind} count"))
+    kinds = [(kind + how, {"score": (mode, kind + how), "among": (mode, f"{kind}{how} count")})
+             for how in ("", ", forced") for kind in MARKS.values()]
     return [Table("where walks fail first, by position, in %", head, where),
-            score_table("right first answers by kind of action, in %", cases, kinds, interval)]
+            score_table("right first answers by kind of action, in %", lines, kinds)]
 
 
-def success_tables(study, score):
-    """The two tables of every score: success by stage, and its paired differences."""
-    n = len(any_eval(study)["classes"])
-    return [stage_table(f"success in % [95 % interval], {n} problems", study, score),
-            pair_table("paired differences on the same problems", study, score)]
-
-
-def task_tables(study, score, measures=None):
-    """The further tables of a score that its task has: of walks, of pictures (so many measures)."""
-    task = tasks.task_of(any_eval(study)["suite"])
+def score_tables(study, score, measures=None):
+    """The tables of a score: success by stage and its paired differences; then those of its task:
+    of walks, or of pictures (so many measures)."""
+    last, stage = any_eval(study), stages(study, score)
+    task = tasks.task_of(last["suite"])
+    title = f"success in % [95 % interval], {len(last['classes'])} problems"
+    tables = [stage_table(title, study, score),
+              pair_table("paired differences on the same problems", study, score)]
     if task.problem.leads_on:
-        return step_tables(study, score)
-    if not task.pictures:
-        return []
-    title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
-    lines = [(stage.label, stage) for stage in stages(study, score).values() if stage.has("text")]
-    cost = score_table(title, lines, [("points", None)],
-                       lambda stage, _: stage.interval("text", score, stage, other_row="id"))
-    return [cost, *look_tables(study, score)[:measures]]
+        return tables + step_tables(study, score)
+    if task.pictures:
+        title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
+        lines = [(each.label, {"stage": each, "minus": each})
+                 for each in stage.values() if each.has("text")]
+        tables.append(score_table(title, lines, [("points", {})], score=score, row="text",
+                                  other_row="id"))
+        tables += look_tables(study, score)[:measures]
+    return tables
 
 
 def markdown(table):
     """A Table in markdown, aligned for a terminal."""
-    lines = [[each if isinstance(each, str) else " ".join(each) for each in line]
-             for line in (table.head, *table.lines)]
+    lines = [table.head, *table.lines]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
-def table_text(study, only=None):
-    """The closing tables in markdown: every score, or `only` that one. The first has the tables of
-    its task too; the report has the others, and more of reading."""
+def table_text(study):
+    """The closing tables in markdown. The first score has the tables of its task too; the report
+    has those of the others, and more of reading."""
     parts = []
-    for score in [only] if only else reported(study):
-        tables = success_tables(study, score)
-        if score == reported(study)[0]:
-            tables += task_tables(study, score, measures=2)
+    for score in reported(study):
+        tables = score_tables(study, score, measures=2)[: 2 if parts else None]
         for i, table in enumerate(table for table in tables if table.lines):
             title = f"{score_name(score).capitalize()}{', ' if i else ': '}{table.title}"
             parts += [title, markdown(table)]
@@ -1061,16 +1048,18 @@ def table_text(study, only=None):
 def result_table(result):
     """Success of one evaluation, as markdown; of walks also per step, and where they fail."""
     stage, problem = Stage("", {0: add_scores(result)}), task_class(result)
-    rows, read, tables = result["rows"], problem.SCORES["read"], []
-    last = {"all read": f"all {read}"}
+    read = problem.SCORES["read"]
+    lines = [(row, {"stage": stage, "row": row}) for row in result["rows"]]
+    more, tables = {"all read": f"all {read}"}, []
     if problem.leads_on:
-        last = {"steps_first": "per step", "forced": "teacher-forced", "read": read}
-        tables = failure_tables([(row, (stage, row)) for row in rows], "greedy")
-    columns = [(score_name(score), score) for score in itertools.product(MODES, PARTS)]
-    columns += [(f"greedy, {title}", ("greedy", part)) for part, title in last.items()]
-    table = score_table("", [(row, row) for row in rows], columns, stage.interval)
-    return "\n\n".join([markdown(table), *(
-        f"{table.title.capitalize()}, greedy\n\n{markdown(table)}" for table in tables)])
+        more = {"steps_first": "per step", "forced": "teacher-forced", "read": read}
+        tables = failure_tables(lines, "greedy")
+    columns = [(score_name(score), {"score": score}) for score in product(MODES, PARTS)]
+    columns += [(f"greedy, {title}", {"score": ("greedy", part)}) for part, title in more.items()]
+    parts = [markdown(score_table("", lines, columns))]
+    for table in tables:
+        parts += [f"{table.title.capitalize()}, greedy", markdown(table)]
+    return "\n\n".join(parts)
 
 
 def compare_table(results, names):
@@ -1079,11 +1068,11 @@ def compare_table(results, names):
     first, second = (Stage("", {0: add_scores(result)}) for result in results)
     titles = {part: f", {title}" for part, title in task_class(results[0]).SCORES.items()
               if part not in ("first", "read")} | {"episode": ""}
-    lines = [(f"{row}, {MODES[mode]}{titles[part]}", (row, (mode, part)))
-             for row, mode, part in itertools.product(results[0]["rows"], MODES, titles)]
-    columns = [(clean(names[0]), first), (clean(names[1]), second), ("second - first", None)]
-    return markdown(score_table("", lines, columns, lambda place, stage: (
-        stage.interval(*place) if stage else second.interval(*place, first))))
+    lines = [(f"{row}, {MODES[mode]}{titles[part]}", {"row": row, "score": (mode, part)})
+             for row, mode, part in product(results[0]["rows"], MODES, titles)]
+    columns = [(clean(names[0]), {"stage": first}), (clean(names[1]), {"stage": second}),
+               ("second - first", {"stage": second, "minus": first})]
+    return markdown(score_table("", lines, columns))
 
 
 # ---- 8. Figures ----------------------------------------------------------------------------------
@@ -1094,17 +1083,10 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 430, 330, 44, 352, 34, 278
 PERCENTS = [(share / 100, f"{share} %") for share in range(0, 101, 20)]
 
 
-def si(flops, top=0):
-    """2e12 -> "2 TFLOP"; the ticks of an axis share the unit of its `top`."""
-    power = min(max(int(math.log10(max(top or flops, 1)) // 3), 0), 7)
+def si(flops):
+    """2e12 -> "2 TFLOP"."""
+    power = min(int(math.log10(max(flops, 1)) // 3), 7)
     return f"{flops / 1000 ** power:.3g} {' KMGTPEZ'[power].strip()}FLOP"
-
-
-def nice_ticks(top, most=4):
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten from 0 to top, at most `most` steps."""
-    unit = 10.0 ** math.floor(math.log10(top / most))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit * most >= top * 0.999)
-    return [i * step for i in range(math.floor(top / step + 1e-9) + 1)]
 
 
 def curve(seeds, row, score):
@@ -1128,103 +1110,99 @@ def _stroke(points, css, close=""):
     return f'<path class="{css}" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in points)}{close}"/>'
 
 
-def _dot(point, radius, css):
-    return f'<circle class="dot {css}" cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="{radius}"/>'
-
-
 def _text(x, y, text, css=""):
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{esc(text)}</text>'
 
 
-def place(x, y, top=1):
-    """Data, x of 0..top and y of 0..1, to the units of a panel: (..., 2)."""
-    x, y = np.broadcast_arrays(x, y)
-    return np.stack([LEFT + x / top * (RIGHT - LEFT), BOTTOM - y * (BOTTOM - TOP)], -1)
+def place(points, top=1):
+    """Points (..., 2) of the data, x of 0..top and y of 0..1, in the units of a panel."""
+    return np.multiply(points, [(RIGHT - LEFT) / top, TOP - BOTTOM]) + [LEFT, BOTTOM]
 
 
-def axes(title, x_name, x_ticks, top=1):
-    """The frame of a panel: its title, which names the y axis, grid, ticks [(value, label)] and the
-    name of the x axis."""
+def panel(title, x_name, ticks, lines, top=1):
+    """A panel: its title, which names the y axis, grid, ticks [(x, label)] and name of the x axis.
+
+    lines: [(name, css, points), ...], points (P, 2) or, with the edges of a band, (P, 4). A line
+    with a name has it at its end, a dot for each point and a large one at the end."""
     svg = [_text(LEFT, 18, title, "head"),
            _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
+    svg += [_text(place([x, 0], top)[0], BOTTOM + 18, label, "mid muted") for x, label in ticks]
     for share, label in PERCENTS:
-        line = place([0, 1], share)
-        svg += [_stroke(line, "grid"), _text(LEFT - 6, line[0, 1] + 4, label, "end muted")]
-    for value, label in x_ticks:
-        x, _ = place(value, 0, top)
-        svg += [_stroke([(x, BOTTOM), (x, BOTTOM + 4)], "grid"),
-                _text(x, BOTTOM + 18, label, "mid muted")]
-    return svg
+        grid = place([[0, share], [1, share]])
+        svg += [_stroke(grid, "grid"), _text(LEFT - 6, grid[0, 1] + 4, label, "end muted")]
+    ends = []
+    for name, css, points in lines:
+        line = place(points[:, :2], top)
+        if points.shape[1] == 4:
+            band = [*points[:, [0, 2]], *points[::-1, [0, 3]]]
+            svg.append(_stroke(place(band, top), f"band {css}", "Z"))
+        svg.append(_stroke(line, f"line {css}"))
+        if name:
+            ends.append((line[-1], name, f"name {css}"))
+            for (x, y), radius in zip(line, [2] * (len(line) - 1) + [5]):
+                svg.append(f'<circle class="dot {css}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>')
+    return "".join(svg + named(ends))
 
 
-def named(ends, x=None):
-    """Names beside the ends of lines, [(point, name, css)], moved up where they would collide; at
-    x, or at each point."""
+def named(ends):
+    """Names beside the ends of lines, [(point, name, css)], moved up where they would collide."""
     # From the lowest name up: each stands at least 16 units above the one before it.
     svg, limit = [], BOTTOM
-    for point, name, css in sorted(ends, key=lambda end: -end[0][1]):
-        at, y = x or point[0] + 9, min(point[1], limit)
-        svg += [_stroke([point, (at - 2, y)], f"line thin {css}"), _text(at, y + 4, name, css)]
-        limit = y - 16
+    for (x, y), name, css in sorted(ends, key=lambda end: -end[0][1]):
+        limit = min(y, limit)
+        svg += [_stroke([(x, y), (x + 7, limit)], f"line thin {css}"),
+                _text(x + 9, limit + 4, name, css)]
+        limit -= 16
     return svg
 
 
 def _curves_panel(study, row, score):
-    """One panel: success in `row` along training FLOPs."""
+    """One panel: success in `row` along training FLOPs; with several seeds a thin line for each."""
     curves = {arm: curve(study[arm], row, score) for arm in arms_of(study)}
-    top, ends = max([c[-1, 0] for c in curves.values()], default=0) or 1.0, []
-    ticks = [(0, "start")] + [(v, si(v, top)) for v in nice_ticks(top)[1:] if top > 1]
-    svg = axes(f"{ROWS[row]}: success", "training compute, counted from the start", ticks, top)
+    top, lines = max([points[-1, 0] for points in curves.values()], default=0) or 1, []
     if "base" in study:
         mean = stages(study, score)["base"].numbers(row, score).mean()
-        line = place([0, 1], mean)
-        svg.append(_stroke(line, "base"))
-        ends.append((line[1], f"base {100 * mean:.0f}", "muted"))
+        lines.append((f"base {100 * mean:.0f}", "base muted", np.array([[0, mean], [top, mean]])))
     for i, (arm, points) in enumerate(curves.items()):
-        css, (flops, mean, low, high) = f"c{i % 4}", points.T
-        line = place(flops, mean, top)
-        band = place([*flops, *flops[::-1]], [*low, *high[::-1]], top)
-        svg += [_stroke(band, f"band {css}", "Z"), _stroke(line, f"line {css}"),
-                _dot(line[-1], 4, css)]
-        for evals in study[arm].values():  # with several seeds a thin line for each
-            thin = [(e["flops"], e["scores"][row, *score].mean()) for e in evals]
-            svg.append(_stroke(place(*zip(*thin), top), f"line thin {css}"))
-        ends.append((line[-1], f"{name_of(arm)[:9]} {100 * mean[-1]:.0f}", f"name {css}"))
-    return "".join(svg + named(ends, RIGHT + 12))
+        lines.append((f"{name_of(arm)[:9]} {100 * points[-1, 1]:.0f}", f"c{i % 4}", points))
+        for evals in study[arm].values():
+            means = [(e["flops"], e["scores"][row, *score].mean()) for e in evals]
+            lines.append(("", f"thin c{i % 4}", np.array(means)))
+    ticks = [(0, "start"), (top / 2, si(top / 2)), (top, si(top))]
+    return panel(f"{ROWS[row]}: success", "training compute, counted from the start", ticks, lines,
+                 top)
 
 
-def _svg(title, description, panels):
+def _svg(title, study, score, panels):
+    """The panels side by side, with the numbers in words for who cannot see them."""
+    told = [f"{name}: ID {on_id.split()[0]} %, rule OOD {on_rule.split()[0]} %"
+            for name, on_id, on_rule, *_ in stage_table("", study, score).lines]
     shifted = "".join(f'<g transform="translate({i * WIDTH},0)">{panel}</g>'
                       for i, panel in enumerate(panels))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(panels)} {HEIGHT}" '
-            f'role="img"><title>{esc(title)}</title><desc>{esc(description)}</desc>{shifted}</svg>')
+    width = WIDTH * len(panels)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{HEIGHT}" '
+            f'viewBox="0 0 {width} {HEIGHT}" role="img"><title>{title}, {score_name(score)}</title>'
+            f'<desc>{esc("; ".join(told))}</desc>{shifted}</svg>')
 
 
-def svg_curves(study, score=("greedy", "first"), rows=("id", "rule")):
+def svg_curves(study, score=FIRST, rows=("id", "rule")):
     """SVG, without its style: success along training FLOPs, a panel for each of `rows`; bands are
     95 % intervals."""
-    said = "; ".join(f"{name}: ID {on_id[0]} %, rule OOD {on_rule[0]} %"
-                     for name, on_id, on_rule, *_ in stage_table("", study, score).lines)
-    return _svg(f"Success along training compute, {score_name(score)}", said,
+    return _svg("Success along training compute", study, score,
                 [_curves_panel(study, row, score) for row in rows])
 
 
-def svg_path(study, score=("greedy", "first")):
+def svg_path(study, score=FIRST):
     """SVG, without its style: rule OOD against ID, each arm's evaluations as a path from the start
     to its big end mark."""
-    svg, ends, said = axes("rule OOD against ID, success", "ID success", PERCENTS), [], []
+    lines = []
     for i, arm in enumerate(arms_of(study)):
-        on_id, on_rule = (curve(study[arm], row, score)[:, 1] for row in ("id", "rule"))
-        line, css = place(on_id, on_rule), f"c{i % 4}"
-        svg += [_stroke(line, f"line {css}"), *(_dot(point, 2.5, css) for point in line[:-1]),
-                _dot(line[-1], 6, css), _dot(line[0], 5, "")]
-        ends.append((line[-1], name_of(arm)[:9], f"name {css}"))
-        start, end = (f"ID {100 * on_id[k]:.1f} %, OOD {100 * on_rule[k]:.1f} %" for k in (0, -1))
-        said.append(f"{name_of(arm)}: {start} to {end}")
-    if ends:
-        svg.append(_text(line[0, 0] - 9, line[0, 1] + 4, "start", "name end"))
-    return _svg(f"Rule OOD against ID along training, {score_name(score)}", "; ".join(said),
-                ["".join(svg + named(ends))])
+        path = np.column_stack([curve(study[arm], row, score)[:, 1] for row in ("id", "rule")])
+        lines.append((name_of(arm)[:9], f"c{i % 4}", path))
+    if lines:
+        lines.append(("start", "", path[:1]))
+    return _svg("Rule OOD against ID along training", study, score,
+                [panel("rule OOD against ID, success", "ID success", PERCENTS, lines)])
 
 
 def figure_style():
@@ -1233,10 +1211,7 @@ def figure_style():
 
 
 def svg_standalone(svg):
-    """The same figure as a file for <img>: with its style, its own paper, and a natural size that
-    may shrink."""
-    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups()
-    svg = svg.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
+    """The same figure as a file for <img>: with its style and its own paper."""
     style = f"<style>{figure_style()}svg{{background:var(--paper)}}</style>"
     return svg.replace("<title>", f"{style}<title>", 1)
 
@@ -1252,14 +1227,12 @@ def page_template():
 def verdict(sft, rl, gap, rl_id):
     """What happened under the other rule, from the signs of these differences there: SFT - start,
     RL - start, RL - SFT; and of RL - start under the trained rule."""
-    if gap < 0:
-        return "Under the other rule SFT ends above RL: the opposite of the published result."
-    if gap == 0:
-        return "Under the other rule the two arms end without a clear difference."
-    if rl < 0 and sft < 0:
-        return "RL ends above SFT under the other rule, but both lost part of it."
+    if gap <= 0:
+        return ("Under the other rule SFT ends above RL: the opposite of the published result."
+                if gap else "Under the other rule the two arms end without a clear difference.")
     if sft >= 0 or rl < 0:
-        return "RL ends above SFT under the other rule, but SFT did not clearly lose it."
+        return ("RL ends above SFT under the other rule, but " +
+                ("both lost part of it." if sft < 0 else "SFT did not clearly lose it."))
     gain = "raised its score there" if rl else "shows no clear loss"
     told = (f"SFT lost the other rule and RL {gain}: the published picture, SFT memorizes and RL "
             "generalizes.")
@@ -1267,7 +1240,7 @@ def verdict(sft, rl, gap, rl_id):
                                    "either, so it may just have changed little.")
 
 
-def story(study, score=("greedy", "first")):
+def story(study, score=FIRST):
     """What happened, in sentences made from the numbers; the first is the verdict."""
     words, n = task_class(any_eval(study)).WORDS, len(any_eval(study)["classes"])
     signs = [sign_of(difference) for difference in differences(study, score).values()]
@@ -1294,10 +1267,10 @@ def story_of_steps(study, score):
     do not lead on."""
     if not task_class(any_eval(study)).leads_on:
         return []
-    told, stage = [], stages(study, score)
-    for part in ("steps_first" if score[1] == "first" else "steps", "forced", "turn, forced"):
-        among = (score[0], "turn, forced count") if part == "turn, forced" else None
-        shares = [percent(stage[key].interval("rule", (score[0], part), among=among))[0]
+    (mode, part), stage, told = score, stages(study, score), []
+    for name, among in (("steps_first" if part == "first" else "steps", None), ("forced", None),
+                        ("turn, forced", (mode, "turn, forced count"))):
+        shares = [percent(stage[key].interval("rule", (mode, name), among=among)).split()[0]
                   for key in ("sft end", "rl end")]
         told.append("{} % (SFT) and {} % (RL)".format(*shares))
     return [f"Step by step, rule OOD walks get through {told[0]} of their route before they fail; "
@@ -1315,76 +1288,47 @@ def story_of_looks(study, score):
             and sft.has(row) and rl.has(row)]
     if not rows:
         return []
-    sign = {row: sign_of(rl.interval(row, score, minus=sft)) for row in rows}
-    said = {1: "Under other looks RL ends clearly above SFT",
-            -1: "Under other looks RL ends clearly below SFT",
-            0: "These looks do not separate the arms"}
-    told = [f"{text}: {', '.join(row for row in rows if sign[row] == value)}."
-            for value, text in said.items() if value in sign.values()]
+    told, sign = [], {row: sign_of(rl.interval(row, score, minus=sft)) for row in rows}
+    for value, text in ((1, "Under other looks RL ends clearly above SFT"),
+                        (-1, "Under other looks RL ends clearly below SFT"),
+                        (0, "These looks do not separate the arms")):
+        if value in sign.values():
+            told.append(f"{text}: {', '.join(row for row in rows if sign[row] == value)}.")
     read = score[0], "read" if task_class(last).leads_on else "all read"
-    worst = [min(arm.numbers(row, read).mean() for row in rows) for arm in (sft, rl)]
-    shares = "{:.0%} (SFT), {:.0%} (RL)".format(*worst).replace("%", " %")
+    worst = [100 * min(arm.numbers(row, read).mean() for row in rows) for arm in (sft, rl)]
+    shares = "{:.0f} % (SFT), {:.0f} % (RL)".format(*worst)
     return [*told, f"{task_class(last).WORDS.read.format(shares)}.",
             "These are the shares under the look that each arm reads worst."]
 
 
-def limits_of(study):
-    """What the number of seeds and classes, compute and learning rates mean for the reader: a list
-    of sentences. The page adds what holds for every study."""
-    last, arms = any_eval(study), arms_of(study)
-    seeds, classes = min((len(study[arm]) for arm in arms), default=1), len(set(last["classes"]))
-    ends = {arm: [evals[-1] for evals in study[arm].values()] for arm in arms}
-    told = [f"Brackets and bands are 95 % bootstrap intervals; {task_class(last).WORDS.alike} are "
-            "drawn together, as one class.",
-            f"With {classes} classes an interval without width still leaves room for "
-            f"{min(300 / classes, 100):.1f} points.",  # the rule of three
-            f"There are {seeds} seeds." if seeds > 1 else "There is one seed."]
-    spent = [end["flops"] for arm in arms for end in ends[arm]]
-    if spent and max(spent) > 1.05 * min(spent):
-        told.append(f"Compute is not equal, from {si(min(spent))} to {si(max(spent))} a run: "
-                    "compare the curves, not the ends.")
-    rates = {arm: ends[arm][0]["args"].get("lr") for arm in arms}
-    if len({*rates.values()} - {None}) > 1:
-        listed = ", ".join(f"{name_of(arm)} {rate}" for arm, rate in rates.items())
-        told.append(f"The arms have different peak learning rates ({listed}), so the difference is "
-                    "one between settings.")
-    paper = {arm: np.mean([end.get("flops_paper", 0) for end in ends[arm]]) for arm in arms}
-    if len(paper) > 1 and all(paper.values()):
-        listed = " and ".join(f"{name_of(arm)} spent {si(cost)}" for arm, cost in paper.items())
-        told.append(f"Counted by the paper's formula, {listed}.")
-    return told
+def arm_table(study):
+    """What each arm was given: seeds, compute, and the flags of its first seed."""
+    ends = [[evals[-1] for evals in seeds.values()] for seeds in study.values()]
+    lines = [["seeds", *(str(len(each)) for each in ends)]]
+    for key, title in (("flops", "compute"), ("flops_paper", "compute by the paper's formula")):
+        spent = [np.mean([end.get(key, 0) for end in each]) for each in ends]
+        lines.append([title, *map(si, spent)])
+    flags = [each[0]["args"] for each in ends]
+    lines += [[key, *(str(own.get(key, NONE)) for own in flags)]
+              for key in dict.fromkeys(chain(*flags))]
+    return Table("", ["", *map(name_of, study)], lines)
 
 
 def _table(table):
-    """A Table in HTML."""
-    def text(each):
-        return esc(each) if isinstance(each, str) else f"{esc(each[0])} <i>{esc(each[1])}</i>"
+    """A Table in HTML; what stands in brackets is small."""
     head = "".join(f"<th scope=col>{esc(name)}</th>" for name in table.head)
-    lines = [f"<tr><th scope=row>{text(name)}</th>" + "".join(f"<td>{text(c)}</td>" for c in cells)
+    lines = [f"<tr><th scope=row>{esc(name)}</th>" + "".join(f"<td>{esc(cell)}" for cell in cells)
              for name, *cells in table.lines]
     title = f"<h3>{esc(table.title)}</h3>" if table.title else ""
-    return f"{title}<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
+    body = re.sub(r"\[.*?\]", r"<i>\g<0></i>", "".join(lines))
+    return f"{title}<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
 def _results(study, score):
     """Figures and tables of one score."""
-    tables = success_tables(study, score) + task_tables(study, score)
-    shown = "".join(_table(table) for table in tables if table.lines)
-    if not arms_of(study):
-        return shown
     figures = [svg_curves(study, score, [row]) for row in ("id", "rule")] + [svg_path(study, score)]
-    return f"""<div class=figures>{"".join(figures)}<p class=small>Bands are 95 % intervals; with
-several seeds, thin lines are single seeds and thick ones their mean. In the third figure each dot
-is an evaluation and the large dot the end: further right is better under the trained rule, higher
-is better under the other one.</p></div>{shown}"""
-
-
-def _settings(study):
-    """The flags of each arm's first seed."""
-    args = [seeds[min(seeds)][-1]["args"] for seeds in study.values()]
-    lines = [[key, *(str(flags.get(key, NONE)) for flags in args)]
-             for key in dict.fromkeys(itertools.chain(*args))]
-    return _table(Table("", ["flag", *map(name_of, study)], lines))
+    tables = [_table(table) for table in score_tables(study, score) if table.lines]
+    return f"<div class=figures>{''.join(figures)}</div>{''.join(tables)}"
 
 
 def _picture(png, css, alt):
@@ -1424,34 +1368,43 @@ def _episode(problem, sample):
 def _episodes(study, arm):
     """Sample episodes of the arm's latest evaluation that has any: three of ID and of rule OOD and
     one of each other row; all where problems lead on."""
-    seed, out = min(study[arm]), []
+    seed = min(study[arm])
     found = [evaluation for evaluation in study[arm][seed] if evaluation["episodes"]]
-    for row in found[-1]["rows"] if found else ():
-        shown = [page for name, page in found[-1]["episodes"] if name == row]
-        out += shown[: None if task_class(found[-1]).leads_on else 3 if row in ROWS else 1]
-    title = esc(f"Sample episodes: {name_of(arm)}, seed {seed}, step {found[-1]['step']}")
-    return f"<details><summary>{title}</summary>{''.join(out)}</details>" if out else ""
+    if not found:
+        return ""
+    last, shown = found[-1], []
+    for row in last["rows"]:
+        pages = [page for name, page in last["episodes"] if name == row]
+        shown += pages[: None if task_class(last).leads_on else 3 if row in ROWS else 1]
+    title = esc(f"Sample episodes: {name_of(arm)}, seed {seed}, step {last['step']}")
+    return f"<details><summary>{title}</summary>{''.join(shown)}</details>"
 
 
 def report_html(study_dir):
     """The report of a study directory: one HTML page that loads nothing and runs nothing. Errors as
     in `load_study`. Everything that a model or a file wrote is escaped."""
     study = load_study(study_dir)
-    (first, *others), (told, *rest) = reported(study), story(study)
-    more = [f"<details><summary>The same, {score_name(score)}</summary>{_results(study, score)}"
-            "</details>" for score in others]
-    suite, name = any_eval(study)["suite"], Path(study_dir).resolve().name
+    last, name, told = any_eval(study), Path(study_dir).resolve().name, story(study)
+    results = "".join(f"<details><summary>{score_name(score)}</summary>{_results(study, score)}"
+                      "</details>" for score in reported(study))
+    classes = len(set(last["classes"]))
     return Template(page_template()).substitute(
-        title=esc(f"SFT and RL from one start: {suite}, {name}"), verdict=esc(told),
-        story=esc(" ".join(rest)), score=score_name(first), results=_results(study, first),
-        more="".join(more), limits=esc(" ".join(limits_of(study))), settings=_settings(study),
-        episodes="".join(_episodes(study, arm) for arm in study))
+        title=esc(f"SFT and RL from one start: {last['suite']}, {name}"), verdict=esc(told[0]),
+        story=esc(" ".join(told[1:])), results=results.replace("<details>", "<details open>", 1),
+        alike=task_class(last).WORDS.alike, classes=classes,
+        room=f"{min(300 / classes, 100):.1f}",  # the rule of three
+        arms=_table(arm_table(study)), episodes="".join(_episodes(study, arm) for arm in study))
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def write_report(study_dir):
     """Write `report.html` into the study directory, whole or not at all. Returns its path."""
-    path, page = Path(study_dir) / "report.html", report_html(study_dir)
-    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8"))
+    path = Path(study_dir) / "report.html"
+    write_text(path, report_html(study_dir))
     return path
 
 
@@ -1506,8 +1459,7 @@ def write_study(directory):
     study = load_study(directory)
     print(table_text(study))
     for name, svg in (("curves", svg_curves(study)), ("path", svg_path(study))):
-        page = svg_standalone(svg)
-        write_atomically(Path(directory) / f"{name}.svg", lambda p: p.write_text(page, "utf-8"))
+        write_text(Path(directory) / f"{name}.svg", svg_standalone(svg))
     print(f"report: {write_report(directory)}")
     return study
 
@@ -1548,9 +1500,9 @@ def report_result(model, tokenizer, settings, args):
                  for name, shares in result["pass_at_k"].items()]
         print("\n" + markdown(Table("", head, lines)))
     if args.out:
-        (Path(args.out) / "evals").mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.out) / "evals" / "000000.json",
-                   result | {"step": 0, "flops": 0, "seconds": 0.0})
+        path = Path(args.out, "evals", "000000.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result | {"step": 0, "flops": 0, "seconds": 0.0})
     return result
 
 
