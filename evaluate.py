@@ -473,8 +473,8 @@ def pass_at_1_to_k(model, tokenizer, settings: EvalSettings, k: int) -> dict:
     for row in legible_rows(model, settings):
         problems = suite_problems(model, tokenizer, settings, row)
         episodes = play(model, tokenizer, problems, settings, "sampled", k)
-        solved = np.reshape([episode.solved() for episode in episodes], (-1, k)).sum(1).tolist()
-        result[row.name] = [float(np.mean([pass_at_k(k, right, j) for right in solved]))
+        solved = np.reshape([episode.solved() for episode in episodes], (-1, k)).sum(1)
+        result[row.name] = [np.mean([pass_at_k(k, right, j) for right in solved])
                             for j in range(1, k + 1)]
     return result
 
@@ -613,7 +613,7 @@ def _draws(kinds, reps, seed):
     return rng.multinomial(kinds, np.full(kinds, 1 / kinds), size=reps).astype(float)
 
 
-def bootstrap(values, classes, reps=2000, seed=0, among=None):
+def bootstrap(values, classes, reps=2000, among=None):
     """Mean and 95 % percentile interval, by resampling whole classes: (mean, low, high).
 
     Problems of one class are nearly the same, so the class is the unit that is drawn (cluster
@@ -634,10 +634,10 @@ def bootstrap(values, classes, reps=2000, seed=0, among=None):
     sums = np.stack([np.bincount(member, row, len(names)) for row in values * among])  # (S, C)
     counts = np.stack([np.bincount(member, row, len(names)) for row in among])
     # 2. The mean of each resample of classes, which differ in size.
-    draws = _draws(len(names), reps, seed)  # (reps, C)
+    draws = _draws(len(names), reps, 0)  # (reps, C)
     means = draws @ sums.T / np.maximum(draws @ counts.T, 1e-9)  # (reps, S)
     # 3. Its mean over a resample of seeds, whose draws sum to S.
-    means = (means * _draws(len(values), reps, seed + 1)).mean(1)
+    means = (means * _draws(len(values), reps, 1)).mean(1)
     mean = float((sums.sum(1) / counts.sum(1)).mean())
     return mean, *np.percentile(means, [2.5, 97.5]).tolist()
 
@@ -724,12 +724,11 @@ def kinds_of_action(lists, n):
     if {*map(len, walks.values()), sum(alike)} != {n} or failed != lists["failed_at"]:
         raise ValueError(f"marks are not {n} words of the same routes, or failed_at is not as they "
                          "say")
-    # Right and wrong first answers where this kind of action was right.
     found = {}
     for (how, words), (mark, kind) in product(walks.items(), MARKS.items()):
-        right = np.array([word.count(mark.upper()) for word in words])
-        count = right + [word.count(mark) for word in words]
-        found |= {f"{kind}{how}": right / np.maximum(count, 1), f"{kind}{how} count": count}
+        right, wrong = np.char.count(words, mark.upper()), np.char.count(words, mark)
+        found[f"{kind}{how} count"] = count = right + wrong
+        found[f"{kind}{how}"] = right / np.maximum(count, 1)
     return found
 
 
@@ -887,15 +886,16 @@ def choose_rates(directory):
     for name, seeds in load_study(directory).items():
         arm, found, rate = name.partition("-lr")
         if found:
-            end = Stage(name, {0: seeds[min(seeds)][-1]})
+            end = Stage(name, {0: any_of(seeds)[-1]})
             mean, low, high = end.interval("id", FIRST)
-            grid.setdefault(arm, []).append((float(rate), mean, (high - low) / (2 * 1.96)))
+            grid.setdefault(arm, []).append((float(rate), 100 * mean, 100 * (high - low) / 3.92))
     for arm, rates in grid.items():
         _, best, margin = max(rates, key=lambda rate: rate[1])
         chosen[arm] = min(rate for rate, mean, _ in rates if mean >= best - margin)
         head = [f"{name_of(arm)}, learning rate", "ID on validation, %", "standard error", ""]
-        lines = [[f"{rate:g}", f"{100 * mean:.1f}", f"{100 * error:.1f}",
-                  "chosen" if rate == chosen[arm] else ""] for rate, mean, error in sorted(rates)]
+        lines = [[f"{rate:g}", f"{mean:.1f}", f"{error:.1f}",
+                  "chosen" if rate == chosen[arm] else ""]
+                 for rate, mean, error in sorted(rates)]
         print(markdown(Table("", head, lines)) + "\n")
     text = " ".join(f"{arm.upper()}_LR={rate:g}" for arm, rate in chosen.items())
     write_text(Path(directory) / "chosen", text + "\n")
@@ -959,18 +959,18 @@ def pair_table(title, study, score, rows=ROWS):
 def look_tables(study, score):
     """Of problems in pictures: a line for each row that is answered, a column for each stage, and
     RL - SFT where both are averaged over the same problems."""
-    stage, last, all_read = stages(study, score), any_eval(study), (score[0], "all read")
-    read = task_class(last).SCORES["read"]
+    stage, last = stages(study, score), any_eval(study)
+    read, all_read = task_class(last).SCORES["read"], (score[0], "all read")
     lines = [(ROWS.get(row, row), {"row": row}) for row in last["rows"] if row != "fake"]
     columns = [(each.label, {"stage": each}) for key, each in stage.items() if key != "sft best"]
-    both = columns[:]
-    if "sft end" in stage and "rl end" in stage:
-        both.append(("RL - SFT", {"stage": stage["rl end"], "minus": stage["sft end"]}))
-    shown = {"success": score, f"all {read}": all_read, read: (score[0], "read")}
-    return [*(score_table(f"row by row: {title} in %", lines, both, score=each)
-              for title, each in shown.items()),
-            score_table(f"row by row: success where all {read} in %", lines, columns, score=score,
-                        among=all_read)]
+    pair = {"stage": stage.get("rl end"), "minus": stage.get("sft end")}
+    both = columns + [("RL - SFT", pair)] * all(pair.values())
+    return [score_table(f"row by row: {title} in %", lines, shown, **choice)
+            for title, shown, choice in (
+                ("success", both, {"score": score}),
+                (f"all {read}", both, {"score": all_read}),
+                (read, both, {"score": (score[0], "read")}),
+                (f"success where all {read}", columns, {"score": score, "among": all_read}))]
 
 
 def step_tables(study, score):
@@ -1106,8 +1106,8 @@ def curve(seeds, row, score):
     return np.column_stack([shares * np.mean([spent[-1] for spent in flops]), rates])
 
 
-def _stroke(points, css, close=""):
-    return f'<path class="{css}" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in points)}{close}"/>'
+def _stroke(points, css):
+    return f'<path class="{css}" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
 
 
 def _text(x, y, text, css=""):
@@ -1123,7 +1123,7 @@ def panel(title, x_name, ticks, lines, top=1):
     """A panel: its title, which names the y axis, grid, ticks [(x, label)] and name of the x axis.
 
     lines: [(name, css, points), ...], points (P, 2) or, with the edges of a band, (P, 4). A line
-    with a name has it at its end, a dot for each point and a large one at the end."""
+    with a name has it at its end, and a dot for each point."""
     svg = [_text(LEFT, 18, title, "head"),
            _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
     svg += [_text(place([x, 0], top)[0], BOTTOM + 18, label, "mid muted") for x, label in ticks]
@@ -1135,12 +1135,11 @@ def panel(title, x_name, ticks, lines, top=1):
         line = place(points[:, :2], top)
         if points.shape[1] == 4:
             band = [*points[:, [0, 2]], *points[::-1, [0, 3]]]
-            svg.append(_stroke(place(band, top), f"band {css}", "Z"))
+            svg.append(_stroke(place(band, top), f"band {css}"))
         svg.append(_stroke(line, f"line {css}"))
         if name:
             ends.append((line[-1], name, f"name {css}"))
-            for (x, y), radius in zip(line, [2] * (len(line) - 1) + [5]):
-                svg.append(f'<circle class="dot {css}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>')
+            svg += [f'<circle class="dot {css}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in line]
     return "".join(svg + named(ends))
 
 
@@ -1194,7 +1193,7 @@ def svg_curves(study, score=FIRST, rows=("id", "rule")):
 
 def svg_path(study, score=FIRST):
     """SVG, without its style: rule OOD against ID, each arm's evaluations as a path from the start
-    to its big end mark."""
+    to its name."""
     lines = []
     for i, arm in enumerate(arms_of(study)):
         path = np.column_stack([curve(study[arm], row, score)[:, 1] for row in ("id", "rule")])
@@ -1267,33 +1266,35 @@ def story_of_steps(study, score):
     do not lead on."""
     if not task_class(any_eval(study)).leads_on:
         return []
-    (mode, part), stage, told = score, stages(study, score), []
-    for name, among in (("steps_first" if part == "first" else "steps", None), ("forced", None),
-                        ("turn, forced", (mode, "turn, forced count"))):
-        shares = [percent(stage[key].interval("rule", (mode, name), among=among)).split()[0]
-                  for key in ("sft end", "rl end")]
-        told.append("{} % (SFT) and {} % (RL)".format(*shares))
-    return [f"Step by step, rule OOD walks get through {told[0]} of their route before they fail; "
-            f"after a right walk up to each position, {told[1]} of the first answers are right, "
-            f"and of those that should turn {told[2]}.",
+    (mode, part), stage = score, stages(study, score)
+
+    def shares(name, among=None):
+        sft, rl = (percent(stage[key].interval("rule", (mode, name), among=among)).split()[0]
+                   for key in ("sft end", "rl end"))
+        return f"{sft} % (SFT) and {rl} % (RL)"
+    alone = shares("steps_first" if part == "first" else "steps")
+    turns = shares("turn, forced", among=(mode, "turn, forced count"))
+    return [f"Step by step, rule OOD walks get through {alone} of their route before they fail; "
+            f"after a right walk up to each position, {shares('forced')} of the first answers are "
+            f"right, and of those that should turn {turns}.",
             "The first number stops at a mistake, the second goes on: where it is far higher, few "
             "steps fail most walks."]
 
 
 def story_of_looks(study, score):
     """Which looks separate the arms and which do not, and how well each arm reads. [] for text."""
-    last, stage = any_eval(study), stages(study, score)
+    last, stage, told = any_eval(study), stages(study, score), []
     sft, rl = stage["sft end"], stage["rl end"]
     rows = [row for row in last["rows"] if row not in (*ROWS, SHUFFLED, "text")
             and sft.has(row) and rl.has(row)]
     if not rows:
         return []
-    told, sign = [], {row: sign_of(rl.interval(row, score, minus=sft)) for row in rows}
-    for value, text in ((1, "Under other looks RL ends clearly above SFT"),
-                        (-1, "Under other looks RL ends clearly below SFT"),
-                        (0, "These looks do not separate the arms")):
-        if value in sign.values():
-            told.append(f"{text}: {', '.join(row for row in rows if sign[row] == value)}.")
+    signs = [sign_of(rl.interval(row, score, minus=sft)) for row in rows]
+    for sign, text in ((1, "Under other looks RL ends clearly above SFT"),
+                       (-1, "Under other looks RL ends clearly below SFT"),
+                       (0, "These looks do not separate the arms")):
+        if sign in signs:
+            told.append(f"{text}: {', '.join(row for row, s in zip(rows, signs) if s == sign)}.")
     read = score[0], "read" if task_class(last).leads_on else "all read"
     worst = [100 * min(arm.numbers(row, read).mean() for row in rows) for arm in (sft, rl)]
     shares = "{:.0f} % (SFT), {:.0f} % (RL)".format(*worst)
@@ -1436,8 +1437,8 @@ def parse_args(argv=None):
     if sum(map(bool, (args.model, args.report, args.choose, args.compare))) != 1:
         raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
                          "a study directory, --choose and a grid of runs.")
-    taken = [Path(args.out or ".", name) for name in ("", "args.json", "evals/000000.json")]
-    if args.out and (taken[0].is_file() or any(path.exists() for path in taken[1:])):
+    taken = ("args.json", "evals/000000.json")
+    if args.out and any(Path(args.out, name).exists() for name in taken):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     if args.image and not args.ask:
         raise ValueError("--image goes with --ask: give a question about the picture.")
@@ -1474,17 +1475,10 @@ def load(name, args):
                                           max_new_tokens, args.rollout_batch)
 
 
-def compare(args):
-    """Evaluate two models, one after the other in memory, and print their table. -> evaluations"""
-    results = [evaluate(*load(name, args)) for name in args.compare]
-    print(f"{args.suite}, {args.n} {args.split} problems, success of whole episodes in % "
-          "[95 % interval]")
-    print(compare_table(results, args.compare))
-    return results
-
-
 def report_result(model, tokenizer, settings, args):
     """Evaluate a model, print its tables, and write the evaluation where --out says. -> it"""
+    if args.out:  # before the work, in case that it cannot be written
+        (path := Path(args.out, "evals")).mkdir(parents=True, exist_ok=True)
     result = evaluate(model, tokenizer, settings)
     print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % "
           "[95 % interval]")
@@ -1500,9 +1494,7 @@ def report_result(model, tokenizer, settings, args):
                  for name, shares in result["pass_at_k"].items()]
         print("\n" + markdown(Table("", head, lines)))
     if args.out:
-        path = Path(args.out, "evals", "000000.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result | {"step": 0, "flops": 0, "seconds": 0.0})
+        write_json(path / "000000.json", result | {"step": 0, "flops": 0, "seconds": 0.0})
     return result
 
 
@@ -1513,18 +1505,22 @@ def main(argv=None):
         return write_study(args.report)
     if args.choose:
         return choose_rates(args.choose)
-    if args.compare:
-        return compare(args)
+    if args.compare:  # one after the other in memory
+        results = [evaluate(*load(name, args)) for name in args.compare]
+        print(f"{args.suite}, {args.n} {args.split} problems, success of whole episodes in % "
+              "[95 % interval]")
+        print(compare_table(results, args.compare))
+        return results
     model, tokenizer, settings = load(args.model, args)
+    if not (args.export or args.ask):
+        return report_result(model, tokenizer, settings, args)
     if args.export:
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")
-    elif args.ask:
+    else:
         greedy = Sampling(settings.max_new_tokens, temperature=0.0)
         ((episode,),) = rollout(model, tokenizer, [Question(args.ask, args.image)], 1, greedy)
         print(clean(episode.turns[0]["response"]))
-    else:
-        return report_result(model, tokenizer, settings, args)
     return {}
 
 
