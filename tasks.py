@@ -354,7 +354,8 @@ class GeneralPoints(Problem):
 
     @classmethod
     def legible(cls, row, tile):
-        return row.visual is None or Look.legible(row.visual, parse_rule(row.rule).cards, tile)
+        look, cards = Look.parse(row.visual or "text", random.Random(0)), parse_rule(row.rule).cards
+        return look.legible_from(cards) <= tile
 
     @cached_property
     def image(self):
@@ -832,9 +833,11 @@ class Options:
         return {each.name: each.metadata["known"] for each in fields(cls)}
 
     @classmethod
-    def parse(cls, text):
-        """Read a text, its options in any order; str() undoes it, an instance passes through.
-        ValueError, in one sentence, for other texts."""
+    def parse(cls, text, rng: random.Random | None = None):
+        """Read a text, its options in any order; str() undoes it, an instance passes through. With
+        rng the wildcards of `fill` are drawn first. ValueError, in one sentence, for other texts."""
+        if rng:
+            text = cls.fill(text, rng)
         if isinstance(text, cls):
             return text
         options = cls.options()
@@ -847,20 +850,19 @@ class Options:
     def fill(cls, text, rng: random.Random) -> str:
         """The text with its wildcards drawn: * for any value but text, a|b for one of those named.
         All of a list are read: a wrong one raises its ValueError at once, not when it is drawn."""
-        parts, options = str(text).split("/"), cls.options()
-        head, *_ = options
-        for i, part in enumerate(parts):
+        head, *_ = options = cls.options()
+        drawn = []
+        for part in str(text).split("/"):
             name, equals, value = part.rpartition("=")
-            choices = value.split("|")
-            if value == "*":
-                choices = [each for each in options.get(name or head, ()) if each != "text"]
-            if len(choices) < 2:
-                continue
-            start = f"{options[head][0]}/" if i else ""
-            for each in choices if value != "*" else ():
-                cls.parse(f"{start}{name}{equals}{each}")
-            parts[i] = f"{name}{equals}{rng.choice(choices)}"
-        return "/".join(parts)
+            known = [each for each in options.get(name or head, ()) if each != "text"]
+            choices = known if value == "*" else value.split("|")
+            texts = [f"{name}{equals}{each}" for each in choices]
+            if len(texts) > 1:
+                for each in texts if value != "*" else ():
+                    cls.parse("/".join([*drawn, each]))
+                part = rng.choice(texts)
+            drawn.append(part)
+        return "/".join(drawn)
 
 
 def any_of(known) -> str:
@@ -887,30 +889,25 @@ class Look(Options):
     def drawn(cls, visual: str, stream: str, cards: int, tile: int) -> "Look | None":
         """The look of a problem, wildcards drawn from a stream; None for text. ValueError where so
         many cards cannot be read at tiles of so many pixels."""
-        look = cls.parse(cls.fill(visual, random.Random(stream)))
-        if look.suits != "text" and tile < (smallest := look.legible_from(cards)):
+        look = cls.parse(visual, random.Random(stream))
+        if tile < (smallest := look.legible_from(cards)):
             raise ValueError(f"{cards} cards of the look {str(look)!r} need tiles of at least "
                              f"{smallest} pixels, not {tile}.")
         return look if look.suits != "text" else None
 
-    @classmethod
-    def legible(cls, visual: str, cards: int, tile: int) -> bool:
-        """Whether so many cards of a look can be read at tiles of so many pixels."""
-        look = cls.parse(cls.fill(visual, random.Random(0)))
-        return look.suits == "text" or look.legible_from(cards) <= tile
-
     def legible_from(self, cards: int) -> int:
-        """The smallest tile, in pixels, at which so many cards can be read."""
+        """The smallest tile, in pixels, at which so many cards can be read; 0 for text."""
+        if self.suits == "text":
+            return 0
         noise = 100 * self.noise / self.light
         need = 32 + 8 * (noise > 80) + 8 * (noise > 40 and self.scheme in ("words", "pips"))
         return ceil(need / min(self.sizes(cards, 1)[1]))
 
     def sizes(self, cards: int, tile: int):
         """(width, height) in pixels of a picture, and of the place of each card in it."""
-        columns, rows = (cards, 1) if self.layout == "row" else ((cards + 1) // 2, 2)
-        width, height = (4 * tile, tile) if self.layout == "row" else (2 * tile, 2 * tile)
-        if self.tiles == 1:
-            width = height = tile
+        rows = 1 if self.layout == "row" else 2
+        columns = ceil(cards / rows)
+        width, height = (tile, tile) if self.tiles == 1 else (4 * tile // rows, tile * rows)
         return (width, height), (width / columns, height / rows)
 
 
@@ -949,8 +946,7 @@ def picture(hand, look: Look, tile: int, stream: str) -> Image.Image:
     for k, card in enumerate(cards):
         _lay(image, card, look, place, (k % columns, k // columns), rng)
     if look.light != 100:
-        levels = [min(255, round(level * look.light / 100)) for level in range(256)]
-        image = image.point(levels * 3)
+        image = image.point(lambda level: level * look.light / 100)
     return _noisy(image, look.noise, noise_seed) if look.noise else image
 
 
@@ -997,8 +993,8 @@ def _lay(image, card, look, place, at, rng):
 def _noisy(image, deviation, seed):
     start, count = seed % GRAIN, image.width * image.height
     grain = Image.frombytes("L", image.size, _grain(count)[start:start + count])
-    levels = [max(0, min(255, round(128 + (level - 128) / 30 * deviation))) for level in range(256)]
-    return ImageChops.add(image, Image.merge("RGB", [grain.point(levels)] * 3), offset=-128)
+    grain = grain.point(lambda level: 128 + (level - 128) / 30 * deviation)
+    return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
 
 
 @lru_cache(maxsize=4)
@@ -1026,16 +1022,14 @@ def _draw_card(card, size, scale):
     is "small", for a place of 32 pixels, or "large", as from a real pack."""
     paper, edge, *inks = STYLE_COLOURS[card.style]
     face = Image.new("RGB", (card.width * scale, card.height * scale), paper)
-    _paint(card, face, inks[card.suit in "HD"], CARDS["layouts"][size])
+    _paint(face, card, inks[card.suit in "HD"], CARDS["layouts"][size])
     outline = Image.new("L", face.size)
     box, radius = (0, 0, face.width - 1, face.height - 1), .09 * face.width
     ImageDraw.Draw(outline).rounded_rectangle(box, radius, 255)
     line = max(scale, round(.025 * face.width)) if card.style == "framed" else scale
     ImageDraw.Draw(face).rounded_rectangle(box, radius, None, edge, line)
     image = _with_shadow(face, outline, max(2, round(.03 * card.height)) * scale)
-    if card.angle:
-        image = image.rotate(card.angle, Image.Resampling.BICUBIC, expand=True)
-    return image.reduce(scale)
+    return image.rotate(card.angle, Image.Resampling.BICUBIC, expand=True).reduce(scale)
 
 
 def _with_shadow(face, outline, margin):
@@ -1051,23 +1045,19 @@ _small_card = lru_cache(maxsize=4096)(partial(_draw_card, size="small", scale=4)
 _large_card = lru_cache(maxsize=256)(partial(_draw_card, size="large", scale=2))  # up to 1 MB each
 
 
-def _paint(card, face, ink, layouts):
+def _paint(face, card, ink, layouts):
     """Paint the parts of a layout in assets/cards.json: [kind, width and height of its mask in
     shares of the card, x and y of its centre, whether it is upside down]."""
     scheme = "index" if card.scheme == "numbers" else card.scheme
-    layout = layouts.get(f"{scheme} {min(card.rank, 11)}", layouts[scheme])
-    for kind, across, down, *place in layout:
+    parts = layouts.get(f"{scheme} {min(card.rank, 11)}", layouts[scheme])
+    for kind, across, down, *place in parts:
         across, down = across * face.width, down * face.height
-        if kind == "label":
-            _stamp(face, ink, _label(card, across, down), *place)
-        elif kind == "sign":
-            _stamp(face, ink, _sign(card.suit, across + down), *place)
-        elif kind == "pips":
-            sign = _sign(card.suit, across + down)
-            for spot in _pips(card.rank, *place):
-                _stamp(face, ink, sign, *spot)
-        else:
-            _draw_court(card, face, ink)
+        if kind == "court":
+            _draw_court(face, card, ink)
+            continue
+        mask = _label(card, across, down) if kind == "label" else _sign(card.suit, across + down)
+        for spot in _pips(card.rank, *place) if kind == "pips" else [place]:
+            _stamp(face, ink, mask, *spot)
 
 
 def _stamp(image, ink, mask, x, y, upside_down=False):
@@ -1099,54 +1089,41 @@ def _label(card, width, height):
     return mask.resize((min(round(width), mask.width), round(height)))
 
 
-def _polygon(shape):
-    """The corners of a shape in assets/cards.json: a polygon, or a circle as x, y and radius."""
-    if isinstance(shape[0], tuple):
-        return shape
-    x, y, r = shape
-    return [(x + r * cos(k * pi / 24), y + r * sin(k * pi / 24)) for k in range(48)]
+def _draw_shape(image, shape, colour, width, height):
+    """Fill a shape in assets/cards.json, drawn so wide and high: a polygon, or a circle as x, y and
+    radius."""
+    if not isinstance(shape[0], tuple):
+        x, y, r = shape
+        shape = [(x + r * cos(k * pi / 24), y + r * sin(k * pi / 24)) for k in range(48)]
+    ImageDraw.Draw(image).polygon([(x * width, y * height) for x, y in shape], colour)
 
 
-def _heart(t):
-    height = 13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)
-    return .5 + .48 * sin(t) ** 3, .42 - height / 32
-
-
-HEART = [_heart(k * pi / 32) for k in range(64)]
-SUIT_SHAPES = {suit: [*map(_polygon, shapes)] for suit, shapes in CARDS["suits"].items()}
-SUIT_SHAPES["H"].append(HEART)
-SUIT_SHAPES["S"].append([(x, .84 - .86 * (y - .04)) for x, y in HEART])
+SUIT_SHAPES = CARDS["suits"]
 
 
 def _sign(suit, size):
     """A suit sign as a mask of size x size pixels."""
     mask = Image.new("L", (round(size), round(size)))
     for shape in SUIT_SHAPES[suit]:
-        ImageDraw.Draw(mask).polygon([(x * size, y * size) for x, y in shape], 255)
+        _draw_shape(mask, shape, 255, size, size)
     return mask
 
 
-def _draw_court(card, face, ink):
+def _draw_court(face, card, ink):
     """A frame with the figure of J, Q or K, or with its number, and the same upside down below."""
-    width, height = round(.58 * face.width), round(.37 * face.height)
+    rank, width, height = str(card.rank), round(.58 * face.width), round(.37 * face.height)
     half = Image.new("RGB", (width, height), STYLE_COLOURS[card.style][0])
     if card.scheme == "numbers":
-        label = _label(card, .4 * face.width, .2 * face.height)
-        _stamp(half, ink, label, .5, .5)
+        _stamp(half, ink, _label(card, .4 * face.width, .2 * face.height), .5, .5)
     else:
-        _draw_figure(half, str(card.rank), ink)
+        for colour, shape in CARDS["behind"][rank] + CARDS["body"] + CARDS["before"][rank]:
+            _draw_shape(half, shape, CARDS["colours"].get(colour, ink), width, height)
         _stamp(half, ink, _sign(card.suit, .12 * face.width), .14, .14)
     left, top = (face.width - width) // 2, face.height // 2 - height
     face.paste(half, (left, top))
     face.paste(half.transpose(Image.Transpose.ROTATE_180), (left, top + height))
-    ImageDraw.Draw(face).rectangle(
-        (left, top, left + width, top + 2 * height), None, ink, max(1, face.width // 120))
-
-
-def _draw_figure(image, rank, ink):
-    for colour, shape in CARDS["behind"][rank] + CARDS["body"] + CARDS["before"][rank]:
-        points = [(x * image.width, y * image.height) for x, y in _polygon(shape)]
-        ImageDraw.Draw(image).polygon(points, CARDS["colours"].get(colour, ink))
+    frame = left, top, left + width, top + 2 * height
+    ImageDraw.Draw(face).rectangle(frame, None, ink, max(1, face.width // 120))
 
 
 # ---- 11. V-IRL: a walk ---------------------------------------------------------------------------
@@ -1171,8 +1148,8 @@ class Navigation(Problem):
     Walked), drawn ({position: picture}). All copies share `drawn`: a group has one picture of a
     position."""
     route: "Route"
-    rule: "TurnRule" = field()  # without field() the default of Problem would be taken
-    attempts: int = field()
+    rule: "TurnRule"
+    attempts: int
     style: str
     judged_by: "TurnRule"
     look: "Scene | None" = None
@@ -1209,11 +1186,10 @@ class Navigation(Problem):
     def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
         """See the function `make`. ValueError for a rule, a scene, a tile or data that do not
         fit."""
-        look, tile = None, TILE[style] if tile is None else tile
-        if visual:
-            look = Scene.parse(Scene.fill(visual, random.Random(f"virl/{split}/{index}/look")))
-            if not 16 <= tile <= 1120:
-                raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
+        tile = TILE[style] if tile is None else tile
+        look = visual and Scene.parse(visual, random.Random(f"virl/{split}/{index}/look"))
+        if look and not 16 <= tile <= 1120:
+            raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
         if data:
             known = released(str(data), bool(visual)).routes
         else:
@@ -1244,13 +1220,12 @@ class Navigation(Problem):
         """The first user turn: the rule, the instructions and, in text, the first observation."""
         words, rule, here = WORDING[self.style], self.rule.words, self.route.rail[0]
         items = [words["item"].format(number=i, text=text) for i, text in enumerate(self.texts, 1)]
-        seen = words["text"].format(seen=observation(here, self.style))
         return words["prompt"].format(
             instructions=words["listed"].join(items),
             means=words["means"][rule],
             choices=", ".join(TURNS[rule]),
             facing=compass_word(here.heading),
-            seen=words["picture"] if self.look else seen,
+            seen=words["picture" if self.look else "text"].format(observation(here, self.style)),
         )
 
     def step(self, response):
@@ -1266,21 +1241,14 @@ class Navigation(Problem):
         if verdict.outcome == "right_action":
             self.position += 1
             self.attempt = 0
-        reward = float(WALK_REWARD[verdict.outcome])
+        reward = WALK_REWARD[verdict.outcome] + (LAST_ATTEMPT if failed else 0)
         if self.look and not verdict.observed:
             reward += MISREAD
-        if failed:
-            reward += LAST_ATTEMPT
-        read = float(bool(verdict.observed))
-        return Step(reward, self.done, self._feedback(), verdict.outcome, read)
-
-    def _feedback(self):
-        # After a right action it has the next observation, or points to the next picture.
         words = WORDING[self.style]
         seen = words["next"] if self.look else observation(self.here, self.style)
-        arrived = self.verdict.outcome == "correct"
-        text = words["end"] if arrived else words["why"][self.verdict.why]
-        return text.format(fact=self.verdict.fact, seen=seen)
+        text = words["end"] if verdict.outcome == "correct" else words["why"][verdict.why]
+        feedback, read = text.format(fact=verdict.fact, seen=seen), float(bool(verdict.observed))
+        return Step(float(reward), self.done, feedback, verdict.outcome, read)
 
     def expert(self):
         return self.response(self.right_action())
@@ -1355,12 +1323,10 @@ class Navigation(Problem):
 
     def figures(self, turns):
         """The views up to the last position reached, and the map; released routes have none."""
-        found = {}
+        found = {} if self.route.folder else {"map": draw_map(self, 340)}
         if self.look:
             last = max((turn["position"] for turn in turns), default=0)
             found["pictures"] = [self.picture(position) for position in range(last + 1)]
-        if not self.route.folder:
-            found["map"] = draw_map(self, 340)
         return found
 
     @classmethod
@@ -1371,11 +1337,9 @@ class Navigation(Problem):
             answer = parse_answer(str(response))
         except Illegal:
             answer = {}
-        found = []
-        for label, keys in VIRL["labels"].items():
-            said = [str(answer[key]) for key in keys if key in answer]
-            found.append((label, said[0] if said else "\u2013"))
-        return found
+        labels = VIRL["labels"]
+        said = {labels[key]: str(answer[key]) for key in labels if key in answer}
+        return [(label, said.get(label, "\u2013")) for label in dict.fromkeys(labels.values())]
 
 
 # ---- 12. V-IRL: words ----------------------------------------------------------------------------
@@ -1688,7 +1652,7 @@ def moved(point, heading, ahead, right=0):
 
 def between(start, end, share):
     """The point at a share of the way from one point to another, in any number of coordinates."""
-    return tuple(a + (b - a) * share for a, b in zip(start, end))
+    return tuple([a + (b - a) * share for a, b in zip(start, end)])
 
 
 class Street(NamedTuple):
@@ -1908,13 +1872,16 @@ def draw_grid(name, style, place, heading, look, tile):
     town, size = city(name, style), tile if look.tiles == 4 else tile // 2
     fine = 4 if size < 100 else 2 if size < 400 else 1  # draw too large, then reduce: smooth edges
     reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
-    point, standing = town.points[place], (*town.walls, *town.signs)
-    standing = [thing for thing in standing if thing.distance(point) < reach]
-    standing.sort(key=lambda thing: -thing.distance(point))
+    point, (roads, lines) = town.points[place], town.ground
+    lines = [line for line in lines if dist(line[0], point) < reach / 2]
+    away = {thing: thing.distance(point) for thing in (*town.walls, *town.signs)}
+    standing = [thing for thing in away if away[thing] < reach]
+    standing.sort(key=away.get, reverse=True)
 
     def draw_view(heading):
         view = View(point, heading, look, size * fine, reach)
-        view.draw_ground(*town.ground)
+        view.draw_ground(roads, view.light["road"])
+        view.draw_ground(lines, "#ece8dc")
         for thing in standing:
             thing.draw(view)
         view.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
@@ -1929,24 +1896,21 @@ def four_views(heading, view):
     return Image.fromarray(np.vstack([np.hstack([front, right]), np.hstack([back, left])]))
 
 
-@dataclass
 class View:
     """A view from a point of a city, `size` pixels each way. It shows walls and signs within
     `reach` metres."""
-    point: tuple
-    heading: float
-    look: Scene
-    size: int
-    reach: float
 
-    def __post_init__(self):
-        self.light, self.image = LIGHTS[self.look.light], _backdrop(self.look, self.size).copy()
+    def __init__(self, point, heading, look, size, reach):
+        self.point, self.look, self.size, self.reach = point, look, size, reach
+        self.sin, self.cos = sin(radians(heading)), cos(radians(heading))
+        self.light, self.weather = LIGHTS[look.light], WEATHERS[look.weather]
+        self.image = _backdrop(look, size).copy()
         self.pen = ImageDraw.Draw(self.image)
 
     def ahead(self, point):
         """A point of the city as a camera point."""
         x, y = point[0] - self.point[0], point[1] - self.point[1]
-        return moved((0, 0), -self.heading, y, x)
+        return x * self.cos - y * self.sin, x * self.sin + y * self.cos
 
     def pixel(self, x, z, height):
         """The place in the picture of a camera point at a height above ground."""
@@ -1955,43 +1919,49 @@ class View:
 
     def haze(self, distance):
         """The share of haze in a colour at this distance, in this weather."""
-        return WEATHERS[self.look.weather]["haze"] * min(distance / FAR, 1)
+        return self.weather["haze"] * min(distance / FAR, 1)
 
-    def shade(self, colour, distance, light):
-        """A colour in this light (1: its own) and at this distance."""
+    def shade(self, distance, colour, light):
+        """A colour at this distance and in this light (1: its own)."""
         haze = self.haze(distance)
         pairs = zip(colour, self.light["low"])
-        return tuple(int(value * light * (1 - haze) + far * haze) for value, far in pairs)
+        return tuple([int(value * light * (1 - haze) + far * haze) for value, far in pairs])
 
     def fill(self, corners, colour):
         """A polygon of (x, z, height); the part behind the camera is cut off."""
-        clipped = []
-        for start, end in pairwise([*corners, corners[0]]):
-            (_, z, _), (_, w, _) = start, end
-            if z >= NEAR:
-                clipped.append(start)
-            if (z >= NEAR) != (w >= NEAR):
-                x, _, height = between(start, end, (NEAR - z) / (w - z))
-                clipped.append((x, NEAR, height))
-        if clipped:
-            self.pen.polygon([self.pixel(*corner) for corner in clipped], colour)
+        depths = [z for _, z, _ in corners]
+        if min(depths) < NEAR:
+            corners = _clipped(corners)
+        if corners:
+            self.pen.polygon([self.pixel(*corner) for corner in corners], colour)
 
-    def draw_ground(self, roads, lines):
-        """Roads and the nearer lines, without haze: overlapping roads should show no seams."""
-        lines = [line for line in lines if dist(line[0], self.point) < self.reach / 2]
-        for strips, colour in ((roads, self.light["road"]), (lines, "#ece8dc")):
-            for strip in strips:
-                self.fill([(*self.ahead(point), 0) for point in strip], colour)
+    def draw_ground(self, strips, colour):
+        """Parts of the ground, without haze: overlapping roads should show no seams."""
+        for strip in strips:
+            self.fill([(*self.ahead(point), 0) for point in strip], colour)
 
     def draw_weather(self, rng):
         """Rain or snow in the air."""
-        weather, size = self.look.weather, self.size
-        for _ in range(WEATHERS[weather]["drops"] * size // 560):
+        size = self.size
+        for _ in range(self.weather["drops"] * size // 560):
             x, y, long = rng.random() * size, rng.random() * size, rng.uniform(0.01, 0.05) * size
-            if weather == "rain":
+            if self.look.weather == "rain":
                 self.pen.line((x, y, x - long / 4, y + long), "#b4bdca")
             else:
                 self.pen.ellipse((x, y, x + long / 4, y + long / 4), "#fafaff")
+
+
+def _clipped(corners):
+    """The part of a polygon of (x, z, height) that is ahead of the camera."""
+    clipped = []
+    for start, end in pairwise([*corners, corners[0]]):
+        (_, z, _), (_, w, _) = start, end
+        if z >= NEAR:
+            clipped.append(start)
+        if (z >= NEAR) != (w >= NEAR):
+            x, _, height = between(start, end, (NEAR - z) / (w - z))
+            clipped.append((x, NEAR, height))
+    return clipped
 
 
 class Wall(NamedTuple):
@@ -2010,28 +1980,30 @@ class Wall(NamedTuple):
         left, right = view.ahead(self.left), view.ahead(self.right)
         if _hidden(left, right):
             return
-        light, pane = view.light["walls"], view.light["pane"]
         distance = hypot(left[0] + right[0], left[1] + right[1]) / 2
-
-        def part(first, last, bottom, top, colour, light):
-            """A part between two shares of the width, from the left, and two heights."""
-            start, end = between(left, right, first), between(left, right, last)
-            corners = [(*start, bottom), (*start, top), (*end, top), (*end, bottom)]
-            view.fill(corners, view.shade(colour, distance, light))
-
+        light, pane = view.light["walls"], view.light["pane"]
         colour, shop = PALETTES[view.look.palette][self.number % 5], EMBLEMS[self.number % 4]
-        part(0, 1, 0, self.height, colour, light)
-        part(0, 1, self.height - 0.5, self.height, colour, light * 0.75)
-        part(0.06, 0.94, 0, 2.6, pane, 0.7)
-        part(0, 1, 2.6, 3.2, shop, light * 0.6)
+
+        shade = partial(view.shade, distance)
+
+        def part(first, last, bottom, top, colour):
+            """A part between two shares of the width, from the left, and two heights."""
+            (x, z), (u, w) = between(left, right, first), between(left, right, last)
+            view.fill([(x, z, bottom), (x, z, top), (u, w, top), (u, w, bottom)], colour)
+
+        part(0, 1, 0, self.height, shade(colour, light))
+        part(0, 1, self.height - 0.5, self.height, shade(colour, light * 0.75))
+        part(0.06, 0.94, 0, 2.6, shade(pane, 0.7))
+        part(0, 1, 2.6, 3.2, shade(shop, light * 0.6))
         if distance >= view.reach / 2:  # no windows further off
             return
         columns = max(round(dist(left, right) / 2.7), 1)
+        lit, dark = shade(pane, 1), shade(LIGHTS["day"]["pane"], light)
         for column, floor in product(range(columns), range(int(self.height - 3.5) // 3)):
-            lit = light == 1 or (self.number + floor * 5 + column * 3) % 4 < 2
-            colour, bright = (pane, 1) if lit else (LIGHTS["day"]["pane"], light)
+            dim = light < 1 and (self.number + floor * 5 + column * 3) % 4 > 1
             first, bottom = column + 0.25, 4.2 + 3 * floor
-            part(first / columns, (first + 0.5) / columns, bottom, 6 + 3 * floor, colour, bright)
+            part(first / columns, (first + 0.5) / columns, bottom, 6 + 3 * floor,
+                 dark if dim else lit)
 
 
 class Sign(NamedTuple):
