@@ -16,7 +16,7 @@ Contents, up to 5 the reading path
     3. Splits and deals      problem_class, split_of, deal
     4. The verifier          judge, REWARD
     5. GeneralPoints         prompts, GeneralPoints
-    6. Rules as text         parse_rule, fill_rule (wildcards)
+    6. Rules as text         parse_rule (with wildcards)
     7. Reading an answer     parse_answer (JSON and near-JSON), parse_formula, misused, read_share
     8. Formulas and solver   exact arithmetic, one notation; solve, solutions
     9. Looks                 Options (as text, with wildcards), Look
@@ -133,6 +133,9 @@ class Problem:
         outcomes, read = [turn["outcome"] for turn in turns], round(turns[0]["read"], 4)
         return {"first": int(solved(outcomes, 1)), "episode": int(solved(outcomes)), "read": read}
 
+    def forget_pictures(self):
+        """Drop what was drawn: the episode is over. A picture that is asked for is drawn anew."""
+
     def figures(self, turns: list[dict]) -> dict:
         """For a report: {"picture": image}, or {"pictures": [image, ...], "map": image}."""
         return {} if self.image is None else {"picture": self.image}
@@ -199,8 +202,8 @@ class Rule:
     def __str__(self):
         text = ",".join(map(str, self.faces[:1] if len(set(self.faces)) == 1 else self.faces))
         for name in ("target", "cards", "courts"):
-            value = getattr(self, name)
-            text += f"/{name}={value or '*'}" if value != getattr(Rule, name) else ""
+            if (value := getattr(self, name)) != getattr(Rule, name):
+                text += f"/{name}={value or '*'}"
         return text
 
 
@@ -290,9 +293,7 @@ def judge(response: str, hand, rule: Rule) -> Verdict:
         answer = parse_answer(response)
         if isinstance(answer.get("cards"), tuple):
             cards, read = answer["cards"], read_share(answer["cards"], hand)
-        if not isinstance(answer.get("formula"), str):
-            raise Illegal("the JSON object has no key 'formula' with a string")
-        value, used = parse_formula(answer["formula"], rule.target)
+        value, used = parse_formula(text_at(answer, "formula"), rule.target)
     except Illegal as error:
         return Verdict("illegal", str(error), cards, read)
     if fact := misused(used, values(hand, rule)):
@@ -307,11 +308,8 @@ def judge(response: str, hand, rule: Rule) -> Verdict:
 
 def write_prompt(hand, rule: Rule, style: str, look=None) -> str:
     """The first user turn; with a Look the cards are in a picture and not in the prompt."""
-    words, ranks = CARDS["wording"], rank_names(hand)
-    if style == "short":
-        cards = "" if look else " ".join(ranks) + ", "
-        return f"{cards}JQK={','.join(map(str, rule.faces))}, make {rule.target}"
-    names, shown = json.dumps(ranks), look and words["shown"][look.scheme]
+    words = CARDS["wording"][style]
+    names, shown = words["between"].join(rank_names(hand)), look and CARDS["shown"][look.scheme]
     cards = words["seen" if look else "dealt"].format(count=len(hand), names=names, shown=shown)
     faces = words["alike" if len(set(rule.faces)) == 1 else "unlike"].format(*rule.faces)
     order = "in the picture" if look else "as dealt"
@@ -372,12 +370,12 @@ class GeneralPoints(Problem):
         reward = REWARD[verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
         feedback = self.feedback(verdict)
         if self.look and verdict.read < 1:
-            reward, feedback = reward + MISREAD, feedback + CARDS["wording"]["misread"][self.style]
+            reward, feedback = reward + MISREAD, feedback + CARDS["wording"][self.style]["misread"]
         return Step(float(reward), self.done, feedback, verdict.outcome, verdict.read)
 
     def feedback(self, verdict: Verdict) -> str:
         """The verifier's text about the formula."""
-        return CARDS["wording"]["feedback"][self.style][verdict.outcome].format(fact=verdict.fact)
+        return CARDS["wording"][self.style][verdict.outcome].format(fact=verdict.fact)
 
     def expert(self, rng: random.Random | None = None):
         return self.response(self.rule, self.solution(self.rule, rng))
@@ -402,35 +400,26 @@ class GeneralPoints(Problem):
 
 def parse_rule(text: str | Rule, rng: random.Random | None = None) -> Rule:
     """Read "10" (J, Q and K alike) or "11,12,13", then "/target=36" or "/target=*", "/cards=5" and
-    "/courts=2" in any order; str() undoes it. With rng the wildcards of fill_rule are drawn first.
-    ValueError, in one sentence, for other texts."""
-    if rng:
-        text = fill_rule(text, rng)
+    "/courts=2" in any order; str() undoes it. With rng a face may be a wildcard: * is drawn from
+    1..13, ? from 10..13. ValueError, in one sentence, for other texts."""
     if isinstance(text, Rule):
         return text
     head, options = split_options(text, ("target", "cards", "courts"))
-    faces = tuple(_small_int(face, text) for face in head.split(","))
+    lowest = {"*": 1, "?": 10} if rng else {}
+    faces = tuple(rng.randint(lowest[face], 13) if face in lowest else _small_int(face, text)
+                  for face in head.split(","))
     numbers = {name: 0 if (name, value) == ("target", "*") else _small_int(value, text)
                for name, value in options.items()}
     return Rule(faces * 3 if len(faces) == 1 else faces, **numbers)
 
 
 def _small_int(digits, text):
-    if not re.fullmatch("[1-9][0-9]{0,2}", digits):
-        raise ValueError(f"{printable(text)!r} is no rule like 10 or 11,12,13/target=36/cards=5.")
-    return int(digits)
+    if re.fullmatch("[1-9][0-9]{0,2}", digits):
+        return int(digits)
+    raise ValueError(f"{printable(text)!r} is no rule like 10 or 11,12,13/target=36/cards=5.")
 
 
-def fill_rule(text: str | Rule, rng: random.Random) -> str:
-    """The text of a rule with the wildcards among its faces drawn: * from 1..13, ? from 10..13."""
-    faces, slash, options = str(text).partition("/")
-    lowest = {"*": 1, "?": 10}
-    drawn = [str(rng.randint(lowest[face], 13)) if face in lowest else face
-             for face in faces.split(",")]
-    return ",".join(drawn) + slash + options
-
-
-def split_options(text: str, names) -> tuple[str, dict[str, str]]:
+def split_options(text: str, names):
     """Take "head/name=value/name=value" apart: (head, {name: value}). ValueError for a name that is
     not one of `names` or stands twice."""
     head, *parts = text.split("/")
@@ -444,7 +433,7 @@ def split_options(text: str, names) -> tuple[str, dict[str, str]]:
 
 def printable(text: str, limit: int = 60) -> str:
     """Text of unknown origin made fit for a terminal: its printable characters, at most `limit`."""
-    return "".join(ch for ch in text[:limit] if ch.isprintable())
+    return "".join(filter(str.isprintable, text[:limit]))
 
 
 # ---- 7. Reading an answer ------------------------------------------------------------------------
@@ -479,20 +468,25 @@ def parse_answer(text: str) -> dict:
     return dict(pairs)
 
 
+def text_at(answer: dict, key: str) -> str:
+    """The text at a key of an answer. Raises Illegal where there is none."""
+    if not isinstance(answer.get(key), str):
+        raise Illegal(f"the JSON object has no key '{key}' with a string")
+    return answer[key]
+
+
 def _json_tokens(text, position):
-    """Yield (kind, text, end); kind is a mark of { } [ ] , : itself, or "string" or "word"."""
+    """Yield (kind, text, end). The kind is one of the marks { } [ ] , : or a kind of text."""
     for _ in range(MAX_TOKENS):
         if not (match := JSON_TOKEN.match(text, position)):
             break
         position, kind = match.end(), match.lastgroup
         token = match[kind]
-        if kind == "mark":
-            kind = token
-        elif kind == "double":
-            kind, token = "string", _unescaped(token)
+        if kind == "double":
+            token = _unescaped(token)
         elif kind == "single":
-            kind, token = "string", token[1:-1].replace("\\'", "'")
-        yield kind, token, position
+            token = token[1:-1].replace("\\'", "'")
+        yield token if kind == "mark" else kind, token, position
     raise Illegal(f"the JSON object is broken, does not end or has more than {MAX_TOKENS} parts")
 
 
@@ -525,16 +519,16 @@ def _pair(token, tokens):
     if token[0] == "[":
         return key, tuple(_items(tokens, "]", _scalar)[0])
     value = _scalar(token, tokens)
-    return key, value if token[0] == "string" else None
+    return key, value if token[0] != "word" else None
 
 
 def _scalar(token, tokens):
-    if token[0] not in ("string", "word"):
+    if token[0] not in ("double", "single", "word"):
         raise Illegal("the JSON object is nested or lacks a value")
     return token[1]
 
 
-def parse_formula(text: str, target: int) -> tuple[tuple[int, int], list[int]]:
+def parse_formula(text: str, target: int):
     """Read a formula: its exact value (numerator, denominator), and the numbers in it, in order.
 
     Whole numbers without leading zeros, + - * / (also × ÷ −), round brackets, spaces, and one
@@ -649,10 +643,8 @@ def _ratio(top, bottom):
 def _apply(operator, x, y):
     """The value x operator y. Raises Illegal for a division by zero."""
     (a, b), (c, d) = x, y
-    if operator == "+":
-        return _ratio(a * d + c * b, b * d)
-    if operator == "-":
-        return _ratio(a * d - c * b, b * d)
+    if operator in "+-":
+        return _ratio(a * d + (c if operator == "+" else -c) * b, b * d)
     if operator == "*":
         return _ratio(a * c, b * d)
     if c == 0:
@@ -676,12 +668,11 @@ class Formula(NamedTuple):
 def join_formulas(operator: str, left: Formula, right: Formula) -> Formula:
     """`left operator right`, flattened, in order, with as few brackets as possible."""
     kind, inverse = ("+", "-") if operator in "+-" else ("*", "/")
-    ups, downs = (left.ups, left.downs) if left.kind == kind else ((left,), ())
-    more, fewer = (right.ups, right.downs) if right.kind == kind else ((right,), ())
+    (ups, downs), (more, fewer) = ((part.ups, part.downs) if part.kind == kind else ((part,), ())
+                                   for part in (left, right))
     if operator == inverse:
         more, fewer = fewer, more
-    ups = tuple(sorted(ups + more, key=_order))
-    downs = tuple(sorted(downs + fewer, key=_order))
+    ups, downs = (tuple(sorted(parts, key=_order)) for parts in (ups + more, downs + fewer))
     text = kind.join(map(_bracketed, ups)) + "".join(inverse + _bracketed(part) for part in downs)
     return Formula(_apply(operator, left.value, right.value), text, kind, ups, downs)
 
@@ -708,7 +699,7 @@ def _splits(numbers):
         for chosen in combinations(range(len(numbers)), size):
             few = tuple(numbers[i] for i in chosen)
             many = tuple(n for i, n in enumerate(numbers) if i not in chosen)
-            if len(few) < len(many) or few <= many:
+            if (len(few), few) <= (len(many), many):
                 found[few, many] = None
     return tuple(found)
 
@@ -777,8 +768,8 @@ def solve(numbers, target: int) -> str | None:
 
 @lru_cache(maxsize=1 << 16)
 def _solve(numbers, target):
-    formula = next(_formulas(numbers, (target, 1), len(numbers) - 2), None)
-    return formula.text if formula else None
+    found = _formulas(numbers, (target, 1), len(numbers) - 2)
+    return next((formula.text for formula in found), None)
 
 
 def solutions(numbers, target: int) -> tuple[str, ...]:
@@ -828,14 +819,14 @@ class Options:
         return text
 
     @classmethod
-    def options(cls) -> dict[str, tuple]:
-        """The known values of every field."""
+    def options(cls):
+        """{the name of a field: its known values}"""
         return {each.name: each.metadata["known"] for each in fields(cls)}
 
     @classmethod
     def parse(cls, text, rng: random.Random | None = None):
         """Read a text, its options in any order; str() undoes it, an instance passes through. With
-        rng the wildcards of `fill` are drawn first. ValueError, in one sentence, for other texts."""
+        rng the wildcards of `fill` are drawn. ValueError, in one sentence, for other texts."""
         if rng:
             text = cls.fill(text, rng)
         if isinstance(text, cls):
@@ -962,7 +953,7 @@ def _shown(hand, suits):
     return shown
 
 
-@lru_cache(maxsize=8)
+@lru_cache
 def _table(name, width, height):
     """The background as an RGB image: one colour, and for wood some boards with a grain."""
     if name != "wood":
@@ -997,7 +988,7 @@ def _noisy(image, deviation, seed):
     return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
 
 
-@lru_cache(maxsize=4)
+@lru_cache
 def _grain(count):
     """Normal noise as bytes, mean 128, deviation 30. Any `count` in a row serve a picture: new ones
     would take long."""
@@ -1114,11 +1105,12 @@ def _draw_court(face, card, ink):
     rank, width, height = str(card.rank), round(.58 * face.width), round(.37 * face.height)
     half = Image.new("RGB", (width, height), STYLE_COLOURS[card.style][0])
     if card.scheme == "numbers":
-        _stamp(half, ink, _label(card, .4 * face.width, .2 * face.height), .5, .5)
+        mask, place = _label(card, .4 * face.width, .2 * face.height), .5
     else:
+        mask, place = _sign(card.suit, .12 * face.width), .14
         for colour, shape in CARDS["behind"][rank] + CARDS["body"] + CARDS["before"][rank]:
             _draw_shape(half, shape, CARDS["colours"].get(colour, ink), width, height)
-        _stamp(half, ink, _sign(card.suit, .12 * face.width), .14, .14)
+    _stamp(half, ink, mask, place, place)
     left, top = (face.width - width) // 2, face.height // 2 - height
     face.paste(half, (left, top))
     face.paste(half.transpose(Image.Transpose.ROTATE_180), (left, top + height))
@@ -1167,6 +1159,7 @@ class Navigation(Problem):
         "forced": "per step, teacher-forced",
         "read": "observations right",
     }
+    MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of actions
     WORDS = Words(
         things="routes",
         trained="absolute turns",
@@ -1205,6 +1198,9 @@ class Navigation(Problem):
     @property
     def image(self):
         return self.picture(self.position)
+
+    def forget_pictures(self):
+        self.drawn.clear()
 
     def picture(self, position: int):
         """The picture of a position of the route, None in text."""
@@ -1317,9 +1313,11 @@ class Navigation(Problem):
         return scores
 
     def _marks(self, turns):
-        first = {turn["position"]: turn["outcome"] in RIGHT for turn in reversed(turns)}
-        initials = [self.actions[position][0] for position in sorted(first)]
-        return "".join(i.upper() if first[k] else i for k, i in enumerate(initials))
+        marks = {}
+        for turn in turns:
+            mark, right = self.actions[turn["position"]][0], turn["outcome"] in RIGHT
+            marks.setdefault(turn["position"], mark.upper() if right else mark)
+        return "".join(marks.values())
 
     def figures(self, turns):
         """The views up to the last position reached, and the map; released routes have none."""
@@ -1366,8 +1364,7 @@ class TurnRule(NamedTuple):
 def parse_turns(text: str | TurnRule) -> TurnRule:
     """Read a TurnRule from "absolute" or "relative", then perhaps "/told=rule". ValueError for
     other texts."""
-    for words, told in product(TURN_WORDS, ("both", "rule")):
-        rule = TurnRule(words, told)
+    for rule in map(TurnRule, TURN_WORDS * 2, ("both", "both", "rule", "rule")):
         if str(rule) == str(text):
             return rule
     raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute or relative, "
@@ -1417,9 +1414,9 @@ def instructions(route, rule, style):
     destination, a turn, ..."""
     words, texts = WORDING[style], []
     for here in route.rail:
-        where = [words["where"].format(*landmark) for landmark in here.landmarks]
         if here.crossing or here.action == "stop":
-            texts.append(words["moves"][here.action].format(where="".join(where)))
+            where = "".join(words["where"].format(*landmark) for landmark in here.landmarks)
+            texts.append(words["moves"][here.action].format(where=where))
         if here.action == "turn":
             turns = {name: right_word(here, name) for name in TURN_WORDS}
             texts.append(words["both" if rule.told == "both" else rule.words].format(**turns))
@@ -1460,9 +1457,7 @@ def judge_walk(response: str, here: "Position", rule: TurnRule, style: str) -> W
         answer, (key, _, action) = parse_answer(response), WORDING[style]["keys"]
         if isinstance(answer.get(key), str):
             observed = _parts(answer[key]) == _parts(observation(here, style))
-        if not isinstance(answer.get(action), str):
-            raise Illegal("the JSON object has no key 'action' with a string")
-        kind, word = parse_action(answer[action])
+        kind, word = parse_action(text_at(answer, action))
     except Illegal as error:
         return Walked("illegal", "illegal", str(error), observed)
     if (kind, word) != (here.action, right_word(here, rule.words)):
@@ -1538,12 +1533,11 @@ def make_rail(facing: float, stops: list[Stop]) -> tuple[Position, ...]:
     """The Positions of a walk with this first heading; its last stop is the destination."""
     rail, heading, turns = [], facing, 0
     for place, landmarks, towards in stops:
-        turn = towards is not None
-        action, instruction = ("turn", 2 * turns) if turn else ("forward", 2 * turns - 1)
-        crossing = turn and turns > 0
-        rail.append(Position(place, heading, landmarks, crossing, action, towards, instruction))
-        if turn:
-            heading, turns = towards, turns + 1
+        if towards is None:
+            rail.append(Position(place, heading, landmarks, False, "forward", None, 2 * turns - 1))
+            continue
+        rail.append(Position(place, heading, landmarks, turns > 0, "turn", towards, 2 * turns))
+        heading, turns = towards, turns + 1
     return *rail[:-1], rail[-1]._replace(action="stop")
 
 
@@ -1582,9 +1576,9 @@ def _random_rail(town, rng, style):
     streets = _random_streets(town, rng, rng.randint(*LEGS[style]))
     if not streets:
         return ()
-    first, last, stops = streets[0], streets[-1], _stops(town, streets)
+    first, stops = streets[0], _stops(town, streets)
     start, facing = rng.randint(1, first.count - 1), random_facing(rng, first.heading)
-    on_last = range(max(start, len(stops) - last.count), len(stops) - 1)
+    on_last = range(max(start, len(stops) - streets[-1].count), len(stops) - 1)
     ends = [i for i in on_last if stops[i].landmarks]
     begin = stops[start - 1]._replace(towards=first.heading)
     clear = clear_bearing(facing) and clear_turn(facing, first.heading) and not begin.landmarks
@@ -1593,19 +1587,19 @@ def _random_rail(town, rng, style):
     rail = make_rail(facing, [begin, *stops[start:rng.choice(ends) + 1]])
     names, sides = zip(*(landmark for here in rail for landmark in here.landmarks))
     shortest, longest = LENGTHS[style]
-    clear = all(sides) and len(set(names)) == len(names)
-    return rail if clear and shortest <= len(rail) <= longest else ()
+    fits = shortest <= len(rail) <= longest and all(sides) and len(set(names)) == len(names)
+    return rail if fits else ()
 
 
 def _random_streets(town, rng, legs):
-    """A random walk of so many streets, with a clear turn from each to the next. None where it gets
-    stuck."""
+    """A random walk of so many streets, with a clear turn from each to the next. Empty where it
+    gets stuck."""
     streets = [rng.choice(town.arms[rng.choice(tuple(town.arms))])]
     while len(streets) < legs:
         visited = {street.a for street in streets}
         following = [street for street in town.turns[streets[-1]] if street.b not in visited]
         if not following:
-            return None
+            return []
         streets.append(rng.choice(following))
     return streets
 
@@ -1708,8 +1702,8 @@ class City:
         """Points of a grid of uneven blocks. Beyond a line each way the cross streets bend, one
         way hardly and the other by about 45 degrees, and the whole is turned. Most streets stay
         close to a compass word."""
-        steps = [[rng.randint(42, 72) for _ in range(GRID)] for _ in "xy"]
-        xs, ys = ([*accumulate(line, initial=0)] for line in steps)
+        xs, ys = ([*accumulate((rng.randint(42, 72) for _ in range(GRID)), initial=0)]
+                  for _ in "xy")
         bends = [rng.uniform(-6, 6), rng.choice((1, -1)) * rng.uniform(37, 43)]
         slope_x, slope_y = (tan(radians(angle)) for angle in rng.sample(bends, 2))
         bend_x, bend_y = rng.choice(xs[1:-2]), rng.choice(ys[1:-2])
@@ -1776,12 +1770,11 @@ class City:
         front on one side."""
         angles = {}  # {place: bearing of the front there}
         for node, arms in self.arms.items():
-            for street, after in pairwise([*arms, arms[0]]):
-                gap = (after.heading - street.heading) % 360
-                if 150 <= gap <= 210:
-                    if rng.random() < 0.8:
-                        angles[node] = (street.heading + gap / 2) % 360
-                    break
+            gaps = [(street.heading, (after.heading - street.heading) % 360)
+                    for street, after in pairwise([*arms, arms[0]])]
+            wide = [heading + gap / 2 for heading, gap in gaps if 150 <= gap <= 210]
+            if wide and rng.random() < 0.8:
+                angles[node] = wide[0] % 360
             for street in arms:
                 for k in range(1, street.count) if node < street.b else ():
                     side = rng.choice((1, -1))
@@ -1793,11 +1786,10 @@ class City:
         else:
             known = [pattern.format(name) for pattern in VIRL["patterns"] for name in VIRL["names"]]
             names = rng.sample(known, len(angles))
-        self.landmarks = {place: (name, angles[place]) for place, name in zip(angles, names)}
-        self.signs = []
-        for place, (name, angle) in self.landmarks.items():
-            off = 1.2 if place in self.nodes else 0.3  # from the front, which may bend at a node
-            self.signs.append(Sign(name, angle, moved(self.points[place], angle, CURB - off)))
+        self.landmarks = dict(zip(angles, zip(names, angles.values())))
+        offs = [1.2 if place in self.nodes else 0.3 for place in angles]  # a front bends at a node
+        self.signs = [Sign(name, angle, moved(self.points[place], angle, CURB - off))
+                      for (place, (name, angle)), off in zip(self.landmarks.items(), offs)]
 
     def seen(self, place, heading):
         """((landmark, side),) at a place in this heading, the side empty where it is not clear; ()
@@ -1816,8 +1808,8 @@ class City:
         for street, side in product(self.streets, (1, -1)):
             start, end = self.front(street, side)
             count = max(round((end - start) / 11), 1)
-            alongs = [start + (end - start) * i / count for i in range(count + 1)]
-            corners = [street.beside(along, side * CURB) for along in alongs]
+            corners = [street.beside(start + (end - start) * i / count, side * CURB)
+                       for i in range(count + 1)]
             for left, right in pairwise(corners[::-side]):
                 height = rng.choice((7, 10, 13, 16, 22))
                 walls.append(Wall(left, right, height, rng.randrange(1000)))
@@ -2029,15 +2021,14 @@ class Sign(NamedTuple):
         if min(size) <= 0:
             return
         numbers = quad_coefficients(corners - first, *board.size)
-        method = Image.Transform.PERSPECTIVE
-        flat = board.transform(size.tolist(), method, numbers, Image.Resampling.BILINEAR)
-        haze = view.haze(dist(self.spot, view.point))
+        flat = board.transform(
+            size.tolist(), Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BILINEAR)
         low = Image.new("RGB", flat.size, view.light["low"])
-        hazy = Image.blend(flat.convert("RGB"), low, haze)
+        hazy = Image.blend(flat.convert("RGB"), low, view.haze(dist(self.spot, view.point)))
         view.image.paste(hazy, first.tolist(), flat.getchannel("A"))
 
 
-@lru_cache(maxsize=8)
+@lru_cache
 def _backdrop(look, size):
     """Behind everything: the pavement, and a sky that turns into the colour at the horizon."""
     light, horizon = LIGHTS[look.light], int(size * HORIZON)
@@ -2084,7 +2075,7 @@ def sign(name: str, palette: str) -> Image.Image:
     image = Image.new("RGBA", (320, 160), back)
     draw, lines = ImageDraw.Draw(image), name.split()
     draw.rectangle((4, 4, 315, 155), outline=ink, width=4)
-    longest = max(draw.textlength(line, ImageFont.load_default(46)) for line in lines)
+    longest = max(map(ImageFont.load_default(46).getlength, lines))
     font = ImageFont.load_default(min(int(46 * 300 / longest), 66))
     for line, middle in zip(lines, (48, 112) if len(lines) == 2 else (80,)):
         draw.text((160, middle), line, ink, font, "mm")
@@ -2106,18 +2097,18 @@ def draw_map(problem: Navigation, size: int) -> Image.Image:
     image, font = Image.new("RGB", (size, size), "#ded6c8"), ImageFont.load_default(15)
     draw, route = ImageDraw.Draw(image), [pixel(point) for point in points]
     red, blue, black = "#d62828", "#183e5c", "#1e1e28"
-    for width, colour in ((2 * CURB, "#bebab2"), (10, "#fafafa")):
+    for width, colour in ((2 * CURB * scale, "#bebab2"), (10 * scale, "#fafafa")):
         for street in town.turns:
             start, end = pixel(street.start), pixel(town.nodes[street.b])
-            draw.line((start, end), colour, int(width * scale))
-            draw.circle(start, width * scale / 2, colour)
+            draw.line((start, end), colour, int(width))
+            draw.circle(start, width / 2, colour)
     draw.line(route, red, 5)
     for name, angle, spot in town.signs:
-        x, y = pixel(spot)
-        draw.circle((x, y), 5, blue)
-        x, y = x + 10 * sin(radians(angle)), y - 10 * cos(radians(angle))  # away from the street
+        spot = pixel(spot)
+        draw.circle(spot, 5, blue)
+        x, y = moved((0, 0), angle, 10)  # away from the street
         anchor = ("mb", "lm", "lm", "mt", "rm", "rm")[round(angle / 60) % 6]
-        draw.text((x, y), name, blue, font, anchor)
+        draw.text((spot[0] + x, spot[1] - y), name, blue, font, anchor)
     for number, spot in enumerate(route, 1):
         draw.circle(spot, 13, "white", red, 3)
         draw.text(spot, str(number), black, font, "mm")
@@ -2153,7 +2144,7 @@ def read_bytes(path: Path) -> bytes:
                      f"{MAX_DATA >> 20} MB: see assets/convert_routes.py.")
 
 
-@lru_cache(maxsize=4)
+@lru_cache
 def released(folder: str, pictures: bool) -> Released:
     """The routes.json of a folder, for pictures only its routes with a panorama at every position.
     ValueError where it is damaged, or no route is left."""
@@ -2177,16 +2168,14 @@ def released(folder: str, pictures: bool) -> Released:
 
 def _released_rail(rotations, facing, stops):
     """The checked rail of a route. It starts with a turn and ends without one."""
-    stops = [Stop(*stop) for stop in stops]
-    fits = 0 <= facing <= 360 and stops[0].towards is not None and stops[-1].towards is None
-    for place, landmarks, towards in stops:
-        texts = [name + side for name, side in landmarks]
-        fits &= isinstance(landmarks, tuple) and all(text == printable(text, 120) for text in texts)
-        fits &= place is None or place in rotations
-        fits &= towards is None or 0 <= towards <= 360
+    places, listed, angles = zip(*stops)
+    fits = {None} | rotations.keys() >= set(places) and angles[0] is not None is angles[-1]
+    fits &= all(0 <= angle <= 360 for angle in (facing, *angles) if angle is not None)
+    fits &= all(isinstance(landmarks, tuple) and text == printable(text, 120)
+                for landmarks in listed for text in map("".join, landmarks))
     if not fits:
         raise ValueError("a route has a field that does not fit")
-    return make_rail(facing, stops)
+    return make_rail(facing, [Stop(*stop) for stop in stops])
 
 
 def panorama_grid(folder, name, heading, look, tile):
@@ -2197,8 +2186,8 @@ def panorama_grid(folder, name, heading, look, tile):
         raise ValueError(f"{_quoted(name or '')} is no name of a panorama.")
     photo, size = read_bytes(street_views / f"{name}.jpg"), tile if look.tiles == 4 else tile // 2
     try:
-        with Image.open(io.BytesIO(photo), formats=("JPEG",)) as image:
-            panorama = np.asarray(image.convert("RGB"))
+        image = Image.open(io.BytesIO(photo), formats=("JPEG",))
+        panorama = np.asarray(image.convert("RGB"))
     except (OSError, Image.DecompressionBombError):
         raise ValueError(f"The panorama {name} is no picture that can be read.") from None
 
@@ -2211,12 +2200,12 @@ def panorama_grid(folder, name, heading, look, tile):
 def panorama_view(panorama: np.ndarray, yaw: float, size: int) -> np.ndarray:
     """A flat view of size x size pixels, 90 degrees wide, pitch 0, of an equirectangular panorama
     (H, W, 3) uint8; yaw in degrees to the right of its middle."""
-    high, wide = panorama.shape[:2]
+    high, wide, _ = panorama.shape
     across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # -1 to 1, one unit ahead
     u = (np.arctan(across) / (2 * pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
     v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / pi) * high - 0.5  # (size, size)
-    left, top = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
-    share_u, share_v = (u - left).astype(np.float32)[:, None], (v - top)[..., None]
+    left, top = np.floor(u).astype(int), np.floor(v).astype(int)
+    share_u, share_v = np.float32(u - left)[:, None], (v - top)[..., None]
 
     def row(at):  # between two columns
         return (1 - share_u) * panorama[at, left % wide] + share_u * panorama[at, (left + 1) % wide]
@@ -2285,9 +2274,8 @@ def suite_names() -> list[str]:
 
 def task_of(suite: str) -> Task:
     """The task of a suite. ValueError for an unknown suite."""
-    if suite not in suite_names():
-        known = ", ".join(suite_names())
-        raise ValueError(f"{printable(suite)!r} is no suite: choose one of {known}.")
+    if suite not in (known := suite_names()):
+        raise ValueError(f"{printable(suite)!r} is no suite: choose one of {', '.join(known)}.")
     return TASKS[suite.removesuffix("-probes")]
 
 
@@ -2339,10 +2327,10 @@ def main(args) -> list[Step]:
                  if getattr(problem, name, None)]
         _say(f"--- {args.task} | {args.split} {index}" + "".join(shown))
         _say(problem.prompt + "\n")
-        if args.answer is not None:
-            steps += [_judged(problem, args.answer)] if index == args.index else []
-        elif args.ask or sys.stdin.isatty():
-            steps += _asked(problem)
+        for response in _responses(problem, args, index == args.index):
+            step = problem.step(response)
+            _say(f"Verdict: {step.outcome}, reward {step.reward:+g}. {step.feedback}\n")
+            steps.append(step)
         _say("Expert: " + "\n        ".join(problem.demonstrate("expert", random.Random(0))))
         if isinstance(problem, GeneralPoints) and len(problem.hand) <= 4:
             _say(f"Distinct solutions: {len(solutions(problem.numbers, problem.rule.target))}")
@@ -2350,21 +2338,17 @@ def main(args) -> list[Step]:
     return steps
 
 
-def _asked(problem):
-    steps = []
-    while not problem.done:
-        try:
-            line = input(f"Your {problem.asks}, or a whole response: ")
-        except EOFError:
-            break
-        steps.append(_judged(problem, line if "{" in line else json.dumps({problem.asks: line})))
-    return steps
-
-
-def _judged(problem, response):
-    step = problem.step(response)
-    _say(f"Verdict: {step.outcome}, reward {step.reward:+g}. {step.feedback}\n")
-    return step
+def _responses(problem, args, first):
+    """Yield --answer for the first problem, or else what a person types until all is answered."""
+    if args.answer is not None:
+        yield from [args.answer] * first
+    elif args.ask or sys.stdin.isatty():
+        while not problem.done:
+            try:
+                line = input(f"Your {problem.asks}, or a whole response: ")
+            except EOFError:
+                return
+            yield line if "{" in line else json.dumps({problem.asks: line})
 
 
 def _say(text):

@@ -47,7 +47,7 @@ def contact_sheet(args):
 def legible_looks(args):
     """The looks of the suite and of MIXED that can be read at --tile; else the trained one."""
     task = tasks.TASKS[args.task]
-    rule = tasks.fill_rule(args.rule or task.rule, random.Random(0))  # a row has no wildcards
+    rule = str(tasks.parse_rule(args.rule or task.rule, random.Random(0)))  # without wildcards
     known = dict.fromkeys([*(row.visual for row in task.suite if row.visual != "text"), *MIXED])
     rows = [tasks.Row("", rule, visual=look) for look in known]
     legible = [row.visual for row in rows if task.problem.legible(row, args.tile)]

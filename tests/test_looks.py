@@ -302,7 +302,7 @@ def test_prompts_do_not_list_the_cards_of_a_picture():
             text = problem("text", index, rule=OOD_RULE, style="full").prompt
             assert json.dumps(tasks.rank_names(full.hand)) in text and json.dumps(tasks.rank_names(full.hand)) not in full.prompt
             assert text.split("J counts as")[1].replace("as dealt", "in the picture") == full.prompt.split("J counts as")[1]
-            assert tasks.CARDS["wording"]["shown"][full.look.scheme] in full.prompt
+            assert tasks.CARDS["shown"][full.look.scheme] in full.prompt
 
 
 # ---- Judging what was seen -------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_misreading_is_punished_in_addition(formula, reward):
         assert answered(["Q", "5", "3", "A"], formula, attempts=attempts, look=None).reward == expected
     for style in tasks.STYLES:
         told = [answered(cards, formula, style=style).feedback for cards in (["K", "5", "3", "A"], ["Q", "5", "3", "A"])]
-        assert told[1] == told[0] + tasks.CARDS["wording"]["misread"][style] and told[1].endswith(".") and told[1].isprintable()
+        assert told[1] == told[0] + tasks.CARDS["wording"][style]["misread"] and told[1].endswith(".") and told[1].isprintable()
 
 
 def test_no_answer_reads_nothing():

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import assets.habits  # noqa: E402, F401: adds its demonstrators
 import tasks  # noqa: E402
-from tasks import ID_RULE, OOD_RULE, Rule, fill_rule, judge, make, parse_rule, solutions, solve, values  # noqa: E402
+from tasks import ID_RULE, OOD_RULE, Rule, judge, make, parse_rule, solutions, solve, values  # noqa: E402
 
 ALL_HANDS = [tuple((rank, "S") for rank in ranks) for ranks in combinations_with_replacement(range(1, 14), 4)]
 K72A = ((13, "S"), (7, "H"), (2, "D"), (1, "C"))  # for prompts: 13 7 2 1 has no solution
@@ -215,12 +215,16 @@ def test_rules_refuse_what_cannot_be_dealt():
 
 def test_face_wildcards_are_drawn():
     rng = random.Random(0)
-    drawn = [tuple(map(int, fill_rule("*,?,7", rng).split(","))) for _ in range(600)]
+    drawn = [parse_rule("*,?,7", rng).faces for _ in range(600)]
     assert {a for a, _, _ in drawn} == set(range(1, 14)) and {b for _, b, _ in drawn} == set(range(10, 14)) and {c for _, _, c in drawn} == {7}
-    assert {fill_rule("?/cards=5/target=*", random.Random(i)) for i in range(99)} == {f"{n}/cards=5/target=*" for n in range(10, 14)}
-    for text in ("10", "11,12,13/target=36/cards=5/courts=2", "10/target=*", "10/", "ten", ""):  # nothing to draw: nothing is changed
+    assert {str(parse_rule("?/cards=5/target=*", random.Random(i))) for i in range(99)} == {f"{n}/target=*/cards=5" for n in range(10, 14)}
+    for text in ("10", "11,12,13/target=36/cards=5/courts=2", "10/target=*"):  # nothing to draw: nothing is changed
         state = rng.getstate()
-        assert fill_rule(text, rng) == text and rng.getstate() == state
+        assert str(parse_rule(text, rng)) == text and rng.getstate() == state
+    for text in ("10/", "ten", ""):
+        with pytest.raises(ValueError):
+            parse_rule(text, rng)
+        assert rng.getstate() == state
 
 
 def test_face_wildcards_are_a_function_of_split_and_index():
@@ -249,7 +253,7 @@ def target_fits(target, wanted):
 def test_both_styles_state_the_same_problem():
     for text in ("10", "11,12,13", "5", "?", "*,*,*", "10/courts=1", "10/target=*", "10/target=12", "*,?,9/target=36/cards=5",
                  "10/cards=6/target=*"):
-        wanted = parse_rule(fill_rule(text, random.Random(0)))
+        wanted = parse_rule(text, random.Random(0))
         for index in range(8):
             full, short = (make("gp-l", text, index=index, style=style) for style in ("full", "short"))
             assert len(full.hand) == full.rule.cards == wanted.cards and target_fits(full.rule.target, wanted.target)
@@ -373,7 +377,7 @@ def test_splits_share_no_class_and_hands_fit(rule, count):
                 assert solve(values(problem.hand, Rule(face_values)), problem.rule.target)
             assert sum(rank > 10 for rank, _ in problem.hand) >= max(problem.rule.courts, held_out)
             assert tasks.split_of(problem.cls) == (split if held_out else "train")
-            assert target_fits(problem.rule.target, parse_rule(fill_rule(rule, random.Random(0))).target)
+            assert target_fits(problem.rule.target, parse_rule(rule, random.Random(0)).target)
     assert not classes["train"] & classes["test"] and not classes["train"] & classes["val"] and not classes["val"] & classes["test"]
     assert not classes["base"] & (classes["val"] | classes["test"])
     for split in ("val", "test"):
@@ -528,6 +532,7 @@ def test_scores_of_an_episode():
 
 
 def test_what_a_report_shows_of_a_hand():
+    make("gp-l").forget_pictures()
     assert make("gp-l").figures([]) == {} and tasks.GeneralPoints.parsed('{"formula": "1"}') == []
     problem = make("gp-vl", tile=32)
     assert problem.figures([])["picture"] is problem.image and list(problem.figures([])) == ["picture"]
