@@ -877,7 +877,7 @@ class Look(Options):
     tiles: int = _one_of(4, 1)  # how many of the model's tiles the picture takes
 
     @classmethod
-    def drawn(cls, visual: str, stream: str, cards: int, tile: int) -> "Look | None":
+    def drawn(cls, visual, stream, cards, tile):
         """The look of a problem, wildcards drawn from a stream; None for text. ValueError where so
         many cards cannot be read at tiles of so many pixels."""
         look = cls.parse(visual, random.Random(stream))
@@ -918,8 +918,7 @@ ANGLES = (-10, -4, 4, 10)  # degrees; few, so that most cards have been drawn be
 GRAIN = 1 << 20            # as many places at which the noise of a picture may begin
 # pyftsubset FILE --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting
 # --name-IDs=0,1,2,13
-TYPEFACES = {"serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf",
-             "italic": "DejaVuSerifCondensed-BoldItalic.ttf"}
+TYPEFACES = CARDS["typefaces"]
 STYLE_COLOURS = CARDS["styles"]  # of each style paper, edge, black ink, red ink
 TABLE_COLOURS = CARDS["tables"]
 
@@ -975,9 +974,8 @@ def _lay(image, card, look, place, at, rng):
     angle = rng.choice(ANGLES) if scattered else 0
     sprite = (_small_card if small else _large_card)(
         Card(*card, round(width), round(height), look.scheme, look.style, look.glyphs, angle))
-    shares = [rng.random() if scattered else .5 for _ in range(2)]
-    corner = [round(n * room + (room - side) * share)
-              for n, room, side, share in zip(at, place, sprite.size, shares)]
+    corner = [round(n * room + (room - side) * (rng.random() if scattered else .5))
+              for n, room, side in zip(at, place, sprite.size)]
     image.paste(sprite, tuple(corner), sprite)
 
 
@@ -1060,10 +1058,9 @@ def _stamp(image, ink, mask, x, y, upside_down=False):
 
 def _pips(rank, left, top):
     """(x, y, upside down) of as many signs as the rank, the outer ones at `left` and `top`."""
-    sides, middle = CARDS["pips"][str(rank)]
-    columns = (left, sides), (1 - left, sides), (.5, middle)
-    return [(x, top + (1 - 2 * top) * (twelfths / 12), twelfths > 6)
-            for x, heights in columns for twelfths in heights]
+    columns = left, .5, 1 - left
+    return [(columns[column], top + (1 - 2 * top) * (twelfths / 12), twelfths > 6)
+            for column, twelfths in CARDS["pips"][str(rank)]]
 
 
 def _label(card, width, height):
@@ -1073,7 +1070,9 @@ def _label(card, width, height):
     if card.glyphs == "sans":  # pillow's own typeface is thin
         font, stroke = ImageFont.load_default(size), height / 18
     else:
-        font = ImageFont.truetype(ASSETS / "fonts" / TYPEFACES[card.glyphs], size)
+        # pyftsubset FILE --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features=
+        # --no-hinting --name-IDs=0,1,2,13
+        font = ImageFont.truetype(ASSETS / "fonts" / CARDS["typefaces"][card.glyphs], size)
     left, top, right, bottom = font.getbbox(text, anchor="ls", stroke_width=stroke)
     mask = Image.new("L", (ceil(right - left), ceil(bottom - top)))
     ImageDraw.Draw(mask).text((-left, -top), text, 255, font, "ls", stroke_width=stroke)
@@ -1151,22 +1150,8 @@ class Navigation(Problem):
     leads_on = True
     attempt = 0
     verdict = None
-    SCORES = {
-        "first": "first attempt",
-        "episode": "whole episode",
-        "steps_first": "per step, until the first failure",
-        "steps": "per step, until the attempts ran out",
-        "forced": "per step, teacher-forced",
-        "read": "observations right",
-    }
+    SCORES, WORDS = VIRL["scores"], Words(**VIRL["report"])
     MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of actions
-    WORDS = Words(
-        things="routes",
-        trained="absolute turns",
-        other="relative turns",
-        alike="routes with the same turns in one city",
-        read="What is seen is named rightly in {} of the answers",
-    )
 
     def __post_init__(self):
         rail = self.route.rail
@@ -1206,9 +1191,9 @@ class Navigation(Problem):
         """The picture of a position of the route, None in text."""
         if self.look and position not in self.drawn:
             here, folder = self.route.rail[position], self.route.folder
-            where = (folder,) if folder else (self.route.city, self.style)
-            draw = panorama_grid if folder else draw_grid
-            self.drawn[position] = draw(*where, here.place, here.heading, self.look, self.tile)
+            shown = here.place, here.heading, self.look, self.tile
+            self.drawn[position] = (panorama_grid(folder, *shown) if folder else
+                                    draw_grid(self.route.city, self.style, *shown))
         return self.drawn.get(position)
 
     @property
@@ -1884,8 +1869,8 @@ def draw_grid(name, style, place, heading, look, tile):
 def four_views(heading, view):
     """view(heading in degrees), a square picture, of four directions in one: front and right above,
     back and left below."""
-    front, right, back, left = (view((heading + angle) % 360) for angle in (0, 90, 180, 270))
-    return Image.fromarray(np.vstack([np.hstack([front, right]), np.hstack([back, left])]))
+    views = [view((heading + angle) % 360) for angle in (0, 90, 180, 270)]
+    return Image.fromarray(np.vstack([np.hstack(views[:2]), np.hstack(views[2:])]))
 
 
 class View:
@@ -2036,7 +2021,7 @@ def _backdrop(look, size):
     ground = light["snow" if look.weather == "snow" else "pavement"]
     image = Image.new("RGB", (size, size), ground)
     for y in range(horizon):
-        ImageDraw.Draw(image).line((0, y, size, y), _mixed(sky, light["low"], y / horizon))
+        image.paste(_mixed(sky, light["low"], y / horizon), (0, y, size, y + 1))
     return image
 
 
@@ -2048,8 +2033,7 @@ def _hidden(left, right):
     """Whether a front between two camera points is behind the camera, outside the view, or shows
     its back."""
     (x, z), (u, w) = left, right
-    behind, back = max(z, w) < NEAR, x * w >= u * z
-    return behind or back or min(x - z, u - w) > 0 or max(x + z, u + w) < 0
+    return max(z, w) < NEAR or x * w >= u * z or min(x - z, u - w) > 0 or max(x + z, u + w) < 0
 
 
 # ---- 16. V-IRL: signs and the map ----------------------------------------------------------------
@@ -2168,14 +2152,16 @@ def released(folder: str, pictures: bool) -> Released:
 
 def _released_rail(rotations, facing, stops):
     """The checked rail of a route. It starts with a turn and ends without one."""
-    places, listed, angles = zip(*stops)
-    fits = {None} | rotations.keys() >= set(places) and angles[0] is not None is angles[-1]
-    fits &= all(0 <= angle <= 360 for angle in (facing, *angles) if angle is not None)
-    fits &= all(isinstance(landmarks, tuple) and text == printable(text, 120)
-                for landmarks in listed for text in map("".join, landmarks))
+    stops = [Stop(*stop) for stop in stops]
+    fits = 0 <= facing <= 360 and stops[0].towards is not None and stops[-1].towards is None
+    for place, landmarks, towards in stops:
+        texts = [name + side for name, side in landmarks]
+        fits &= isinstance(landmarks, tuple) and texts == [printable(text, 120) for text in texts]
+        fits &= place is None or place in rotations
+        fits &= towards is None or 0 <= towards <= 360
     if not fits:
         raise ValueError("a route has a field that does not fit")
-    return make_rail(facing, [Stop(*stop) for stop in stops])
+    return make_rail(facing, stops)
 
 
 def panorama_grid(folder, name, heading, look, tile):
