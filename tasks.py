@@ -916,9 +916,6 @@ ANY_LOOK = "*/layout=*/scheme=*/style=*/glyphs=*/table=*/light=50|75|100|125/noi
 LARGE = 100                # pixels; a card in a smaller place is another drawing: its rank fills it
 ANGLES = (-10, -4, 4, 10)  # degrees; few, so that most cards have been drawn before
 GRAIN = 1 << 20            # as many places at which the noise of a picture may begin
-# pyftsubset FILE --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features= --no-hinting
-# --name-IDs=0,1,2,13
-TYPEFACES = CARDS["typefaces"]
 STYLE_COLOURS = CARDS["styles"]  # of each style paper, edge, black ink, red ink
 TABLE_COLOURS = CARDS["tables"]
 
@@ -1154,11 +1151,10 @@ class Navigation(Problem):
     MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of actions
 
     def __post_init__(self):
-        rail = self.route.rail
-        self.actions = tuple(here.action for here in rail)
+        self.actions = tuple(here.action for here in self.route.rail)
         self.texts = instructions(self.route, self.rule, self.style)
-        turns = [right_word(here, "relative") for here in rail if here.action == "turn"]
-        self.cls = f"{self.route.city}: {', '.join(turns)}"
+        words = (right_word(here, "relative") for here in self.route.rail)
+        self.cls = f"{self.route.city}: {', '.join(filter(None, words))}"
 
     @classmethod
     def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
@@ -1228,7 +1224,8 @@ class Navigation(Problem):
         words = WORDING[self.style]
         seen = words["next"] if self.look else observation(self.here, self.style)
         text = words["end"] if verdict.outcome == "correct" else words["why"][verdict.why]
-        feedback, read = text.format(fact=verdict.fact, seen=seen), float(bool(verdict.observed))
+        feedback = text.format(fact=verdict.fact, seen=seen)
+        read = float(bool(verdict.observed))
         return Step(float(reward), self.done, feedback, verdict.outcome, read)
 
     def expert(self):
@@ -1349,7 +1346,8 @@ class TurnRule(NamedTuple):
 def parse_turns(text: str | TurnRule) -> TurnRule:
     """Read a TurnRule from "absolute" or "relative", then perhaps "/told=rule". ValueError for
     other texts."""
-    for rule in map(TurnRule, TURN_WORDS * 2, ("both", "both", "rule", "rule")):
+    for words, told in product(TURN_WORDS, ("both", "rule")):
+        rule = TurnRule(words, told)
         if str(rule) == str(text):
             return rule
     raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute or relative, "
@@ -1755,11 +1753,12 @@ class City:
         front on one side."""
         angles = {}  # {place: bearing of the front there}
         for node, arms in self.arms.items():
-            gaps = [(street.heading, (after.heading - street.heading) % 360)
-                    for street, after in pairwise([*arms, arms[0]])]
-            wide = [heading + gap / 2 for heading, gap in gaps if 150 <= gap <= 210]
-            if wide and rng.random() < 0.8:
-                angles[node] = wide[0] % 360
+            for street, after in pairwise([*arms, arms[0]]):
+                gap = (after.heading - street.heading) % 360
+                if 150 <= gap <= 210:
+                    if rng.random() < 0.8:
+                        angles[node] = (street.heading + gap / 2) % 360
+                    break
             for street in arms:
                 for k in range(1, street.count) if node < street.b else ():
                     side = rng.choice((1, -1))
@@ -1772,9 +1771,10 @@ class City:
             known = [pattern.format(name) for pattern in VIRL["patterns"] for name in VIRL["names"]]
             names = rng.sample(known, len(angles))
         self.landmarks = dict(zip(angles, zip(names, angles.values())))
-        offs = [1.2 if place in self.nodes else 0.3 for place in angles]  # a front bends at a node
-        self.signs = [Sign(name, angle, moved(self.points[place], angle, CURB - off))
-                      for (place, (name, angle)), off in zip(self.landmarks.items(), offs)]
+        self.signs = []
+        for (place, angle), name in zip(angles.items(), names):
+            off = 1.2 if place in self.nodes else 0.3  # from the front, which may bend at a node
+            self.signs.append(Sign(name, angle, moved(self.points[place], angle, CURB - off)))
 
     def seen(self, place, heading):
         """((landmark, side),) at a place in this heading, the side empty where it is not clear; ()
@@ -1852,8 +1852,7 @@ def draw_grid(name, style, place, heading, look, tile):
     point, (roads, lines) = town.points[place], town.ground
     lines = [line for line in lines if dist(line[0], point) < reach / 2]
     away = {thing: thing.distance(point) for thing in (*town.walls, *town.signs)}
-    standing = [thing for thing in away if away[thing] < reach]
-    standing.sort(key=away.get, reverse=True)
+    standing = [thing for thing in sorted(away, key=away.get, reverse=True) if away[thing] < reach]
 
     def draw_view(heading):
         view = View(point, heading, look, size * fine, reach)
@@ -1932,7 +1931,7 @@ def _clipped(corners):
     """The part of a polygon of (x, z, height) that is ahead of the camera."""
     clipped = []
     for start, end in pairwise([*corners, corners[0]]):
-        (_, z, _), (_, w, _) = start, end
+        z, w = start[1], end[1]
         if z >= NEAR:
             clipped.append(start)
         if (z >= NEAR) != (w >= NEAR):
@@ -1977,10 +1976,9 @@ class Wall(NamedTuple):
         columns = max(round(dist(left, right) / 2.7), 1)
         lit, dark = shade(pane, 1), shade(LIGHTS["day"]["pane"], light)
         for column, floor in product(range(columns), range(int(self.height - 3.5) // 3)):
-            dim = light < 1 and (self.number + floor * 5 + column * 3) % 4 > 1
+            colour = lit if (self.number + floor * 5 + column * 3) % 4 < 2 else dark
             first, bottom = column + 0.25, 4.2 + 3 * floor
-            part(first / columns, (first + 0.5) / columns, bottom, 6 + 3 * floor,
-                 dark if dim else lit)
+            part(first / columns, (first + 0.5) / columns, bottom, 6 + 3 * floor, colour)
 
 
 class Sign(NamedTuple):
