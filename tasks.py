@@ -293,7 +293,9 @@ def judge(response: str, hand, rule: Rule) -> Verdict:
         answer = parse_answer(response)
         if isinstance(answer.get("cards"), tuple):
             cards, read = answer["cards"], read_share(answer["cards"], hand)
-        value, used = parse_formula(text_at(answer, "formula"), rule.target)
+        if not isinstance(answer.get("formula"), str):
+            raise Illegal("the JSON object has no key 'formula' with a string")
+        value, used = parse_formula(answer["formula"], rule.target)
     except Illegal as error:
         return Verdict("illegal", str(error), cards, read)
     if fact := misused(used, values(hand, rule)):
@@ -466,13 +468,6 @@ def parse_answer(text: str) -> dict:
     if len(dict(pairs)) < len(pairs):
         raise Illegal("a key stands twice in the JSON object")
     return dict(pairs)
-
-
-def text_at(answer: dict, key: str) -> str:
-    """The text at a key of an answer. Raises Illegal where there is none."""
-    if not isinstance(answer.get(key), str):
-        raise Illegal(f"the JSON object has no key '{key}' with a string")
-    return answer[key]
 
 
 def _json_tokens(text, position):
@@ -1440,7 +1435,9 @@ def judge_walk(response: str, here: "Position", rule: TurnRule, style: str) -> W
         answer, (key, _, action) = parse_answer(response), WORDING[style]["keys"]
         if isinstance(answer.get(key), str):
             observed = _parts(answer[key]) == _parts(observation(here, style))
-        kind, word = parse_action(text_at(answer, action))
+        if not isinstance(answer.get(action), str):
+            raise Illegal("the JSON object has no key 'action' with a string")
+        kind, word = parse_action(answer[action])
     except Illegal as error:
         return Walked("illegal", "illegal", str(error), observed)
     if (kind, word) != (here.action, right_word(here, rule.words)):
