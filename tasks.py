@@ -311,7 +311,7 @@ def judge(response: str, hand, rule: Rule) -> Verdict:
 def write_prompt(hand, rule: Rule, style: str, look=None) -> str:
     """The first user turn; with a Look the cards are in a picture and not in the prompt."""
     words = CARDS["wording"][style]
-    names, shown = words["between"].join(rank_names(hand)), look and CARDS["shown"][look.scheme]
+    names, shown = words["separator"].join(rank_names(hand)), look and CARDS["shown"][look.scheme]
     cards = words["seen" if look else "dealt"].format(count=len(hand), names=names, shown=shown)
     faces = words["alike" if len(set(rule.faces)) == 1 else "unlike"].format(*rule.faces)
     order = "in the picture" if look else "as dealt"
