@@ -506,11 +506,12 @@ def find_model(name: str, task: str) -> Path:
 
 def latest_checkpoint(run) -> Path:
     """The checkpoint directory that the run's file `latest` names; ValueError if it names none."""
-    name = (Path(run) / "latest").read_bytes()[:100].decode("utf-8", "replace").strip()
-    if not re.fullmatch(r"step-\d{6,9}", name) or not (Path(run) / name).is_dir():
+    path = Path(run)
+    name = (path / "latest").read_bytes()[:100].decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"step-\d{6,9}", name) or not (path / name).is_dir():
         raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its "
                          "step-NNNNNN directories.")
-    return Path(run) / name
+    return path / name
 
 
 def device_and_dtype(device: str) -> tuple:
@@ -604,6 +605,8 @@ def run_main(main) -> None:
 # ---- 5. Intervals --------------------------------------------------------------------------------
 # S seeds, n problems, C classes (problems that are nearly the same). Shares are 0..1, printed in %.
 
+UNKNOWN = (math.nan,) * 3  # the interval of a mean of nothing
+
 
 @functools.lru_cache(maxsize=8)
 def _draws(kinds, reps, seed):
@@ -629,7 +632,7 @@ def bootstrap(values, classes, reps=2000, among=None):
     names, member = np.unique(np.asarray(classes, str), return_inverse=True)
     among = np.ones_like(values) if among is None else np.atleast_2d(np.asarray(among, float))
     if not among.any(1).all():
-        return math.nan, math.nan, math.nan
+        return UNKNOWN
     # 1. The sum of each class, for every seed.
     sums = np.stack([np.bincount(member, row, len(names)) for row in values * among])  # (S, C)
     counts = np.stack([np.bincount(member, row, len(names)) for row in among])
@@ -702,13 +705,12 @@ def add_scores(evaluation):
     n, scores, problem = len(evaluation["classes"]), {}, task_class(evaluation)
     for row, mode in product(evaluation["rows"], MODES):
         lists = evaluation["rows"][row][mode]
-        found = {part: np.asarray(lists[part], float) for part in problem.SCORES}
-        for part, values in found.items():
+        found = kinds_of_action(lists, n) if problem.leads_on else {}
+        for part in problem.SCORES:
+            found[part] = values = np.asarray(lists[part], float)
             if values.shape != (n,) or not ((0 <= values) & (values <= 1)).all():
                 raise ValueError(f"{row} {mode} {part} is not a list of {n} times 0 to 1")
-        # Some tables need more than SCORES: what was read entirely, and right by kind of action.
         found["all read"] = np.floor(found["read"])
-        found |= kinds_of_action(lists, n) if problem.leads_on else {}
         scores |= {(row, mode, part): values for part, values in found.items()}
     return evaluation | {"scores": scores}
 
@@ -827,7 +829,7 @@ class Stage(NamedTuple):
         other, other_row = minus or self, other_row or row
         seeds = sorted(self.evals.keys() & other.evals.keys())
         if not (seeds and self.has(row) and other.has(other_row)):
-            return math.nan, math.nan, math.nan
+            return UNKNOWN
         some, values = self.evals[seeds[0]], self.numbers(row, score, seeds)
         classes = some.get("row_classes", {}).get(row, some["classes"])
         if minus:
@@ -959,18 +961,17 @@ def pair_table(title, study, score, rows=ROWS):
 def look_tables(study, score):
     """Of problems in pictures: a line for each row that is answered, a column for each stage, and
     RL - SFT where both are averaged over the same problems."""
-    stage, last = stages(study, score), any_eval(study)
-    read, all_read = task_class(last).SCORES["read"], (score[0], "all read")
+    stage, last, all_read = stages(study, score), any_eval(study), (score[0], "all read")
+    read = task_class(last).SCORES["read"]
     lines = [(ROWS.get(row, row), {"row": row}) for row in last["rows"] if row != "fake"]
     columns = [(each.label, {"stage": each}) for key, each in stage.items() if key != "sft best"]
     pair = {"stage": stage.get("rl end"), "minus": stage.get("sft end")}
     both = columns + [("RL - SFT", pair)] * all(pair.values())
-    return [score_table(f"row by row: {title} in %", lines, shown, **choice)
-            for title, shown, choice in (
-                ("success", both, {"score": score}),
-                (f"all {read}", both, {"score": all_read}),
-                (read, both, {"score": (score[0], "read")}),
-                (f"success where all {read}", columns, {"score": score, "among": all_read}))]
+    shown = {"success": score, f"all {read}": all_read, read: (score[0], "read")}
+    return [*(score_table(f"row by row: {title} in %", lines, both, score=each)
+              for title, each in shown.items()),
+            score_table(f"row by row: success where all {read} in %", lines, columns, score=score,
+                        among=all_read)]
 
 
 def step_tables(study, score):
@@ -999,10 +1000,10 @@ def failure_tables(lines, mode, most=6):
         where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}"
                               for at in (*range(most + 1), None))])
     head = ["", *map(str, range(1, most + 1)), "later", "nowhere"]
-    kinds = [(kind + how, {"score": (mode, kind + how), "among": (mode, f"{kind}{how} count")})
-             for how in ("", ", forced") for kind in MARKS.values()]
+    kinds = [kind + how for how in ("", ", forced") for kind in MARKS.values()]
+    columns = [(kind, {"score": (mode, kind), "among": (mode, f"{kind} count")}) for kind in kinds]
     return [Table("where walks fail first, by position, in %", head, where),
-            score_table("right first answers by kind of action, in %", lines, kinds)]
+            score_table("right first answers by kind of action, in %", lines, columns)]
 
 
 def score_tables(study, score, measures=None):
@@ -1196,7 +1197,7 @@ def svg_path(study, score=FIRST):
     to its name."""
     lines = []
     for i, arm in enumerate(arms_of(study)):
-        path = np.column_stack([curve(study[arm], row, score)[:, 1] for row in ("id", "rule")])
+        path = np.stack([curve(study[arm], row, score)[:, 1] for row in ("id", "rule")], 1)
         lines.append((name_of(arm)[:9], f"c{i % 4}", path))
     if lines:
         lines.append(("start", "", path[:1]))
@@ -1289,12 +1290,11 @@ def story_of_looks(study, score):
             and sft.has(row) and rl.has(row)]
     if not rows:
         return []
-    signs = [sign_of(rl.interval(row, score, minus=sft)) for row in rows]
     for sign, text in ((1, "Under other looks RL ends clearly above SFT"),
                        (-1, "Under other looks RL ends clearly below SFT"),
                        (0, "These looks do not separate the arms")):
-        if sign in signs:
-            told.append(f"{text}: {', '.join(row for row, s in zip(rows, signs) if s == sign)}.")
+        named = [row for row in rows if sign_of(rl.interval(row, score, minus=sft)) == sign]
+        told += [f"{text}: {', '.join(named)}."] if named else []
     read = score[0], "read" if task_class(last).leads_on else "all read"
     worst = [100 * min(arm.numbers(row, read).mean() for row in rows) for arm in (sft, rl)]
     shares = "{:.0f} % (SFT), {:.0f} % (RL)".format(*worst)
@@ -1312,7 +1312,7 @@ def arm_table(study):
     flags = [each[0]["args"] for each in ends]
     lines += [[key, *(str(own.get(key, NONE)) for own in flags)]
               for key in dict.fromkeys(chain(*flags))]
-    return Table("", ["", *map(name_of, study)], lines)
+    return Table("", ["flag", *map(name_of, study)], lines)
 
 
 def _table(table):
