@@ -1200,7 +1200,7 @@ def svg_path(study, score=FIRST):
         path = np.stack([curve(study[arm], row, score)[:, 1] for row in ("id", "rule")], 1)
         lines.append((name_of(arm)[:9], f"c{i % 4}", path))
     if lines:
-        lines.append(("start", "", path[:1]))
+        lines.append(("start", "start", path[:1]))
     return _svg("Rule OOD against ID along training", study, score,
                 [panel("rule OOD against ID, success", "ID success", PERCENTS, lines)])
 
