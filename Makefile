@@ -62,7 +62,7 @@ study-virl-vl:
 	$(MAKE) study $(VIRL_VL) EVALS=2 GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="1e-4 3e-4" GRID_RL="3e-5 1e-4"
 
 arms: .venv/ready
-	@if [ ! -e $(STUDY)/base/evals/000000.json ]; then $(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out $(STUDY)/base; fi
+	$(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out $(STUDY)/base --or-resume
 	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 1 $(WARMUP),$(STUDY),test)
 	$(call run,sft$(S),train_sft.py --task $(TASK) --init $(STUDY)/warmup$(S) --batch $(SFT_BATCH) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
 	$(call run,rl$(S),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
@@ -70,9 +70,8 @@ arms: .venv/ready
 # Short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
 WARMUP = --steps $(WARMUP_STEPS) --batch $(WARMUP_BATCH) --lr 1e-4 --lr-warmup 10 --schedule constant
 
-# $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it.
-run = @if [ -e $(3)/$(1)/args.json ]; then $(PY) $(firstword $(2)) --resume $(3)/$(1); \
-	else $(PY) $(2) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out $(3)/$(1); fi
+# $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it where it was begun with these very flags.
+run = $(PY) $(2) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out $(3)/$(1) --or-resume
 
 # The grid and the rule of choice were written down before any run of it: the smallest rate within one standard error of
 # the best ID score on validation problems. Then three seeds with the chosen rates, on the test problems.
@@ -95,8 +94,7 @@ grid-rl:
 	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(GRID)/warmup --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 
 # The shipped bases. Each learns its task, then gets bad habits (see the README): $(call make_base,NAME,FLAGS).
-make_base = if [ -e runs/base/$(1)/args.json ]; then $(PY) -m assets.make_base --resume runs/base/$(1); \
-	else $(PY) -m assets.make_base $(2) --split base --evals 2 --out runs/base/$(1); fi
+make_base = $(PY) -m assets.make_base $(2) --split base --evals 2 --out runs/base/$(1) --or-resume
 MUON = --lr-warmup 50 --lr-end 0.02 --optimizer muon --weight-decay 0.1
 
 # Cards: both rules with all their neighbours.

@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import tempfile
 import sys
 import warnings
 from contextlib import contextmanager
@@ -1282,12 +1283,23 @@ LAYOUTS = (("model.language_model.", "language_model.model."),
            ("model.multi_modal_projector.", "multi_modal_projector."))
 
 
+UMASK = os.umask(0)  # to be known it has to be set
+os.umask(UMASK)
+
+
 def write_atomically(path, write):
-    """Call write(temporary path) beside `path`, then rename: a reader never meets half a file."""
+    """Call write(temporary path) beside `path`, then rename: a reader never meets half a file.
+
+    The temporary folder's name cannot be guessed, so no link can lie in wait there."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    names = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": path.parent}
+    with tempfile.TemporaryDirectory(**names) as folder:
+        temporary = Path(folder) / path.name
+        write(temporary)
+        temporary.chmod(0o666 & ~UMASK)  # safetensors gives the owner alone a right to read
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # before the name points to it
+        os.replace(temporary, path)
 
 
 def write_json(path, data):
@@ -1579,8 +1591,8 @@ def read_json(path):
             raise ValueError("an entry is there twice")
         return dict(pairs)
     try:
-        if os.path.getsize(path) > 1_000_000:
-            raise ValueError("it is over 1 MB")
+        if not os.path.isfile(path) or os.path.getsize(path) > 1_000_000:  # a pipe would never end
+            raise ValueError("it is no regular file of at most 1 MB")
         return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is missing or is not JSON ({str(error)[:120]}); "

@@ -33,8 +33,8 @@ import tasks
 from evaluate import (Parser, by_prompt, images_for, micro_batches, prompt_style, rollout,
                       run_main, to_batch, truncated)
 from model import Sampling, adapters_off, image_flops, load_model, text_flops
-from train_sft import (finish_arguments, metrics_help, number, shared_arguments, start_run, update,
-                       update_flops, update_image_flops)
+from train_sft import (finish_arguments, metrics_help, number, or_resume, shared_arguments,
+                       start_run, update, update_flops, update_image_flops)
 
 # ---- 1. Advantages -------------------------------------------------------------------------------
 
@@ -375,7 +375,7 @@ def parse_args(argv=None):
     if args.group < 2 and args.estimator != "reinforce":
         raise ValueError("--group must be at least 2: one episode has no group to be compared "
                          "with.")
-    return args
+    return or_resume(parser, args)
 
 
 if __name__ == "__main__":

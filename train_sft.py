@@ -22,9 +22,11 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from contextlib import contextmanager
@@ -41,7 +43,7 @@ from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, defau
                       prompt_style, run_main, show_episode, summary, to_batch)
 from model import (PARTS, LlamaVision, Tokenizer, add_lora, count_parameters, image_flops,
                    load_model, merge_lora, read_json, save_adapter, save_model, text_flops,
-                   training_flops, write_atomically, write_json)
+                   training_flops, write_atomically, write_json, UMASK)
 
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
 
@@ -181,7 +183,9 @@ class Progress:
     seconds: float = 0.0  # of training
     eval_seconds: float = 0.0
     evals_done: int = 0
-    idle: dict = field(default_factory=dict)  # reason -> wasted steps in a row
+    idle: dict = field(default_factory=dict)  # reason -> wasted steps, nearly in a row
+    recent: list = field(default_factory=list)  # success of the last 20 steps of RL
+    best: float = 0.0  # highest mean of 20 steps
 
 
 class Run:
@@ -197,7 +201,7 @@ class Run:
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.generator = torch.Generator(model.device).manual_seed(args.seed)  # of sampling
         self.progress, self.laps, self.scores, self.warned = Progress(), {}, {}, {}
-        self.stopping, self.useless = False, ""
+        self.stopping, self.useless, self.status = False, "", 0  # status: of the process when stopped
 
     @property
     def step(self):
@@ -249,7 +253,8 @@ class Run:
         progress.flops_paper += flops[1]
         progress.seconds += metrics["seconds"]
         self.notice_waste(metrics, moved)
-        print(self.line(metrics), flush=True)
+        self.notice_collapse(metrics)
+        self.say(self.line(metrics))
         record = {"step": self.step, "flops": progress.flops, **metrics}
         due = self.eval_due()
         if due:
@@ -274,11 +279,12 @@ class Run:
                          "--init.")
 
     def count_waste(self, reason, wasted, limit, sentence):
-        """Count the wasted steps in a row; `limit` of them make the run useless."""
+        """Count the wasted steps, less ten for each good one, so that one lucky group in a while
+        does not hide the others; `limit` of them make the run useless."""
         idle = self.progress.idle
-        idle[reason] = idle.get(reason, 0) + 1 if wasted else 0
+        idle[reason] = max(0, idle.get(reason, 0) + (1 if wasted else -10))
         if idle[reason] and idle[reason] % limit == 0:
-            self.useless = f"stopped after {limit} steps in a row in which {sentence}"
+            self.useless = f"stopped after {limit} steps in which {sentence}"
 
     def line(self, metrics):
         """The line that the terminal shows of a step."""
@@ -308,19 +314,40 @@ class Run:
         self.scores = summary(result)
         said = [f"{row} " + " ".join(f"{100 * self.scores[f'{row}/{mode}/first']:.1f} {mode}"
                                      for mode in ("greedy", "sampled")) for row in result["rows"]]
-        print(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt: "
-              f"{', '.join(said)}", flush=True)
+        self.say(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt: "
+                 f"{', '.join(said)}")
         self.warn_truncated("held-out", result["truncated"])
         progress.evals_done += 1
         progress.eval_seconds += result["eval_seconds"]
 
     def warn_truncated(self, which, share):
         """Warn when many answers were cut off, for a cut answer is a wrong one."""
-        if share > 0.3 and self.step >= self.warned.get(which, self.step):
-            self.warned[which] = self.step + 50  # each kind at most once in 50 steps
-            print(f"warning: step {self.step}: {100 * share:.0f} % of the {which} answers were cut "
-                  f"off at --max-new-tokens {self.args.max_new_tokens}; raise it, or begin with a "
-                  "longer SFT warm-up.", file=sys.stderr, flush=True)
+        if share > 0.3:
+            self.warn(which, f"{100 * share:.0f} % of the {which} answers were cut off at "
+                      f"--max-new-tokens {self.args.max_new_tokens}; raise it, or begin with a "
+                      "longer SFT warm-up.")
+
+    def warn(self, kind, sentence):
+        """Print a warning, each kind at most once in 50 steps."""
+        if self.step >= self.warned.get(kind, self.step):
+            self.warned[kind] = self.step + 50
+            self.say(f"warning: step {self.step}: {sentence}", sys.stderr)
+
+    def notice_collapse(self, metrics):
+        """Warn when a policy has lost what it could: success below half of its best for 20 steps,
+        or answers that are all alike and all wrong."""
+        if "success" not in metrics:
+            return
+        progress = self.progress
+        recent = progress.recent = [*progress.recent, metrics["success"]][-20:]
+        if len(recent) == 20:
+            progress.best = max(progress.best, sum(recent) / 20)
+        if len(recent) == 20 and max(recent) < progress.best / 2:
+            self.warn("collapse", f"success has been below half of its best, {100 * progress.best:.0f} "
+                      f"%, for 20 steps: --lr {self.args.lr:g} is too high for this run.")
+        elif metrics["entropy"] < 0.05 and not metrics["success"]:
+            self.warn("collapse", f"the answers hardly vary (entropy {metrics['entropy']:.3f}) and none "
+                      f"is right: start again with a --lr below {self.args.lr:g}.")
 
     def save(self):
         """Write a checkpoint from which `--resume` continues bit for bit."""
@@ -349,10 +376,22 @@ class Run:
             self.save()
         if self.useless:
             raise ValueError(self.useless)
-        path = clean(self.directory.path)
-        stopped = f"stopped at step {self.step}; go on with --resume {path}"
-        print(stopped if self.stopping and self.share() < 1 else f"done: {path}", flush=True)
+        path, stopped = clean(self.directory.path), self.stopping and self.share() < 1
+        self.say(f"stopped at step {self.step}; go on with --resume {path}" if stopped else
+                 f"done: {path}")
+        if stopped and self.status:
+            sys.exit(self.status)  # a script must not take a stopped run for a finished one
         return self.scores
+
+    def say(self, text, file=None):
+        """Print. A reader that has left (`| head`, `| tee` after Ctrl-C) or a full disk is no reason
+        to lose the work: the run stops after a save."""
+        try:
+            print(text, file=file or sys.stdout, flush=True)
+        except OSError:
+            self.stopping, self.status = True, self.status or 1
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, (file or sys.stdout).fileno())
 
     def not_finite(self, error, episodes):
         """Keep the batch whose loss or gradient was not finite for a look; returns the error that
@@ -368,15 +407,14 @@ class Run:
                           "--max-grad-norm.")
 
     def catch_signals(self):
-        """Ctrl-C and SIGTERM finish the step and save; a second one exits at once."""
+        """Ctrl-C, SIGTERM and SIGHUP finish the step and save; a second one exits at once."""
         def handler(number, frame):
             if self.stopping:
-                os._exit(130)
-            self.stopping = True
-            print("stopping after this step; once more to exit at once", file=sys.stderr,
-                  flush=True)
-        signal.signal(signal.SIGINT, handler)
-        signal.signal(signal.SIGTERM, handler)
+                os._exit(128 + number)
+            self.stopping, self.status = True, 128 + number
+            self.say("stopping after this step; once more to exit at once", sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, handler)
 
 
 def parameter_sums(parameters):
@@ -403,7 +441,8 @@ def restore_random_states(states, generator):
 # ---- 6. Its directory ----------------------------------------------------------------------------
 
 CHECKSUMS = "checksums.json"
-LOCKS = {}  # path of a run -> its locked file: of this process, held until it ends
+LOCKS = {}  # path of a run -> its file `lock`: of this process, held until it ends
+CHECKPOINT = re.compile(r"step-[0-9]{6,9}")
 
 
 class RunDirectory:
@@ -419,32 +458,40 @@ class RunDirectory:
     latest             the name of the newest complete checkpoint, written last
     start.json         sizes and checksums (of the last MB) of the weights that the run began from
     source/            a copy of the five files and the texts they read, since people edit them
-    A file or directory is written under another name first (.NAME.tmp) and renamed: it is whole or
-    absent.
+    lock               held by the process that writes
+    A file or directory is written under another name first (.NAME.*.tmp) and renamed: it is whole
+    or absent.
     """
 
     def __init__(self, path, resume):
-        named = Path(path).name and not os.path.islink(path)  # a link or "." cannot be renamed to
-        self.path = path = Path(path if named else os.path.realpath(path))
-        self.saved = -1  # step of the newest checkpoint
-        if resume:
-            self.lock()
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        self.path, self.saved = Path(path), -1  # step of the newest checkpoint
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{path} is there already and is no directory; choose another --out.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()  # only one of two starts wins
+        others = {child.name for child in self.path.iterdir()} - {"lock", "source", "start.json"}
+        if others and not resume:
+            self.release()
             raise ValueError(f"{path} is there already and not empty; choose another --out, or go "
                              f"on with --resume {path}.")
 
     def create(self, args):
-        """Write the beginning of a new run, all at once, when its model is already there."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the beginning of a new run, args.json last: with it the run is there."""
         here = Path(__file__).parent
-        sources = [here / name for name in SOURCES] + [*here.glob("assets/*.json")]
-        with replaced(self.path) as fresh:
-            (fresh / "source" / "assets").mkdir(parents=True)
-            for path in sources:
-                shutil.copy(path, fresh / "source" / path.relative_to(here))
-            write_json(fresh / "args.json", vars(args))
-            write_json(fresh / "start.json", start_checksums(args))
-        self.lock()
+        (self.path / "source" / "assets").mkdir(parents=True, exist_ok=True)
+        for path in [here / name for name in SOURCES] + [*here.glob("assets/*.json")]:
+            shutil.copy(path, self.path / "source" / path.relative_to(here))
+        write_json(self.path / "start.json", start_checksums(args))
+        write_json(self.path / "args.json", vars(args))
+
+    def release(self):
+        """Give back a claimed directory in which no run has begun."""
+        key = str(self.path.absolute())
+        if not (self.path / "args.json").exists() and key in LOCKS:
+            LOCKS.pop(key).close()
+            (self.path / "lock").unlink()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def open(self):
         """Clear the leftovers of a killed process and make the folders."""
@@ -457,9 +504,8 @@ class RunDirectory:
             (self.path / folder).mkdir(exist_ok=True)
 
     def lock(self):
-        """Keep other processes from continuing this run; the lock ends with the process, however
-        it ends."""
-        file, key = open(self.path / "args.json"), str(self.path.absolute())
+        """Keep other processes out of this run; the lock ends with the process, however it ends."""
+        file, key = open(self.path / "lock", "a"), str(self.path.absolute())
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             LOCKS[key] = file
@@ -511,7 +557,8 @@ class RunDirectory:
 
     def states(self):
         """The files state.pt of the run's checkpoints, oldest first."""
-        found = self.path.glob("step-[0-9]*/state.pt")
+        found = [path for path in self.path.glob("step-*/state.pt")
+                 if CHECKPOINT.fullmatch(path.parent.name)]  # not a copy of somebody's own
         return sorted(found, key=lambda path: int(path.parent.name[5:]))
 
     def point_to(self, name):
@@ -532,7 +579,7 @@ class RunDirectory:
             except Exception as error:  # torch.load alone has half a dozen kinds for a damaged file
                 print(f"{directory} is damaged ({clean(error)[:120]}); going back to the "
                       "checkpoint before it.", file=sys.stderr)
-        if any(self.path.glob("step-*")):
+        if any(CHECKPOINT.fullmatch(path.name) for path in self.path.iterdir()):
             raise ValueError(f"no checkpoint of {self.path} can be continued; start a new run with "
                              "--init and one of its step-NNNNNN directories, or --model.")
         return None, None
@@ -549,9 +596,12 @@ class RunDirectory:
             lines = metrics.read_text("utf-8", "replace").split("\n")
         kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
         write_atomically(metrics, lambda path: path.write_text(kept))
-        for path in [*self.path.glob("evals/*.json"), *self.path.glob("samples/*.json")]:
-            if path.stem.isdecimal() and int(path.stem) > step:
-                path.unlink()
+        for folder in (self.path / "evals", self.path / "samples"):
+            if folder.is_symlink():
+                raise ValueError(f"{folder} is a link; put the directory itself there to continue.")
+            for path in folder.glob("*.json"):
+                if path.stem.isdecimal() and int(path.stem) > step:
+                    path.unlink()
         return directory, state
 
 
@@ -563,11 +613,10 @@ SOURCES = ("train_sft.py", "train_rl.py", "evaluate.py", "model.py", "tasks.py",
 def replaced(path):
     """A new directory that takes the place of `path` when the block ends, and is removed when the
     block fails."""
-    fresh = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    fresh = Path(tempfile.mkdtemp(".tmp", f".{path.name}.", path.parent))  # nobody can guess it
     try:
         yield fresh
+        fresh.chmod(0o777 & ~UMASK)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(fresh, path)
@@ -622,12 +671,33 @@ def start_run(args: argparse.Namespace, load=load_start, optimizer_for=None) -> 
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
+    directory = RunDirectory(args.out, bool(args.resume))
+    try:
+        run, state = prepare_run(args, directory, load, optimizer_for or make_optimizer)
+        if args.resume:
+            directory.check_start(args)
+        else:
+            directory.create(args)
+    except BaseException:
+        directory.release()
+        raise
+    directory.open()
+    if state:
+        run.restore(state)
+    run.say(describe(run))
+    run.catch_signals()
+    if run.eval_due():
+        run.evaluate()
+    return run
+
+
+def prepare_run(args, directory, load, optimizer_for):
+    """(Run, state of its checkpoint or None): the model is loaded, nothing is written yet."""
     device, dtype = device_and_dtype(args.device)
     if not args.lora_rank:
         dtype = torch.float32
     if args.optimizer == "adamw16":
         dtype = torch.bfloat16
-    directory = RunDirectory(args.out, bool(args.resume))
     checkpoint, state = directory.resume_point() if args.resume else (None, None)
     if checkpoint:
         model, tokenizer = load_model(checkpoint, dtype, device)
@@ -639,20 +709,7 @@ def start_run(args: argparse.Namespace, load=load_start, optimizer_for=None) -> 
     check_legible(args, prompt_style(model, tokenizer))
     choose_parameters(model, args)
     model.recompute(args.recompute)
-    optimizer = (optimizer_for or make_optimizer)(model, args)
-    run = Run(args, directory, model, tokenizer, optimizer)
-    if args.resume:
-        directory.check_start(args)
-    else:
-        directory.create(args)
-    directory.open()
-    if state:
-        run.restore(state)
-    print(describe(run), flush=True)
-    run.catch_signals()
-    if run.eval_due():
-        run.evaluate()
-    return run
+    return Run(args, directory, model, tokenizer, optimizer_for(model, args)), state
 
 
 def check_legible(args, style):
@@ -858,6 +915,8 @@ def shared_arguments(parser: Parser, **defaults) -> None:
     g = parser.add_argument_group("run")
     g.add_argument("--out", default=defaults["out"], help="run directory to create")
     g.add_argument("--resume", metavar="RUN", help="continue this run with its own arguments")
+    g.add_argument("--or-resume", action="store_true", help="where --out holds a run that was begun "
+                   "with these very flags, continue it")
     number(g, "--seed", 0, 0, 2**62, "shifts the training problems, orders and samples")
     number(g, "--save-every", 100, 0, 1e8, "steps between checkpoints besides those at evaluations")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -923,6 +982,23 @@ def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespa
         fresh = getattr(args, "fresh", False)
         args.init_path = None if fresh else str(find_model(args.init or args.model, args.task))
     return args
+
+
+def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of the run in --out where --or-resume asks for it, else the same. ValueError
+    that names the flags in which that run differs: its results must not pass for new ones."""
+    path = Path(args.out) / "args.json"
+    if not args.or_resume or args.resume or not path.is_file():
+        return args
+    stored, free = read_json(path), {"out", "resume", "or_resume", "device", "threads", "save_every"}
+    differ = [f"--{name.replace('_', '-')} {stored.get(name)}, not {value}"
+              for name, value in vars(args).items()
+              if name not in free and value is not None and stored.get(name) != value]
+    if differ:
+        raise ValueError(f"{args.out} was begun with other settings ({'; '.join(differ)}): take "
+                         "another directory, or remove that one.")
+    args.resume = args.out
+    return resumed_arguments(parser, args, {"--resume", "--device", "--threads"})
 
 
 def resumed_arguments(parser, given, flags):
@@ -1013,7 +1089,7 @@ def parse_args(argv=None):
     parser.set_defaults(split="train")
     args = finish_arguments(parser, argv)
     check_mixtures(args)
-    return args
+    return or_resume(parser, args)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def parse_args(argv=None):
         raise ValueError("--fresh trains all of a new model: leave out --lora-rank and --init.")
     if args.fresh and args.model not in ("tiny", "small"):
         raise ValueError("--fresh makes a model from nothing: --model must be tiny or small.")
-    return args
+    return train_sft.or_resume(parser, args)
 
 
 def main(argv=None):

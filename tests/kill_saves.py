@@ -34,6 +34,8 @@ def child(argv):
         os.dup2(null, 1)
         try:
             make_base.main(argv)
+        except SystemExit as stopped:
+            os._exit(stopped.code)
         except BaseException as error:
             print(f"the run itself failed: {error!r}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -95,7 +97,7 @@ def main(argv=None):
         pid = child(["--resume", str(run)])
         time.sleep(2)
         os.kill(pid, signal.SIGTERM)
-        ended = os.waitpid(pid, 0)[1] == 0
+        ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
         final, other = whole(run), Path(folder) / "unharmed"
         begin[begin.index("1000000")] = str(final)
         make_base.main([*begin[:-1], str(other)])

@@ -363,7 +363,7 @@ def test_a_directory_that_vanishes_is_a_sentence(whole_run, tmp_path, monkeypatc
 
 
 def test_signals(tiny_run, tmp_path):
-    """SIGTERM finishes the step, saves, says where and exits 0; a second signal exits at once."""
+    """SIGTERM finishes the step, saves, says where and exits 143; a second signal exits at once."""
     flags = "--batch 64 --evals 0 --steps 100000 --save-every 0 --device cpu --threads 1".split()
     for out, twice in ((tmp_path / "one", False), (tmp_path / "two", True)):
         run = subprocess.Popen([sys.executable, ROOT / "train_sft.py", "--init", tiny_run, "--out", out, *flags],
@@ -376,10 +376,10 @@ def test_signals(tiny_run, tmp_path):
             run.send_signal(signal.SIGINT)
         said, _ = run.communicate(timeout=60)
         if not twice:
-            assert run.returncode == 0 and f"--resume {out}" in said.splitlines()[-1]
+            assert run.returncode == 143 and f"--resume {out}" in said.splitlines()[-1]
             assert SFT.step_of((out / "metrics.jsonl").read_text().splitlines()[-1]) == int(step_of(out)[5:]) > 0
         else:
-            assert run.returncode in (0, 130)
+            assert run.returncode in (143, 130)
 
 
 # ---- training that goes wrong
