@@ -62,7 +62,7 @@ study-virl-vl:
 	$(MAKE) study $(VIRL_VL) EVALS=2 GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="1e-4 3e-4" GRID_RL="3e-5 1e-4"
 
 arms: .venv/ready
-	$(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out $(STUDY)/base --or-resume
+	@$(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out $(STUDY)/base --or-resume
 	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 1 $(WARMUP),$(STUDY),test)
 	$(call run,sft$(S),train_sft.py --task $(TASK) --init $(STUDY)/warmup$(S) --batch $(SFT_BATCH) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
 	$(call run,rl$(S),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
@@ -71,7 +71,7 @@ arms: .venv/ready
 WARMUP = --steps $(WARMUP_STEPS) --batch $(WARMUP_BATCH) --lr 1e-4 --lr-warmup 10 --schedule constant
 
 # $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it where it was begun with these very flags.
-run = $(PY) $(2) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out $(3)/$(1) --or-resume
+run = @$(PY) $(2) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out $(3)/$(1) --or-resume
 
 # The grid and the rule of choice were written down before any run of it: the smallest rate within one standard error of
 # the best ID score on validation problems. Then three seeds with the chosen rates, on the test problems.

@@ -1135,6 +1135,8 @@ def open_image(source) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is lower
+            if isinstance(source, (str, Path)) and not os.path.isfile(source):  # a pipe has no end
+                raise OSError("there is no such regular file")
             file = io.BytesIO(source) if isinstance(source, bytes) else source
             image = file if isinstance(file, Image.Image) else Image.open(file, formats=FORMATS)
             if image.width * image.height <= MAX_PIXELS:

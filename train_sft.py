@@ -997,8 +997,8 @@ def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     if differ:
         raise ValueError(f"{args.out} was begun with other settings ({'; '.join(differ)}): take "
                          "another directory, or remove that one.")
-    args.resume = args.out
-    return resumed_arguments(parser, args, {"--resume", "--device", "--threads"})
+    given = argparse.Namespace(**vars(args) | {"resume": args.out, "init": None})
+    return resumed_arguments(parser, given, {"--resume", "--device", "--threads"})
 
 
 def resumed_arguments(parser, given, flags):
