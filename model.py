@@ -1593,8 +1593,10 @@ def read_json(path):
             raise ValueError("an entry is there twice")
         return dict(pairs)
     try:
-        if not os.path.isfile(path) or os.path.getsize(path) > 1_000_000:  # a pipe would never end
-            raise ValueError("it is no regular file of at most 1 MB")
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+            raise ValueError("it is no regular file")
+        if os.path.getsize(path) > 1_000_000:
+            raise ValueError("it is over 1 MB")
         return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is missing or is not JSON ({str(error)[:120]}); "
@@ -1719,11 +1721,8 @@ def estimate_memory(config: Config, settings) -> dict[str, dict[str, float]]:
     full = not s.lora_rank
     both = {"weights": (count["decoder"] + count["vision"]) * n, "adapters": count["adapters"] * 4,
             "optimizer": count["trained"] * OPTIMIZER[s.optimizer_state]}
-    D = c.hidden_size
-    F = c.intermediate_size
-    V = c.vocab_size
-    C = v.hidden_size
-    I = v.intermediate_size
+    D, F, V = c.hidden_size, c.intermediate_size, c.vocab_size
+    C, I = v.hidden_size, v.intermediate_size
     Q = c.num_attention_heads * c.head_dim
     KV = c.num_key_value_heads * c.head_dim
     cross = len(c.cross_attention_layers)
@@ -1758,16 +1757,28 @@ def estimate_memory(config: Config, settings) -> dict[str, dict[str, float]]:
                                                       + scored * V * 4),
                                 "other activations": max(logits, beside)}
 
-    # Rollout: prompts are read and images encoded once for a group, all of a batch at once.
-    prompts, pair = s.batch // s.group, 2 * KV * n  # a key and a value of one token in one layer
-    seen = prompts * s.images * P
-    rollout = {"KV cache": s.batch * (s.prompt_tokens + s.new_tokens) * own * pair,
-               "cross-attention K/V": seen * cross * pair, "image features": seen * n * D}
-    reading = max(prompts * s.prompt_tokens * n * (2 * D + 3 * F), seen * KV * (8 + n))
-    encoding = prompts * s.images * slots * (vision_layer + slots) - sum(rollout.values())
-    drawing = s.batch * V * (20 + n)
-    columns["rollout"] = both | rollout | {"other activations": max(reading, encoding, drawing)}
+    encoded = slots * (vision_layer + slots)  # of one image, all layers one after the other
+    columns["rollout"] = both | rollout_memory(config, s, n, encoded)
     return columns
+
+
+def rollout_memory(config, s, n, encoded):
+    """{use: bytes} of a rollout beside the weights; n bytes a number, `encoded` for an image in the
+    tower. Prompts are read and images encoded once for a group, all of a batch at once."""
+    c = config.text
+    cross = len(c.cross_attention_layers)
+    KV = c.num_key_value_heads * c.head_dim
+    pair = 2 * KV * n  # a key and a value of one token in one layer
+    prompts = s.batch // s.group
+    seen = prompts * s.images * image_tokens(config)
+    length = s.prompt_tokens + s.new_tokens
+    kept = {"KV cache": s.batch * length * (c.num_hidden_layers - cross) * pair,
+            "cross-attention K/V": seen * cross * pair, "image features": seen * n * c.hidden_size}
+    layer = 2 * c.hidden_size + 3 * c.intermediate_size
+    reading = max(prompts * s.prompt_tokens * n * layer, seen * KV * (8 + n))
+    encoding = prompts * s.images * encoded - sum(kept.values())
+    drawing = s.batch * c.vocab_size * (20 + n)
+    return kept | {"other activations": max(reading, encoding, drawing)}
 
 
 OPTIMIZER = {"float32": 8, "bfloat16": 4}  # bytes of AdamW's state for a trained parameter
