@@ -441,7 +441,7 @@ def restore_random_states(states, generator):
 # ---- 6. Its directory ----------------------------------------------------------------------------
 
 CHECKSUMS = "checksums.json"
-LOCKS = {}  # path of a run -> its file `lock`: of this process, held until it ends
+LOCKS = {}  # inode -> file `lock` of a run of this process, held until it ends
 CHECKPOINT = re.compile(r"step-[0-9]{6,9}")
 
 
@@ -456,7 +456,8 @@ class RunDirectory:
                        the checksums of its files and, in the two newest, state.pt: optimizer,
                        step, random states; plain values only
     latest             the name of the newest complete checkpoint, written last
-    start.json         sizes and checksums (of the last MB) of the weights that the run began from
+    start.json         the weights that the run began from: their path as seen from the run, their
+                       sizes and checksums (of the last MB)
     source/            a copy of the five files and the texts they read, since people edit them
     lock               held by the process that writes
     A file or directory is written under another name first (.NAME.*.tmp) and renamed: it is whole
@@ -481,15 +482,17 @@ class RunDirectory:
         (self.path / "source" / "assets").mkdir(parents=True, exist_ok=True)
         for path in [here / name for name in SOURCES] + [*here.glob("assets/*.json")]:
             shutil.copy(path, self.path / "source" / path.relative_to(here))
-        write_json(self.path / "start.json", start_checksums(args))
+        here = os.path.relpath(args.init_path or ".", self.path)
+        start = {"from_here": here, "weights": start_checksums(args.init_path)}
+        write_json(self.path / "start.json", start)
         write_json(self.path / "args.json", vars(args))
 
     def release(self):
         """Give back a claimed directory in which no run has begun."""
-        key = str(self.path.absolute())
-        if not (self.path / "args.json").exists() and key in LOCKS:
-            LOCKS.pop(key).close()
-            (self.path / "lock").unlink()
+        lock = self.path / "lock"
+        file = LOCKS.pop(lock.stat().st_ino, None)
+        if file and not (self.path / "args.json").exists():
+            lock.unlink()
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
@@ -505,7 +508,8 @@ class RunDirectory:
 
     def lock(self):
         """Keep other processes out of this run; the lock ends with the process, however it ends."""
-        file, key = open(self.path / "lock", "a"), str(self.path.absolute())
+        file = open(self.path / "lock", "a")
+        key = os.fstat(file.fileno()).st_ino
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             LOCKS[key] = file
@@ -514,13 +518,22 @@ class RunDirectory:
                 raise ValueError(f"{self.path} is being written by another process; wait for it or "
                                  "stop it.") from None
 
-    def check_start(self, args):
-        """A resumed run needs the very weights it began from where these are its base or its
-        reference."""
-        path, needed = self.path / "start.json", args.lora_rank or getattr(args, "kl_coef", 0)
-        if needed and path.exists() and read_json(path) != start_checksums(args):
-            raise ValueError(f"{args.init_path} holds other weights than when {self.path} began "
-                             "from it; put those back to continue.")
+    def find_start(self, args):
+        """The path of the weights that a run began from, which are its base or its reference: where
+        they were, or where they are now as seen from the run, if both were moved. ValueError when
+        neither holds those very weights."""
+        path = self.path / "start.json"
+        if not args.init_path or not path.exists():
+            return args.init_path
+        start = read_json(path)
+        places = [str((self.path / start.get("from_here", "")).resolve()), args.init_path]
+        for place in places:
+            if start_checksums(place) == start.get("weights"):
+                return place
+        if args.lora_rank or getattr(args, "kl_coef", 0) or getattr(args, "kl_every", 0):
+            raise ValueError(f"{self.path} began from other weights than {' and '.join(places)} "
+                             "hold now; put those back to continue.")
+        return args.init_path
 
     def log(self, record):
         """Append one record to metrics.jsonl."""
@@ -637,12 +650,10 @@ def checksums(directory, names=None, last=1 << 62):
     return found
 
 
-def start_checksums(args):
-    """The checksums of the weights that a run begins from; {} for random ones."""
-    if not args.init_path:
-        return {}
-    weights = [path.name for path in Path(args.init_path).glob("*.safetensors")]
-    return checksums(Path(args.init_path), weights, last=1 << 20) if weights else {}
+def start_checksums(path):
+    """The checksums of the weights in a model directory; {} without any."""
+    weights = [file.name for file in Path(path).glob("*.safetensors")] if path else []
+    return checksums(Path(path), weights, last=1 << 20) if weights else {}
 
 
 def step_of(line):
@@ -673,10 +684,10 @@ def start_run(args: argparse.Namespace, load=load_start, optimizer_for=None) -> 
     torch.manual_seed(args.seed)
     directory = RunDirectory(args.out, bool(args.resume))
     try:
-        run, state = prepare_run(args, directory, load, optimizer_for or make_optimizer)
         if args.resume:
-            directory.check_start(args)
-        else:
+            args.init_path = directory.find_start(args)
+        run, state = prepare_run(args, directory, load, optimizer_for or make_optimizer)
+        if not args.resume:
             directory.create(args)
     except BaseException:
         directory.release()
@@ -980,7 +991,8 @@ def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespa
         raise ValueError(f"--eval-suite must be one of {', '.join(tasks.suite_names())}.")
     if not args.resume:
         fresh = getattr(args, "fresh", False)
-        args.init_path = None if fresh else str(find_model(args.init or args.model, args.task))
+        start = None if fresh else find_model(args.init or args.model, args.task)
+        args.init_path = start and os.path.abspath(start)
     return args
 
 
@@ -990,7 +1002,10 @@ def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     path = Path(args.out) / "args.json"
     if not args.or_resume or args.resume or not path.is_file():
         return args
-    stored, free = read_json(path), {"out", "resume", "or_resume", "device", "threads", "save_every"}
+    stored, start = read_json(path), read_json(Path(args.out) / "start.json").get("weights")
+    free = {"out", "resume", "or_resume", "device", "threads", "save_every", "init", "model"}
+    if start == start_checksums(args.init_path):
+        free.add("init_path")  # wherever they lie now
     differ = [f"--{name.replace('_', '-')} {stored.get(name)}, not {value}"
               for name, value in vars(args).items()
               if name not in free and value is not None and stored.get(name) != value]

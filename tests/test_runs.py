@@ -149,6 +149,31 @@ def test_who_reads_a_stopped_run_says_so(sft_run, tmp_path, capsys):
         E.choose_rates(study)
 
 
+# ---- moves
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_study_moves_with_its_start_and_the_working_directory_does_not_matter(lora, sft_run, tmp_path, monkeypatch):
+    """A trap beside: runs/warm in the new working directory has other weights and is never taken."""
+    from test_training import stop_after
+    study, place = tmp_path / "study", tmp_path / "place"
+    shutil.copytree(sft_run, study / "warm")
+    monkeypatch.chdir(study)
+    flags = f"--init warm --out rl --steps 4 --save-every 1 --problems 2 --group 2 --max-new-tokens 3 --evals 0 --lora-rank {lora} --kl-coef 0.1"
+    stop_after(RL, 2, lambda: RL.main(flags.split()))
+    place.mkdir()
+    shutil.copytree(sft_run, place / "warm")
+    weights = E.latest_checkpoint(place / "warm") / M.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
+    monkeypatch.chdir(place)
+    os.rename(study, tmp_path / "moved")
+    if not lora:  # the adapter's own base path is another matter
+        RL.main(["--resume", str(tmp_path / "moved" / "rl")])
+        assert [r["step"] for r in lines(tmp_path / "moved" / "rl")] == [1, 2, 3, 4]
+    shutil.rmtree(tmp_path / "moved" / "warm")
+    with pytest.raises(ValueError, match="began from other weights than .*moved/warm.* and .*study/warm"):
+        RL.main(["--resume", str(tmp_path / "moved" / "rl")])
+
+
 # ---- collapse
 
 def test_a_collapse_is_named_with_its_rate(tmp_path, capsys):
