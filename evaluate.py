@@ -505,13 +505,33 @@ def find_model(name: str, task: str) -> Path:
 
 
 def latest_checkpoint(run) -> Path:
-    """The checkpoint directory that the run's file `latest` names; ValueError if it names none."""
-    path = Path(run)
-    name = (path / "latest").read_bytes()[:100].decode("utf-8", "replace").strip()
-    if not re.fullmatch(r"step-\d{6,9}", name) or not (path / name).is_dir():
+    """The checkpoint directory that the run's file `latest` names; ValueError if it names none.
+    Says so on stderr when the run is not finished."""
+    with open(Path(run) / "latest", "rb") as file:
+        name = file.read(100).decode("utf-8", "replace").strip()
+    if not re.fullmatch(r"step-\d{6,9}", name) or not (Path(run) / name).is_dir():
         raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its "
                          "step-NNNNNN directories.")
-    return path / name
+    args, metrics = Path(run) / "args.json", Path(run) / "metrics.jsonl"
+    if args.is_file() and metrics.is_file():
+        last = (metrics.read_text("utf-8", "replace").splitlines() or ["{}"])[-1]
+        try:
+            left = unfinished(json.loads(args.read_text("utf-8")), json.loads(last))
+        except (ValueError, AttributeError):  # damaged: the weights are another matter
+            left = ""
+        if left:
+            print(clean(f"note: {run} is not finished: {left}."), file=sys.stderr)
+    return Path(run) / name
+
+
+def unfinished(args, record) -> str:
+    """"" for the last record (metrics or evaluation) of a run that spent its --steps or --flops;
+    else how far it is, such as "step 23 of 200"."""
+    step, flops = record.get("step", 0), record.get("flops", 0)
+    if args.get("flops"):
+        share = flops / args["flops"]
+        return "" if share >= 1 else f"step {step}, {100 * share:.0f} % of its compute"
+    return f"step {step} of {args['steps']}" if step < args.get("steps", 0) else ""
 
 
 def device_and_dtype(device: str) -> tuple:
@@ -527,8 +547,8 @@ def device_and_dtype(device: str) -> tuple:
     return device, torch.bfloat16
 
 
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-                    "\ud800-\udfff\ufffe\uffff]")
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+                    "\ufeff\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]")
 
 
 def clean(text) -> str:
@@ -676,9 +696,14 @@ FIRST = ("greedy", "first")
 MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of right actions
 
 
+MAX_FILE = 1 << 28  # bytes of an evaluation
+
+
 def _read(path, check):
     """check(the JSON in a file); any failure is one sentence that names the file."""
     try:
+        if not path.is_file() or path.stat().st_size > MAX_FILE:  # a pipe would never end
+            raise ValueError(f"it is no regular file of at most {MAX_FILE >> 20} MB")
         return check(json.loads(path.read_text("utf-8")))
     except Exception as error:  # whatever stops a check when a file is damaged
         why = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -839,14 +864,23 @@ class Stage(NamedTuple):
 
 def stages(study, score):
     """{"base", "start", "sft end", "sft best", "rl end", ...: Stage}, as far as there are any. The
-    start of a seed is the last evaluation of the warm-up, or else step 0 of SFT, or of RL."""
-    start = {seed: evals[0] for arm in ("rl", "sft") for seed, evals in study.get(arm, {}).items()
+    start of a seed is the last evaluation of the warm-up, if the arms began from that very
+    checkpoint, or else step 0 of SFT, or of RL."""
+    arms = [study[arm] for arm in ("rl", "sft") if arm in study]
+    start = {seed: evals[0] for seeds in arms for seed, evals in seeds.items()
              if evals[0]["step"] == 0}
+    for seed, evals in study.get("warmup", {}).items():
+        paths = [str(seeds[seed][0]["args"].get("init_path")) for seeds in arms if seed in seeds]
+        begun = {int(path[-6:]) for path in paths if re.search(r"/step-\d{6}$", path)}
+        if begun <= {evals[-1]["step"]}:
+            start[seed] = evals[-1]
     last = {arm: {seed: evals[-1] for seed, evals in seeds.items()} for arm, seeds in study.items()}
     found = {"base": Stage("base", last.get("base")),
-             "start": Stage("start", start | last.get("warmup", {}))}
+             "start": Stage("start", start)}
     for arm in arms_of(study):
-        found[f"{arm} end"] = Stage(f"{name_of(arm)}, end", last[arm])
+        left = [unfinished(evaluation["args"], evaluation) for evaluation in last[arm].values()]
+        label = f"{max(left)} (not finished)" if any(left) else "end"
+        found[f"{arm} end"] = Stage(f"{name_of(arm)}, {label}", last[arm])
         if arm == "sft":
             best = {seed: best_checkpoint(study[arm][seed], score) for seed in sorted(last[arm])}
             steps = ", ".join(str(evaluation["step"]) for evaluation in best.values())
@@ -887,8 +921,12 @@ def choose_rates(directory):
     grid, chosen = {}, {}
     for name, seeds in load_study(directory).items():
         arm, found, rate = name.partition("-lr")
-        if found:
-            end = Stage(name, {0: any_of(seeds)[-1]})
+        if found and re.fullmatch(r"\d[\d.e+-]*", rate):
+            last = any_of(seeds)[-1]
+            if left := unfinished(last["args"], last):
+                raise ValueError(f"{Path(directory) / name} is not finished: {left}; continue it "
+                                 "before a rate is chosen.")
+            end = Stage(name, {0: last})
             mean, low, high = end.interval("id", FIRST)
             grid.setdefault(arm, []).append((float(rate), 100 * mean, 100 * (high - low) / 3.92))
     for arm, rates in grid.items():
@@ -1251,6 +1289,9 @@ def story(study, score=FIRST):
             f"Scores are the share of {n} held-out {words.things} that are solved "
             f"({score_name(score)}) under the rule of training (ID: {words.trained}) and under one "
             f"that only the prompt states (rule OOD: {words.other})."]
+    if open_runs := [stage.label for stage in stages(study, score).values()
+                     if "not finished" in stage.label]:
+        told[0] = f"This is no result yet: {', '.join(open_runs)}. So far: {told[0]}"
     if len({any_of(study[arm])[-1]["args"].get("lr") for arm in ("sft", "rl")}) > 1:
         told[0] += " The arms' learning rates differ: see below."
     if sft < 0:
@@ -1429,6 +1470,8 @@ def parse_args(argv=None):
         "the tiny tokenizer, else 256)")
     add("--rollout-batch", type=between(int, 1, 1e6), default=256, help="episodes side by side")
     add("--out", help="run directory to put evals/000000.json into, for a report")
+    add("--or-resume", action="store_true", help="where --out holds an evaluation with these very "
+        "settings, keep it")
     add("--ask", metavar="TEXT", help="print the model's likeliest answer to this, nothing else")
     add("--image", metavar="FILE", help="a picture that goes with --ask")
     add("--export", metavar="DIR", help="write the model there, adapters merged, in bfloat16")
@@ -1437,8 +1480,9 @@ def parse_args(argv=None):
     if sum(map(bool, (args.model, args.report, args.choose, args.compare))) != 1:
         raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
                          "a study directory, --choose and a grid of runs.")
+    held = args.or_resume and Path(args.out or "", EVALUATION).is_file()
     taken = ("args.json", "evals/000000.json")
-    if args.out and any(Path(args.out, name).exists() for name in taken):
+    if args.out and not held and any(Path(args.out, name).exists() for name in taken):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     if args.image and not args.ask:
         raise ValueError("--image goes with --ask: give a question about the picture.")
@@ -1453,6 +1497,28 @@ class Question(tasks.Problem):
 
     def step(self, response):
         return tasks.Step(0.0, True, "", "asked")
+
+
+EVALUATION = "evals/000000.json"
+
+
+def evaluated(args):
+    """The evaluation that --out holds, None without one. ValueError that names the settings in
+    which it differs from the flags: its scores must not pass for new ones."""
+    path = Path(args.out or ".") / EVALUATION
+    if not args.out or not path.is_file():
+        return None
+    kept = _read(path, dict)
+    answers = max(map(len, kept.get("pass_at_k", {"": ""}).values()))
+    settings = {**kept, "k": answers, "model": kept.get("model", args.model)}
+    differ = [f"{name} {settings.get(name)}, not {getattr(args, name)}"
+              for name in ("model", "suite", "n", "attempts", "split", "k")
+              if settings.get(name) != getattr(args, name)]
+    if differ:
+        raise ValueError(f"{args.out} holds an evaluation of other settings ({'; '.join(differ)}): "
+                         "take another directory, or remove that one.")
+    print(f"{clean(path)} is there already, with these settings")
+    return kept
 
 
 def write_study(directory):
@@ -1511,6 +1577,8 @@ def main(argv=None):
               "[95 % interval]")
         print(compare_table(results, args.compare))
         return results
+    if args.or_resume and (kept := evaluated(args)):
+        return kept
     model, tokenizer, settings = load(args.model, args)
     if not (args.export or args.ask):
         return report_result(model, tokenizer, settings, args)

@@ -201,7 +201,7 @@ class Run:
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.generator = torch.Generator(model.device).manual_seed(args.seed)  # of sampling
         self.progress, self.laps, self.scores, self.warned = Progress(), {}, {}, {}
-        self.stopping, self.useless, self.status = False, "", 0  # status: of the process when stopped
+        self.stopping, self.useless, self.status = False, "", 0  # status: of a stopped process
 
     @property
     def step(self):
@@ -343,11 +343,12 @@ class Run:
         if len(recent) == 20:
             progress.best = max(progress.best, sum(recent) / 20)
         if len(recent) == 20 and max(recent) < progress.best / 2:
-            self.warn("collapse", f"success has been below half of its best, {100 * progress.best:.0f} "
-                      f"%, for 20 steps: --lr {self.args.lr:g} is too high for this run.")
+            self.warn("collapse", "success has been below half of its best, "
+                      f"{100 * progress.best:.0f} %, for 20 steps: --lr {self.args.lr:g} is too "
+                      "high for this run.")
         elif metrics["entropy"] < 0.05 and not metrics["success"]:
-            self.warn("collapse", f"the answers hardly vary (entropy {metrics['entropy']:.3f}) and none "
-                      f"is right: start again with a --lr below {self.args.lr:g}.")
+            self.warn("collapse", f"the answers hardly vary (entropy {metrics['entropy']:.3f}) and "
+                      f"none is right: start again with a --lr below {self.args.lr:g}.")
 
     def save(self):
         """Write a checkpoint from which `--resume` continues bit for bit."""
@@ -384,8 +385,8 @@ class Run:
         return self.scores
 
     def say(self, text, file=None):
-        """Print. A reader that has left (`| head`, `| tee` after Ctrl-C) or a full disk is no reason
-        to lose the work: the run stops after a save."""
+        """Print. A reader that has left (`| head`, `| tee` after Ctrl-C) or a full disk is no
+        reason to lose the work: the run stops after a save."""
         try:
             print(text, file=file or sys.stdout, flush=True)
         except OSError:
@@ -799,7 +800,8 @@ class AdamW16(torch.optim.Optimizer):
                     state.update(step=torch.zeros(()), m=torch.zeros_like(p), v=torch.zeros_like(p))
                 state["step"] += 1
                 tensors = (p.data, p.grad, state["m"], state["v"])
-                for piece in zip(*(x.reshape(-1).split(2**24) for x in tensors)):  # 0.5 GB of float32
+                pieces = (x.reshape(-1).split(2**24) for x in tensors)  # 0.5 GB at a time
+                for piece in zip(*pieces):
                     self.step_piece(*piece, state["step"].item(), group)
 
     def step_piece(self, weight, grad, m16, v16, t, group):
@@ -926,8 +928,8 @@ def shared_arguments(parser: Parser, **defaults) -> None:
     g = parser.add_argument_group("run")
     g.add_argument("--out", default=defaults["out"], help="run directory to create")
     g.add_argument("--resume", metavar="RUN", help="continue this run with its own arguments")
-    g.add_argument("--or-resume", action="store_true", help="where --out holds a run that was begun "
-                   "with these very flags, continue it")
+    g.add_argument("--or-resume", action="store_true", help="where --out holds a run that was "
+                   "begun with these very flags, continue it")
     number(g, "--seed", 0, 0, 2**62, "shifts the training problems, orders and samples")
     number(g, "--save-every", 100, 0, 1e8, "steps between checkpoints besides those at evaluations")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -17,6 +17,7 @@ import evaluate as E
 import model as M
 import tasks
 import train_rl as RL
+import start_twice
 import train_sft as SFT
 from test_training import lines
 
@@ -106,16 +107,8 @@ def test_a_reader_that_leaves_costs_nothing(sink, sft_run, tmp_path):
     assert (checkpoint / "state.pt").is_file() and (not written or int(checkpoint.name[5:]) == written[-1]["step"])
 
 
-def test_of_two_starts_exactly_one_wins(sft_run, tmp_path, counts=6):
-    """Each pair starts at the same moment; one trains, the other ends with one sentence, and the metrics are of one run."""
-    for i in range(counts):
-        out = tmp_path / str(i)
-        pair = [start("train_sft.py", "--init", sft_run, "--out", out, *SHORT, "--threads", "1") for _ in range(2)]
-        said = [each.communicate(timeout=120) for each in pair]
-        assert sorted(each.returncode for each in pair) == [0, 2], said
-        loser = said[[each.returncode for each in pair].index(2)][1]
-        assert len(loser.splitlines()) == 1 and ("another process" in loser or "there already" in loser)
-        assert [r["step"] for r in lines(out)] == [1, 2, 3, 4]
+def test_of_two_starts_exactly_one_wins():
+    assert start_twice.main(2) == 2
 
 
 def test_a_start_that_fails_leaves_nothing_and_a_killed_one_can_begin_again(sft_run, tmp_path):
