@@ -2,7 +2,7 @@
 
 Contents
   1. Layers of the decoder, 2. the whole model, 3. cache and generation; the rest can be skipped
-  4. Configuration, 5. LoRA  sizes, the hub's config.json, random weights; adapters on and off
+  4. Configuration, 5. LoRA  sizes, the hub's config.json; adapters on and off
   6. Images in the decoder   which token sees which image; the cache with images
   7. Batches                 padding; the training pass computes a group's prompt once
   8. Vision tower            tiles -> patches -> layers -> six stacked feature maps
@@ -236,7 +236,7 @@ class SelfLayer(nn.Module):
 
 class CrossLayer(nn.Module):
     """The same with cross attention, each branch behind tanh of a learned gate. Gates are zero in a
-    fresh model, which then ignores images: `init_weights` opens them."""
+    fresh model, which then ignores images: assets/make_base.py opens them."""
 
     def __init__(self, c, mask_prefix_attention):
         super().__init__()
@@ -643,28 +643,6 @@ def _check_config(config, image_token):
              "image_token_index must be vocab_size, the first id behind lm_head")):
         if wrong:
             raise ValueError(f"config.json: {sentence}.")
-
-
-def init_weights(model: LlamaVision, seed: int) -> LlamaVision:
-    """Random weights for training from scratch: normal, 0.02 for embeddings, 0.6 / sqrt(inputs) for
-    matrices (smaller where they write to the residual stream).
-
-    Gates start at 0.5: at the zero of a fresh Llama-3.2-Vision a model that is trained from nothing
-    ignores images.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    depth = model.config.text.num_hidden_layers
-    for name, p in model.named_parameters():
-        if "gate" in name.rsplit(".", 1)[-1]:
-            nn.init.constant_(p, 0.5)
-        elif p.dim() == 1:
-            nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        else:
-            writes = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
-            table = "embed" in name or "lm_head" in name
-            scale = 0.6 / math.sqrt(p[0].numel()) / (math.sqrt(depth) if writes else 1)
-            nn.init.normal_(p, std=0.02 if table else scale, generator=generator)
-    return model
 
 
 # ---- 5. LoRA -------------------------------------------------------------------------------------

@@ -10,11 +10,14 @@ one. The flags are those of train_sft.py, and the loop is the same; besides:
   3. Muon        an optimizer for training from scratch, beside AdamW
   4. Command line
 """
+import math
+import math
 import random
 import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 from tokenizers import AddedToken, Regex, Tokenizer as BPE, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +26,7 @@ import assets.habits  # noqa: E402, F401  adds the demonstrators with bad habits
 import tasks  # noqa: E402
 import train_sft  # noqa: E402
 from evaluate import Parser, run_main  # noqa: E402
-from model import BOS, EOT, IMAGE, PAD, PARTS, SIZES, LlamaVision, Tokenizer, init_weights, load_model  # noqa: E402
+from model import BOS, EOT, IMAGE, PAD, PARTS, SIZES, LlamaVision, Tokenizer, load_model  # noqa: E402
 
 # ---- 1. Tokenizer --------------------------------------------------------------------------------
 
@@ -48,6 +51,28 @@ def train_tokenizer(texts, vocab_size=480):
 
 
 # ---- 2. Weights ----------------------------------------------------------------------------------
+
+
+def init_weights(model: LlamaVision, seed: int) -> LlamaVision:
+    """Random weights for training from scratch: normal, 0.02 for embeddings, 0.6 / sqrt(inputs) for
+    matrices (smaller where they write to the residual stream).
+
+    Gates start at 0.5: at the zero of a fresh Llama-3.2-Vision a model that is trained from nothing
+    ignores images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    depth = model.config.text.num_hidden_layers
+    for name, p in model.named_parameters():
+        if "gate" in name.rsplit(".", 1)[-1]:
+            nn.init.constant_(p, 0.5)
+        elif p.dim() == 1:
+            nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "fc2.weight"))
+            table = "embed" in name or "lm_head" in name
+            scale = 0.6 / math.sqrt(p[0].numel()) / (math.sqrt(depth) if writes else 1)
+            nn.init.normal_(p, std=0.02 if table else scale, generator=generator)
+    return model
 
 
 def fresh_model(args):

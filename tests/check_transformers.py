@@ -33,7 +33,7 @@ def fresh(tok):
     text = M.TextConfig(tok.bpe.get_vocab_size() - 1, 32, 48, 4, 4, 2, (2,), rope_theta=100.0, rope_factor=2.0, rope_original=16)
     taps = "input" if VERSION < (4, 55) else "output"
     config = M.Config(text, M.VisionConfig(24, 2, 32, 3, 1, 4, 12, 4, (1, 2)), taps, False)
-    model = M.init_weights(M.LlamaVision(config), 0)
+    model = make_base.init_weights(M.LlamaVision(config), 0)
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.2)

@@ -57,7 +57,7 @@ def small_config(tokenizer):
 @pytest.fixture
 def model(tokenizer):
     """A random model whose logits are far from uniform, so that errors show."""
-    model = M.init_weights(M.LlamaVision(small_config(tokenizer)), 0)
+    model = make_base.init_weights(M.LlamaVision(small_config(tokenizer)), 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import model as M
+from assets import make_base
 from conftest import ROOT, load_tensors, small_config
 
 NORM, Q = "language_model.model.norm.weight", "language_model.model.layers.0.self_attn.q_proj"
@@ -23,7 +24,7 @@ TOKENIZER = "tokenizer.json"
 def saved(tokenizer, tmp_path_factory):
     """A directory with the same small model as `one` file and as `shards`, and an `adapter` of the first."""
     top = tmp_path_factory.mktemp("saved")
-    model = M.init_weights(M.LlamaVision(small_config(tokenizer)), 0)
+    model = make_base.init_weights(M.LlamaVision(small_config(tokenizer)), 0)
     M.save_model(model, tokenizer, top / "one")
     M.save_model(model, tokenizer, top / "shards", shard_bytes=100_000)
     M.add_lora(model, 3, 6.0)
@@ -552,7 +553,7 @@ def test_estimated_activations_are_those_that_autograd_keeps(line, recompute):
     """Storages that the backward pass of a real run holds on to, against the formula."""
     config, a = M.SIZES["tiny"], flags(f"--size tiny --dtype float32 --prompt-tokens 30 --new-tokens 10 --micro-batch 4 --group 2 {line}")
     estimate = M.estimate_memory(config, a)["recompute" if recompute else "training"]
-    model = M.init_weights(M.LlamaVision(config), 0)
+    model = make_base.init_weights(M.LlamaVision(config), 0)
     if a.lora_rank:
         M.add_lora(model, a.lora_rank, 1.0)
     model.recompute(recompute)

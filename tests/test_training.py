@@ -257,7 +257,7 @@ def test_solved_episodes_leave_and_the_others_go_on(model, tokenizer, monkeypatc
 def walker():
     """A tiny model of random weights that heeds its pictures, and a tokenizer of walks."""
     texts = [text for i in range(40) for text in (walk(i).prompt, *walk(i).demonstrate("careless", random.Random(i)))]
-    model = M.init_weights(M.LlamaVision(M.SIZES["tiny"]), 0)
+    model = make_base.init_weights(M.LlamaVision(M.SIZES["tiny"]), 0)
     return model, make_base.train_tokenizer(texts, M.SIZES["tiny"].text.vocab_size)
 
 
