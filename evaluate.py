@@ -172,19 +172,6 @@ def pieces(items: list, size: int) -> list:
     return [items[i : i + max(1, size)] for i in range(0, len(items), max(1, size))]
 
 
-def prompt_of(episode: Episode) -> tuple:
-    """What the episodes of a group have in common: the ids of the prompt, and its picture."""
-    return tuple(episode.ids[: episode.response_mask.index(1)]), *map(id, episode.pictures[:1])
-
-
-def by_prompt(episodes: list) -> list:
-    """Lists of the episodes that have the same prompt."""
-    groups = {}
-    for episode in episodes:
-        groups.setdefault(prompt_of(episode), []).append(episode)
-    return list(groups.values())
-
-
 def micro_batches(episodes: list, size: int) -> list:
     """Lists of at most `size` episodes; any size gives the same sum of gradients. Episodes with one
     prompt stay together, as it is computed once; similar lengths make little padding."""
@@ -216,6 +203,19 @@ def to_batch(episodes: list, pad: int, device) -> Batch:
 # ==== The reading path ends here. Everything below can be skipped. ====
 
 # ---- 2. Encoded pictures -------------------------------------------------------------------------
+
+
+def prompt_of(episode: Episode) -> tuple:
+    """What the episodes of a group have in common: the ids of the prompt, and its picture."""
+    return tuple(episode.ids[: episode.response_mask.index(1)]), *map(id, episode.pictures[:1])
+
+
+def by_prompt(episodes: list) -> list:
+    """Lists of the episodes that have the same prompt."""
+    groups = {}
+    for episode in episodes:
+        groups.setdefault(prompt_of(episode), []).append(episode)
+    return list(groups.values())
 
 
 class EncodedPicture(NamedTuple):

@@ -5,19 +5,16 @@
 One step, and `main` reads like it:
     problems -> rollout (verifier in the loop) -> returns -> advantages -> one update
 
-What became of PPO here: no value network (the other episodes of a group are the baseline), no
-minibatches within a batch, clipping only where --epochs asks for more than one update, no length
-penalty, no asynchronous rollouts. The four estimators differ in the few lines of `advantages` and
-in the weight that `token_weights` gives to a token.
+What became of PPO: no value network (a group's other episodes are the baseline), no minibatches,
+clipping only where --epochs asks for more than one update. The four estimators differ in the few
+lines of `advantages` and in the weight that `token_weights` gives to a token.
 
 Contents, up to 4 the reading path
-  1. Advantages              how much better than expected an episode did
-  2. The loss                of sampled tokens: policy gradient, clipping, KL
-  3. One update              gradients over micro-batches
-  4. The loop                main
-  5. Problems and reference  the problems of a step; the policy that a KL is measured to
-  6. Measures of a step      what the verifier and the texts say, FLOPs
-  7. Command line            the flags
+  1. Advantages  how much better than expected an episode did
+  2. The loss    of sampled tokens: policy gradient, clipping, KL
+  3. One update  gradients over micro-batches
+  4. The loop    main
+  5. Problems and reference, 6. measures of a step, 7. command line
 
 Shapes: P problems, G episodes of each (a group); in a micro-batch B episodes of T tokens, of which
 N were sampled.

@@ -8,12 +8,8 @@ Contents, up to 4 the reading path
   2. The loss        -log p of the response and its stop token, one normaliser for the whole batch
   3. One update      clip the gradient, take a step
   4. The loop        main
-  5. A run           how far it is, and everything that a finished step leaves behind
-  6. Its directory   arguments, metrics, checkpoints that resume bit for bit
-  7. Start           model, trained parameters, optimizer
-  8. AdamW16         an optimizer with everything in bfloat16
-  9. Cost            FLOPs of an update
-  10. Command line   the flags that both trainers have, and those of SFT
+  5. A run, 6. its directory, 7. start, 8. AdamW16 (an optimizer in bfloat16), 9. cost in FLOPs,
+  10. command line
 """
 
 import argparse
