@@ -1153,7 +1153,7 @@ def _text(x, y, text, css=""):
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{esc(text)}</text>'
 
 
-def place(points, top=1):
+def on_panel(points, top=1):
     """Points (..., 2) of the data, x of 0..top and y of 0..1, in the units of a panel."""
     return np.multiply(points, [(RIGHT - LEFT) / top, TOP - BOTTOM]) + [LEFT, BOTTOM]
 
@@ -1165,16 +1165,16 @@ def panel(title, x_name, ticks, lines, top=1):
     with a name has it at its end, and a dot for each point."""
     svg = [_text(LEFT, 18, title, "head"),
            _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
-    svg += [_text(place([x, 0], top)[0], BOTTOM + 18, label, "mid muted") for x, label in ticks]
+    svg += [_text(on_panel([x, 0], top)[0], BOTTOM + 18, label, "mid muted") for x, label in ticks]
     for share, label in PERCENTS:
-        grid = place([[0, share], [1, share]])
+        grid = on_panel([[0, share], [1, share]])
         svg += [_stroke(grid, "grid"), _text(LEFT - 6, grid[0, 1] + 4, label, "end muted")]
     ends = []
     for name, css, points in lines:
-        line = place(points[:, :2], top)
+        line = on_panel(points[:, :2], top)
         if points.shape[1] == 4:
             band = [*points[:, [0, 2]], *points[::-1, [0, 3]]]
-            svg.append(_stroke(place(band, top), f"band {css}"))
+            svg.append(_stroke(on_panel(band, top), f"band {css}"))
         svg.append(_stroke(line, f"line {css}"))
         if name:
             ends.append((line[-1], name, f"name {css}"))
