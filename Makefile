@@ -30,7 +30,7 @@ S ?=
 	base base-vl base-virl base-virl-vl sheets smoke clean
 
 demo: arms
-	$(PY) evaluate.py --report $(STUDY)
+	$(PY) evaluate.py --report "$(STUDY)"
 
 # In pictures. A step costs three times as much, so there are fewer, and fewer rates in the grid.
 VL = TASK=gp-vl K= SFT_BATCH=128 FLOPS=$(FLOPS_VL) EVALS=$(EVALS_VL) N=$(N)
@@ -38,7 +38,7 @@ FLOPS_VL ?= 5e12
 EVALS_VL ?= 5
 STUDY_VL ?= runs/demo-vl
 demo-vl:
-	$(MAKE) demo $(VL) STUDY=$(STUDY_VL)
+	$(MAKE) demo $(VL) STUDY="$(STUDY_VL)"
 study-vl:
 	$(MAKE) study $(VL) GRID=runs/grid-vl STUDIES=runs/study-vl GRID_SFT="3e-5 1e-4 3e-4" GRID_RL="1e-5 3e-5 1e-4"
 
@@ -48,7 +48,7 @@ FLOPS_VIRL ?= 4e12
 EVALS_VIRL ?= 3
 STUDY_VIRL ?= runs/demo-virl
 demo-virl:
-	$(MAKE) demo $(VIRL) STUDY=$(STUDY_VIRL)
+	$(MAKE) demo $(VIRL) STUDY="$(STUDY_VIRL)"
 study-virl:
 	$(MAKE) study $(VIRL) EVALS=2 GRID=runs/grid-virl STUDIES=runs/study-virl GRID_SFT="1e-5 3e-5 1e-4 3e-4 1e-3" GRID_RL="1e-5 3e-5 1e-4 3e-4"
 VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 WARMUP_BATCH=32 GRID_EVALS=1 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
@@ -57,21 +57,21 @@ EVALS_VIRL_VL ?= 3
 N_VIRL_VL ?= 150
 STUDY_VIRL_VL ?= runs/demo-virl-vl
 demo-virl-vl:
-	$(MAKE) demo $(VIRL_VL) STUDY=$(STUDY_VIRL_VL) SFT_LR=1e-4
+	$(MAKE) demo $(VIRL_VL) STUDY="$(STUDY_VIRL_VL)" SFT_LR=1e-4
 study-virl-vl:
 	$(MAKE) study $(VIRL_VL) EVALS=2 GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="1e-4 3e-4" GRID_RL="3e-5 1e-4"
 
 arms: .venv/ready
-	@$(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out $(STUDY)/base --or-resume
+	@$(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out "$(STUDY)/base" --or-resume
 	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 1 $(WARMUP),$(STUDY),test)
-	$(call run,sft$(S),train_sft.py --task $(TASK) --init $(STUDY)/warmup$(S) --batch $(SFT_BATCH) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
-	$(call run,rl$(S),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(STUDY)/warmup$(S) --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
+	$(call run,sft$(S),train_sft.py --task $(TASK) --init "$(STUDY)/warmup$(S)" --batch $(SFT_BATCH) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
+	$(call run,rl$(S),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init "$(STUDY)/warmup$(S)" --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
 
 # Short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
 WARMUP = --steps $(WARMUP_STEPS) --batch $(WARMUP_BATCH) --lr 1e-4 --lr-warmup 10 --schedule constant
 
 # $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it where it was begun with these very flags.
-run = @$(PY) $(2) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out $(3)/$(1) --or-resume
+run = @$(PY) $(2) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out "$(3)/$(1)" --or-resume
 
 # The grid and the rule of choice were written down before any run of it: the smallest rate within one standard error of
 # the best ID score on validation problems. Then three seeds with the chosen rates, on the test problems.
@@ -81,17 +81,17 @@ GRID_RL = 3e-6 1e-5 3e-5 1e-4
 study: .venv/ready
 	for lr in $(GRID_SFT); do $(MAKE) grid ARM=sft LR=$$lr || exit 1; done
 	for lr in $(GRID_RL); do $(MAKE) grid ARM=rl LR=$$lr || exit 1; done
-	$(PY) evaluate.py --choose $(GRID)
-	for s in 0 1 2; do $(MAKE) arms STUDY=$(STUDIES) SEED=$$s S=-s$$s $$(cat $(GRID)/chosen) || exit 1; done
-	$(PY) evaluate.py --report $(STUDIES)
+	$(PY) evaluate.py --choose "$(GRID)"
+	for s in 0 1 2; do $(MAKE) arms STUDY="$(STUDIES)" SEED=$$s S=-s$$s $$(cat "$(GRID)/chosen") || exit 1; done
+	$(PY) evaluate.py --report "$(STUDIES)"
 
 grid: .venv/ready
 	$(call run,warmup,train_sft.py --task $(TASK) --model tiny --evals 0 $(WARMUP),$(GRID),val)
 	@$(MAKE) grid-$(ARM)
 grid-sft:
-	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init $(GRID)/warmup --batch $(SFT_BATCH) --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
+	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init "$(GRID)/warmup" --batch $(SFT_BATCH) --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 grid-rl:
-	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init $(GRID)/warmup --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
+	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init "$(GRID)/warmup" --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
 
 # The shipped bases. Each learns its task, then gets bad habits (see the README): $(call make_base,NAME,FLAGS).
 make_base = $(PY) -m assets.make_base $(2) --split base --evals 2 --out runs/base/$(1) --or-resume

@@ -326,9 +326,10 @@ def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
     the verifier decides which question is next.
     """
     began, turns, truncations, samples = time.time(), {}, [], []
-    classes, scores = {}, {}
+    classes, scores, different = {}, {}, []
     for row in legible_rows(model, settings):
         problems = suite_problems(model, tokenizer, settings, row)
+        different.append(len({(each.cls, each.prompt, each.expert()) for each in problems}))
         leads_on = problems[0].leads_on
         classes[row.name], scores[row.name] = [problem.cls for problem in problems], {}
         for mode in TEMPERATURES:
@@ -354,6 +355,7 @@ def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
     return asked | {
         "classes": any_of(classes),
         "row_classes": classes,
+        "different": max(different),  # problems; of some tasks there are not many
         "truncated": max(truncations),
         "rows": scores,
         "samples": limit_pictures(samples),
@@ -400,6 +402,7 @@ def play(model, tokenizer, problems, settings, mode, group=1, forced=False):
     a megabyte or more at every position.
     """
     generator, episodes = torch.Generator(model.device).manual_seed(0), []
+    count, said = len(problems) * group, time.time()
     sampling = Sampling(settings.max_new_tokens, TEMPERATURES[mode], generator, settings.batch)
     for part in pieces(problems, settings.batch // group):
         groups = rollout(model, tokenizer, part, group, sampling, forced=forced)
@@ -407,8 +410,11 @@ def play(model, tokenizer, problems, settings, mode, group=1, forced=False):
             episode.encoded = []
             if model.config.vision.image_size > 100:
                 episode.pictures = []
-                getattr(episode.problem, "drawn", {}).clear()  # pictures that a walk has kept
+                episode.problem.forget_pictures()
             episodes.append(episode)
+        if time.time() - said > 5 and len(episodes) < count:
+            said = time.time()
+            print(f"  {len(episodes):,} of {count:,} episodes", file=sys.stderr, flush=True)
     return episodes
 
 
@@ -1546,8 +1552,9 @@ def report_result(model, tokenizer, settings, args):
     if args.out:  # before the work, in case that it cannot be written
         (path := Path(args.out, "evals")).mkdir(parents=True, exist_ok=True)
     result = evaluate(model, tokenizer, settings)
-    print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems, success in % "
-          "[95 % interval]")
+    print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems "
+          f"({result['different']:,} different ones in {len(set(result['classes'])):,} classes), "
+          "success in % [95 % interval]")
     names = [row.name for row in tasks.suite_rows(args.suite) if row.name not in result["rows"]]
     if names:
         print(f"left out, since tiles of {model.config.vision.image_size} pixels are too small to "

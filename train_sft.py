@@ -554,7 +554,7 @@ class RunDirectory:
                     save_adapter(model, fresh, base)
                 else:
                     save_model(model, tokenizer, fresh)
-                torch.save(state, fresh / "state.pt")
+                write_atomically(fresh / "state.pt", lambda path: torch.save(state, path))
                 write_json(fresh / CHECKSUMS, checksums(fresh))
             self.point_to(name)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three words

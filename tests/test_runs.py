@@ -270,3 +270,8 @@ def test_files_have_the_rights_that_umask_gives(sft_run, tmp_path):
 @pytest.mark.parametrize("text", ["\u061c", "\U000e0041", "\u202e", "\x1b[31m"])
 def test_characters_that_hide_are_removed(text):
     assert E.clean(f"a{text}b") in ("ab", "a[31mb")
+
+
+def test_killed_evaluations_and_reports_leave_whole_files():
+    import kill_reads
+    assert kill_reads.main(["--kills", "3"]) == (3, 0)
