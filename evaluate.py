@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
 import torch
 
@@ -606,8 +609,15 @@ def between(kind, low: float, high: float):
     return number
 
 
+def number(group, name: str, default: float, low: float, high: float, help: str) -> None:
+    """Add a flag for a number from low to high, of the type of its default."""
+    kind = between(type(default), low, high)
+    group.add_argument(name, type=kind, default=default, help=help)
+
+
 def run_main(main) -> None:
     """Run a script's main: an expected error is one sentence on stderr and exit status 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
@@ -717,6 +727,14 @@ def _read(path, check):
                          "version.") from None
 
 
+def _flags(args):
+    """The flags in an args.json, if those that are counted with are numbers."""
+    for name in ("steps", "flops", "lr"):
+        if not isinstance(args.get(name, 0), (int, float)):
+            raise ValueError(f"{name} is no number")
+    return args
+
+
 def _check(evaluation):
     """The evaluation in a file, if it has the shape that `evaluate` and the trainers give it."""
     counts = [evaluation[name] for name in ("step", "flops", "attempts")]
@@ -783,7 +801,7 @@ def load_study(study_dir):
         if seed in seeds:
             raise ValueError(f"{run} is a second run of arm {arm} with seed {seed}: rename one of "
                              "the two.")
-        args = _read(run / "args.json", dict) if (run / "args.json").exists() else {}
+        args = _read(run / "args.json", _flags) if (run / "args.json").exists() else {}
         evals = [_read(path, _check) | {"args": args} for path in (run / "evals").glob("*.json")]
         seeds[seed] = sorted(evals, key=lambda evaluation: evaluation["step"])
         first = first or evals[0]
@@ -1468,13 +1486,13 @@ def parse_args(argv=None):
     add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models and their difference")
     add("--choose", metavar="GRID", help="print a grid's ID scores and the learning rates to take")
     add("--suite", default="gp-l", choices=tasks.suite_names(), help="problems to evaluate on")
-    add("--n", type=between(int, 1, 1e5), default=500, help="held-out problems per row")
-    add("--attempts", type=between(int, 1, 100), default=1, help="answers per question")
+    number(parser, "--n", 500, 1, 1e5, "held-out problems per row")
+    number(parser, "--attempts", 1, 1, 100, "answers per question")
     add("--split", choices=("val", "test"), default="test", help="val to choose, test for claims")
-    add("--k", type=between(int, 0, 1000), default=0, help="sample K answers too: pass@1 .. pass@K")
+    number(parser, "--k", 0, 0, 1000, "sample K answers too: pass@1 .. pass@K")
     add("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer (default: 64 for "
         "the tiny tokenizer, else 256)")
-    add("--rollout-batch", type=between(int, 1, 1e6), default=256, help="episodes side by side")
+    number(parser, "--rollout-batch", 256, 1, 1e6, "episodes side by side")
     add("--out", help="run directory to put evals/000000.json into, for a report")
     add("--or-resume", action="store_true", help="where --out holds an evaluation with these very "
         "settings, keep it")

@@ -1440,6 +1440,9 @@ def attach(model, adapter):
     _check_tensors(adapter.files, {n: t for n, t in model.state_dict().items() if ".lora_" in n})
 
 
+START = "start.json"  # of a training run: where it began from
+
+
 def read_adapter(directory):
     """The Adapter of a directory."""
     path = _file(directory, ADAPTER_CONFIG)
@@ -1460,11 +1463,14 @@ def read_adapter(directory):
     # A text is a pattern, which is never run: it could take for ever.
     narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
     modules = () if narrowed or isinstance(modules, str) else map(hub_name, modules)
-    paths = (Path(base), directory / base) if isinstance(base, str) and base else ()
+    paths = [Path(base), directory / base] if isinstance(base, str) and base else []
+    if (directory.parent / START).is_file():  # of a run that was moved together with its base
+        paths.append(directory.parent / str(read_json(directory.parent / START).get("from_here")))
     base = next(filter(os.path.isdir, paths), None)
     if base is None:
         raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base "
-                         "model; download that, and put its path there.")
+                         f"model, which {str(base)[:80]!r} is not; download it, "
+                         "and put its path there.")
     return Adapter(rank, alpha, tuple(modules), base, find_weights(directory, ADAPTER))
 
 

@@ -21,16 +21,19 @@ N were sampled.
 """
 
 import math
+import signal
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
 
 import tasks
-from evaluate import (Parser, by_prompt, images_for, micro_batches, prompt_style, rollout,
-                      run_main, to_batch, truncated)
+from evaluate import (Parser, by_prompt, images_for, micro_batches, number, prompt_style,
+                      rollout, run_main, to_batch, truncated)
 from model import Sampling, adapters_off, image_flops, load_model, text_flops
-from train_sft import (finish_arguments, metrics_help, number, or_resume, shared_arguments,
+from train_sft import (finish_arguments, metrics_help, or_resume, shared_arguments,
                        start_run, update, update_flops, update_image_flops)
 
 # ---- 1. Advantages -------------------------------------------------------------------------------
@@ -110,17 +113,6 @@ def kl_to_reference(log_probs, ref_log_probs):
 
 
 # ---- 3. One update -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """The flags of these names: the parts of the loss, and how many episodes fit into memory."""
-
-    estimator: str
-    temperature: float
-    clip_eps: float
-    kl_coef: float
-    micro_batch: int
 
 
 def with_signal(groups, advantage, kl_coef):
@@ -209,6 +201,17 @@ def main(argv=None):
 # ==== The reading path ends here. Everything below can be skipped. ====
 
 # ---- 5. Problems and reference -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """The flags of these names: the parts of the loss, and how many episodes fit into memory."""
+
+    estimator: str
+    temperature: float
+    clip_eps: float
+    kl_coef: float
+    micro_batch: int
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
 from safetensors import SafetensorError
 
 import tasks
 from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, default_max_new_tokens,
                       device_and_dtype, evaluate, find_model, images_for, micro_batches,
-                      prompt_style, run_main, show_episode, summary, to_batch)
+                      number, prompt_style, run_main, show_episode, summary, to_batch)
 from model import (PARTS, LlamaVision, Tokenizer, add_lora, count_parameters, image_flops,
                    load_model, merge_lora, read_json, save_adapter, save_model, text_flops,
                    training_flops, write_atomically, write_json, UMASK)
@@ -360,11 +362,11 @@ class Run:
             if state.get("optimizer_kind", self.args.optimizer) != self.args.optimizer:
                 raise ValueError("another optimizer")
             self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError):
+            restore_random_states(state["random"], self.generator)
+            self.progress = Progress(**state["progress"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
             raise ValueError(f"the newest checkpoint of {self.directory.path} holds the state of "
                              "another optimizer or model than its args.json asks for.") from None
-        restore_random_states(state["random"], self.generator)
-        self.progress = Progress(**state["progress"])
 
     def end(self):
         """Save the last step and say how the run ended; returns the scores of the last evaluation.
@@ -585,7 +587,10 @@ class RunDirectory:
                 written = read_json(directory / CHECKSUMS)
                 if "state.pt" not in written or written != checksums(directory, written):
                     raise ValueError("a file is not as it was written")
-                return directory, torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if type(state["step"]) is not int:
+                    raise ValueError("its state has no step")
+                return directory, state
             except Exception as error:  # torch.load alone has half a dozen kinds for a damaged file
                 print(f"{directory} is damaged ({clean(error)[:120]}); going back to the "
                       "checkpoint before it.", file=sys.stderr)
@@ -890,12 +895,6 @@ def read_mixture(flag, items):
             raise ValueError(f"--{flag} {clean(item)}: the weight must be positive.")
         names.append(name)
     return Mixture(names, weights)
-
-
-def number(group, name: str, default: float, low: float, high: float, help: str) -> None:
-    """Add a flag for a number from low to high, of the type of its default."""
-    kind = between(type(default), low, high)
-    group.add_argument(name, type=kind, default=default, help=help)
 
 
 def shared_arguments(parser: Parser, **defaults) -> None:

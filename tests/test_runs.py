@@ -159,12 +159,42 @@ def test_a_study_moves_with_its_start_and_the_working_directory_does_not_matter(
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
     monkeypatch.chdir(place)
     os.rename(study, tmp_path / "moved")
-    if not lora:  # the adapter's own base path is another matter
-        RL.main(["--resume", str(tmp_path / "moved" / "rl")])
-        assert [r["step"] for r in lines(tmp_path / "moved" / "rl")] == [1, 2, 3, 4]
+    RL.main(["--resume", str(tmp_path / "moved" / "rl")])
+    assert [r["step"] for r in lines(tmp_path / "moved" / "rl")] == [1, 2, 3, 4]
+    M.load_model(E.latest_checkpoint(tmp_path / "moved" / "rl"))
     shutil.rmtree(tmp_path / "moved" / "warm")
     with pytest.raises(ValueError, match="began from other weights than .*moved/warm.* and .*study/warm"):
         RL.main(["--resume", str(tmp_path / "moved" / "rl")])
+
+
+# ---- edited and forged files
+
+def test_edited_arguments_and_forged_states_are_one_sentence(sft_run, tmp_path, capsys):
+    study = tmp_path / "study"
+    shutil.copytree(sft_run, study / "sft")
+    for change in ({"lr": [1]}, {"flops": "many"}, {"steps": {}}):
+        args = json.loads((sft_run / "args.json").read_text())
+        (study / "sft" / "args.json").write_text(json.dumps(args | change))
+        with pytest.raises(ValueError, match="sft/args.json cannot be used .*is no number"):
+            E.load_study(study)
+    for i, forged in enumerate(([1], {"step": "2"}, {}, {"step": 2}, {"step": 2, "optimizer": 7, "random": 0, "progress": {}},
+                                {"step": 2, "optimizer": {"state": {}, "param_groups": []}, "random": {}, "progress": {"x": 1}})):
+        run = tmp_path / str(i)
+        shutil.copytree(sft_run, run)
+        step = E.latest_checkpoint(run)
+        torch.save(forged, step / "state.pt")
+        M.write_json(step / SFT.CHECKSUMS, SFT.checksums(step, [p.name for p in step.iterdir() if p.name != SFT.CHECKSUMS]))
+        with pytest.raises(ValueError) as error:
+            SFT.main(["--resume", str(run)])
+        assert "\n" not in str(error.value) and str(run) in str(error.value)
+
+
+def test_ctrl_c_while_torch_is_loaded_leaves_no_traceback():
+    for script in ("train_sft.py", "train_rl.py", "evaluate.py"):
+        run = start(script, "--help")
+        time.sleep(0.4)
+        run.send_signal(signal.SIGINT)
+        assert "Traceback" not in run.communicate()[1]
 
 
 # ---- collapse
