@@ -730,8 +730,7 @@ def _read(path, check):
 def _flags(args):
     """The flags in an args.json, if those that are counted with are numbers."""
     for name in ("steps", "flops", "lr"):
-        if not isinstance(args.get(name, 0), (int, float)):
-            raise ValueError(f"{name} is no number")
+        float(args.get(name, 0))
     return args
 
 
@@ -1533,11 +1532,9 @@ def evaluated(args):
     if not args.out or not path.is_file():
         return None
     kept = _read(path, dict)
-    answers = max(map(len, kept.get("pass_at_k", {"": ""}).values()))
-    settings = {**kept, "k": answers, "model": kept.get("model", args.model)}
-    differ = [f"{name} {settings.get(name)}, not {getattr(args, name)}"
+    differ = [f"{name} {kept.get(name)}, not {getattr(args, name)}"
               for name in ("model", "suite", "n", "attempts", "split", "k")
-              if settings.get(name) != getattr(args, name)]
+              if kept.get(name) != getattr(args, name)]
     if differ:
         raise ValueError(f"{args.out} holds an evaluation of other settings ({'; '.join(differ)}): "
                          "take another directory, or remove that one.")
@@ -1585,6 +1582,7 @@ def report_result(model, tokenizer, settings, args):
                  for name, shares in result["pass_at_k"].items()]
         print("\n" + markdown(Table("", head, lines)))
     if args.out:
+        result |= {"model": args.model, "k": args.k}
         write_json(path / "000000.json", result | {"step": 0, "flops": 0, "seconds": 0.0})
     return result
 

@@ -338,9 +338,8 @@ class Run:
             return
         progress = self.progress
         recent = progress.recent = [*progress.recent, metrics["success"]][-20:]
-        if len(recent) == 20:
-            progress.best = max(progress.best, sum(recent) / 20)
-        if len(recent) == 20 and max(recent) < progress.best / 2:
+        progress.best = max(progress.best, sum(recent) / 20)  # too low at first, never too high
+        if max(recent) < progress.best / 2:
             self.warn("collapse", "success has been below half of its best, "
                       f"{100 * progress.best:.0f} %, for 20 steps: --lr {self.args.lr:g} is too "
                       "high for this run.")
@@ -788,8 +787,8 @@ class AdamW16(torch.optim.Optimizer):
     would never move (Zamirai et al., arXiv 2010.06192).
     """
 
-    def __init__(self, params, lr, betas=(0.9, 0.95), weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+    def __init__(self, params, **settings):  # lr, betas, weight_decay
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self):

@@ -765,7 +765,7 @@ def test_adamw16_is_adamw_where_nothing_is_rounded():
     torch.manual_seed(0)
     p = torch.randn(40, requires_grad=True)
     q = p.detach().clone().requires_grad_()
-    ours, theirs = SFT.AdamW16([p], 0.1, weight_decay=0.1), torch.optim.AdamW([q], 0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    ours, theirs = SFT.AdamW16([p], lr=0.1, betas=(0.9, 0.95), weight_decay=0.1), torch.optim.AdamW([q], 0.1, betas=(0.9, 0.95), weight_decay=0.1)
     for _ in range(20):
         p.grad = torch.randn(40)
         q.grad = p.grad.clone()
@@ -781,7 +781,7 @@ def test_random_rounding_is_right_on_average_and_steps_below_the_spacing_add_up(
     assert torch.allclose(target.float().mean(0), value[0], rtol=3e-4) and (target[:, 3] == 0).all()
     assert ((target.float() - value).abs() <= value.abs() / 128).all()
     p = torch.ones(5000, dtype=torch.bfloat16, requires_grad=True)
-    optimizer = SFT.AdamW16([p], 1e-4)
+    optimizer = SFT.AdamW16([p], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
     for _ in range(100):
         p.grad = torch.ones_like(p)
         optimizer.step()
