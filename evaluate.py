@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, product
 from pathlib import Path
@@ -523,13 +524,10 @@ def latest_checkpoint(run) -> Path:
                          "step-NNNNNN directories.")
     args, metrics = Path(run) / "args.json", Path(run) / "metrics.jsonl"
     if args.is_file() and metrics.is_file():
-        last = (metrics.read_text("utf-8", "replace").splitlines() or ["{}"])[-1]
-        try:
-            left = unfinished(json.loads(args.read_text("utf-8")), json.loads(last))
-        except (ValueError, AttributeError):  # damaged: the weights are another matter
-            left = ""
-        if left:
-            print(clean(f"note: {run} is not finished: {left}."), file=sys.stderr)
+        with suppress(ValueError, AttributeError, IndexError):  # damaged; the weights may be whole
+            last = metrics.read_text("utf-8", "replace").splitlines()[-1]
+            if left := unfinished(json.loads(args.read_text("utf-8")), json.loads(last)):
+                print(clean(f"note: {run} is not finished: {left}."), file=sys.stderr)
     return Path(run) / name
 
 

@@ -1272,8 +1272,7 @@ def write_atomically(path, write):
 
     The temporary folder's name cannot be guessed, so no link can lie in wait there."""
     path = Path(path)
-    names = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": path.parent}
-    with tempfile.TemporaryDirectory(**names) as folder:
+    with tempfile.TemporaryDirectory(".tmp", f".{path.name}.", path.parent) as folder:
         temporary = Path(folder) / path.name
         write(temporary)
         temporary.chmod(0o666 & ~UMASK)  # safetensors gives the owner alone a right to read

@@ -384,12 +384,12 @@ class Run:
     def say(self, text, file=None):
         """Print. A reader that has left (`| head`, `| tee` after Ctrl-C) or a full disk is no
         reason to lose the work: the run stops after a save."""
+        file = file or sys.stdout
         try:
-            print(text, file=file or sys.stdout, flush=True)
+            print(text, file=file, flush=True)
         except OSError:
             self.stopping, self.status = True, self.status or 1
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, (file or sys.stdout).fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
     def not_finite(self, error, episodes):
         """Keep the batch whose loss or gradient was not finite for a look; returns the error that
@@ -669,16 +669,11 @@ def step_of(line):
 # ---- 7. Start ------------------------------------------------------------------------------------
 
 
-def load_start(args, device, dtype):
-    """Model and tokenizer that --init or --model names."""
-    return load_model(args.init_path, dtype, device)
-
-
-def start_run(args: argparse.Namespace, load=load_start, optimizer_for=None) -> Run:
+def start_run(args: argparse.Namespace, load=None, optimizer_for=None) -> Run:
     """A run of a training script, new or resumed, ready for its first step.
 
-    `load` and `optimizer_for` are like `load_start` and `make_optimizer`, for scripts that make
-    models in another way.
+    load(args, device, dtype) -> (model, tokenizer) and optimizer_for, in place of load_model and
+    make_optimizer, are for scripts that make models in another way.
     """
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -711,10 +706,11 @@ def prepare_run(args, directory, load, optimizer_for):
     if args.optimizer == "adamw16":
         dtype = torch.bfloat16
     checkpoint, state = directory.resume_point() if args.resume else (None, None)
-    if checkpoint:
-        model, tokenizer = load_model(checkpoint, dtype, device)
-    else:
+    if load and not checkpoint:
         model, tokenizer = load(args, device, dtype)
+    else:
+        model, tokenizer = load_model(checkpoint or args.init_path, dtype, device)
+    if not checkpoint:
         merge_lora(model)  # an adapter that --init brings belongs to the start, not to the training
     args.max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
     args.micro_batch = args.micro_batch or (256 if tokenizer.short else 8)
