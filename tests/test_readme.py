@@ -1,9 +1,10 @@
 """The README: its links, its commands and its code are those of the repository."""
 
-import importlib
+import importlib.util
 import random
 import re
 import shlex
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,22 @@ def block(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def module_of(text):
+    """A text as a module, imported from a file of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "from_readme.py"
+        path.write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("from_readme", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
 def with_sums():
     """The table of tasks after the README's example."""
     code, = (text for text in block("python") if "class Sums" in text)
-    names = {**vars(tasks), "TASKS": dict(tasks.TASKS)}
-    exec(code, names)
-    return names["TASKS"]
+    head = "import random\nimport tasks\nfrom tasks import Problem, Row, Step, Task, split_of\nTASKS = dict(tasks.TASKS)\n"
+    return module_of(head + code).TASKS
 
 
 def test_length():
@@ -76,9 +87,9 @@ def test_the_diff_fits():
     for line in diff.splitlines():
         assert line[0] == "+" or line[1:] in source
     added = "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+    "))
-    returns, names = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0]]), {}
-    exec(f"def best(centred, estimator):\n{added}", names)
-    assert names["best"](returns - returns.mean(1, keepdim=True), "best").tolist() == [[0.5, 0, 0, 0.5], [0, 0, 0, 0]]
+    returns = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0]])
+    best = module_of(f"def best(centred, estimator):\n{added}").best
+    assert best(returns - returns.mean(1, keepdim=True), "best").tolist() == [[0.5, 0, 0, 0.5], [0, 0, 0, 0]]
 
 
 def test_the_task_works(monkeypatch):
