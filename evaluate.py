@@ -524,7 +524,7 @@ def latest_checkpoint(run) -> Path:
                          "step-NNNNNN directories.")
     args, metrics = Path(run) / "args.json", Path(run) / "metrics.jsonl"
     if args.is_file() and metrics.is_file():
-        with suppress(ValueError, AttributeError, IndexError):  # damaged; the weights may be whole
+        with suppress(ValueError, TypeError, AttributeError, IndexError):  # a damaged file
             last = metrics.read_text("utf-8", "replace").splitlines()[-1]
             if left := unfinished(json.loads(args.read_text("utf-8")), json.loads(last)):
                 print(clean(f"note: {run} is not finished: {left}."), file=sys.stderr)
@@ -728,7 +728,8 @@ def _read(path, check):
 def _flags(args):
     """The flags in an args.json, if those that are counted with are numbers."""
     for name in ("steps", "flops", "lr"):
-        float(args.get(name, 0))
+        if not isinstance(args.get(name, 0), (int, float)):
+            raise ValueError(f"{name} is no number")
     return args
 
 

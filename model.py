@@ -1439,7 +1439,13 @@ def attach(model, adapter):
     _check_tensors(adapter.files, {n: t for n, t in model.state_dict().items() if ".lora_" in n})
 
 
-START = "start.json"  # of a training run: where it began from
+def read_start(run) -> dict:
+    """The start.json of a training run, which says where it began from; {} without one."""
+    path = Path(run) / "start.json"
+    start = read_json(path) if path.is_file() else {}
+    if not isinstance(start, dict):
+        raise ValueError(f"{path} is not that of a training run; remove it.")
+    return start
 
 
 def read_adapter(directory):
@@ -1463,8 +1469,8 @@ def read_adapter(directory):
     narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
     modules = () if narrowed or isinstance(modules, str) else map(hub_name, modules)
     paths = [Path(base), directory / base] if isinstance(base, str) and base else []
-    if (directory.parent / START).is_file():  # of a run that was moved together with its base
-        paths.append(directory.parent / str(read_json(directory.parent / START).get("from_here")))
+    if start := read_start(directory.parent):  # of a run that was moved together with its base
+        paths.append(directory.parent / str(start.get("from_here")))
     base = next(filter(os.path.isdir, paths), None)
     if base is None:
         raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base "

@@ -40,8 +40,8 @@ from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, defau
                       device_and_dtype, evaluate, find_model, images_for, micro_batches,
                       number, prompt_style, run_main, show_episode, summary, to_batch)
 from model import (PARTS, LlamaVision, Tokenizer, add_lora, count_parameters, image_flops,
-                   load_model, merge_lora, read_json, save_adapter, save_model, text_flops,
-                   training_flops, write_atomically, write_json, UMASK)
+                   load_model, merge_lora, read_json, read_start, save_adapter, save_model,
+                   text_flops, training_flops, write_atomically, write_json, UMASK)
 
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
 
@@ -520,11 +520,10 @@ class RunDirectory:
         """The path of the weights that a run began from, which are its base or its reference: where
         they were, or where they are now as seen from the run, if both were moved. ValueError when
         neither holds those very weights."""
-        path = self.path / "start.json"
-        if not args.init_path or not path.exists():
+        start = read_start(self.path)
+        if not args.init_path or not start:
             return args.init_path
-        start = read_json(path)
-        places = [str((self.path / start.get("from_here", "")).resolve()), args.init_path]
+        places = [str((self.path / str(start.get("from_here"))).resolve()), args.init_path]
         for place in places:
             if start_checksums(place) == start.get("weights"):
                 return place
@@ -994,13 +993,18 @@ def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     path = Path(args.out) / "args.json"
     if not args.or_resume or args.resume or not path.is_file():
         return args
-    stored, start = read_json(path), read_json(Path(args.out) / "start.json").get("weights")
-    free = {"out", "resume", "or_resume", "device", "threads", "save_every", "init", "model"}
-    if start == start_checksums(args.init_path):
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no arguments of a run; remove {args.out}.")
+    free = {"out", "resume", "or_resume", "device", "threads", "save_every", "init", "model",
+            "micro_batch"}
+    if read_start(args.out).get("weights") == start_checksums(args.init_path):
         free.add("init_path")  # wherever they lie now
+    if args.max_new_tokens is None and stored.get("max_new_tokens") in (64, 256):
+        free.add("max_new_tokens")  # the defaults
     differ = [f"--{name.replace('_', '-')} {stored.get(name)}, not {value}"
               for name, value in vars(args).items()
-              if name not in free and value is not None and stored.get(name) != value]
+              if name not in free and stored.get(name) != value]
     if differ:
         raise ValueError(f"{args.out} was begun with other settings ({'; '.join(differ)}): take "
                          "another directory, or remove that one.")

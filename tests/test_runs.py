@@ -48,6 +48,21 @@ def test_a_run_of_other_settings_is_never_shown_as_this_one(flags, words, sft_ru
     assert "\n" not in str(error.value) and (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_flag_that_is_left_out_differs_too(sft_run, tmp_path):
+    argv = ["--init", str(sft_run), *SHORT, "--out", str(tmp_path / "run"), "--or-resume"]
+    SFT.main([*argv, "--train", "decoder", "--eval-rows", "id", "--max-new-tokens", "9"])
+    with pytest.raises(ValueError, match=r"--train \['decoder'\], not None; --max-new-tokens 9, not None; .*--eval-rows"):
+        SFT.main(argv)
+    for name in ("args.json", "start.json"):
+        run = tmp_path / name
+        shutil.copytree(tmp_path / "run", run)
+        (run / name).write_text("[1]")
+        with pytest.raises(ValueError, match=name):
+            SFT.main([*argv[:-2], str(run), "--or-resume"])
+        with pytest.raises(ValueError, match=name):
+            SFT.main(["--resume", str(run)])
+
+
 def test_the_same_flags_continue_what_was_stopped(sft_run, tmp_path, capsys):
     argv = ["--init", str(sft_run), *SHORT, "--out", str(tmp_path / "run"), "--or-resume"]
     from test_training import stop_after
@@ -174,10 +189,10 @@ def test_a_study_moves_with_its_start_and_the_working_directory_does_not_matter(
 def test_edited_arguments_and_forged_states_are_one_sentence(sft_run, tmp_path, capsys):
     study = tmp_path / "study"
     shutil.copytree(sft_run, study / "sft")
-    for change in ({"lr": [1]}, {"flops": "many"}, {"steps": {}}):
+    for change in ({"lr": [1]}, {"flops": "many"}, {"steps": {}}, {"flops": "12"}):
         args = json.loads((sft_run / "args.json").read_text())
         (study / "sft" / "args.json").write_text(json.dumps(args | change))
-        with pytest.raises(ValueError, match="sft/args.json cannot be used"):
+        with pytest.raises(ValueError, match="sft/args.json cannot be used .*is no number"):
             E.load_study(study)
     for i, forged in enumerate(([1], {"step": "2"}, {}, {"step": 2}, {"step": 2, "optimizer": 7, "random": 0, "progress": {}},
                                 {"step": 2, "optimizer": {"state": {}, "param_groups": []}, "random": {}, "progress": {"x": 1}})):
