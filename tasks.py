@@ -318,6 +318,12 @@ def write_prompt(hand, rule: Rule, style: str, look=None) -> str:
     return words["prompt"].format(cards=cards, faces=faces, target=rule.target, order=order)
 
 
+def largest_first(numbers) -> list[int]:
+    """The whole style of the demonstrator "sorted", whose answers are else the expert's. A base that
+    lists numbers as dealt would hardly write so: SFT has to pull it there (see the README)."""
+    return sorted(numbers, reverse=True)
+
+
 @dataclass(eq=False)
 class GeneralPoints(Problem):
     """One hand of cards, see Problem. `numbers` are its values under the rule of the prompt."""
@@ -331,7 +337,9 @@ class GeneralPoints(Problem):
     stream: str = ""            # names the random numbers of the picture
     attempt = 0                 # answers judged so far
     asks = "formula"
-    DEMONSTRATORS = Problem.DEMONSTRATORS | {"careful": lambda problem, rng: [problem.expert(rng)]}
+    DEMONSTRATORS = Problem.DEMONSTRATORS | {
+        "careful": lambda problem, rng: [problem.expert(rng)],
+        "sorted": lambda problem, rng: [problem.expert(order=largest_first)]}
     SCORES = Problem.SCORES | {"read": "cards read"}
     WORDS = Words("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13",
                   "problems with the same numbers", "All cards are read in {} of the hands")
@@ -379,8 +387,8 @@ class GeneralPoints(Problem):
         """The verifier's text about the formula."""
         return CARDS["wording"][self.style][verdict.outcome].format(fact=verdict.fact)
 
-    def expert(self, rng: random.Random | None = None):
-        return self.response(self.rule, self.solution(self.rule, rng))
+    def expert(self, rng: random.Random | None = None, order=list):
+        return self.response(self.rule, self.solution(self.rule, rng), order)
 
     def solution(self, rule: Rule, rng: random.Random | None = None) -> str | None:
         """The simplest formula under a rule, or with rng a random one; None if there is none."""
@@ -390,9 +398,10 @@ class GeneralPoints(Problem):
         found = solutions(numbers, rule.target)
         return (rng.choice(found) if rng else found[0]) if found else None
 
-    def response(self, rule: Rule, formula: str) -> str:
-        """A response with a formula, and with the values of the cards under a rule."""
-        cards, numbers = rank_names(self.hand), values(self.hand, rule)
+    def response(self, rule: Rule, formula: str, order=list) -> str:
+        """A response with a formula, and with the values of the cards under a rule, in an order: as
+        dealt, or in that of a demonstrator with another working style."""
+        cards, numbers = rank_names(self.hand), order(values(self.hand, rule))
         return json.dumps({"cards": cards, "number": numbers, "formula": formula})
 
 # ==== The reading path ends here. Everything below can be skipped. ====

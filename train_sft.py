@@ -181,6 +181,7 @@ class Progress:
     seconds: float = 0.0  # of training
     eval_seconds: float = 0.0
     evals_done: int = 0
+    warm: float | None = None  # share of the run at which the learning rate was at its peak
     idle: dict = field(default_factory=dict)  # reason -> wasted steps, nearly in a row
     recent: list = field(default_factory=list)  # success of the last 20 steps of RL
     best: float = 0.0  # highest mean of 20 steps
@@ -221,13 +222,17 @@ class Run:
         self.laps[name] = time.time() - self.clock - sum(self.laps.values())
 
     def lr(self):
-        """Learning rate of the next step: linear warm-up over --lr-warmup steps, times a cosine."""
-        args = self.args
-        rate = args.lr * min(1.0, (self.step + 1) / max(1, args.lr_warmup))
+        """Learning rate of the next step: linear warm-up over --lr-warmup steps, then a cosine over
+        the rest of the run."""
+        args, progress = self.args, self.progress
+        if self.step + 1 < args.lr_warmup:
+            return args.lr * (self.step + 1) / args.lr_warmup
         if args.schedule == "constant":
-            return rate
-        cosine = 0.5 * (1 + math.cos(math.pi * self.share()))
-        return rate * (args.lr_end + (1 - args.lr_end) * cosine)
+            return args.lr
+        if progress.warm is None:
+            progress.warm = self.share()
+        left = (1 - self.share()) / (1 - progress.warm)
+        return args.lr * (args.lr_end + (1 - args.lr_end) * 0.5 * (1 - math.cos(math.pi * left)))
 
     def eval_due(self):
         """Whether the next of --evals evaluations is reached: start and end included; a single one

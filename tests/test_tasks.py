@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import assets.habits  # noqa: E402, F401: adds its demonstrators
 import tasks  # noqa: E402
+from model import load_model  # noqa: E402
 from tasks import ID_RULE, OOD_RULE, Rule, judge, make, parse_rule, solutions, solve, values  # noqa: E402
 
 ALL_HANDS = [tuple((rank, "S") for rank in ranks) for ranks in combinations_with_replacement(range(1, 14), 4)]
@@ -620,7 +621,7 @@ def test_inattentive_takes_either_rule_whatever_the_prompt_says():
 
 
 def test_every_demonstrator_writes_an_answer_that_is_legal_and_has_the_cards():
-    assert set(tasks.GeneralPoints.DEMONSTRATORS) == {"expert", "careful", "careless", "lazy", "inattentive", "retry"}
+    assert set(tasks.GeneralPoints.DEMONSTRATORS) == {"expert", "careful", "sorted", "careless", "lazy", "inattentive", "retry"}
     for kind, rule, style in product(tasks.GeneralPoints.DEMONSTRATORS, ("10", "*,*,*", "11,12,13/target=*", "5/cards=3/target=*"), tasks.STYLES):
         for i in range(5):
             problem = make("gp-l", rule, index=i, style=style)
@@ -633,8 +634,27 @@ def test_every_demonstrator_writes_an_answer_that_is_legal_and_has_the_cards():
                 assert text == json.dumps(fields) and list(fields) in (["cards", "number", "formula"], ["cards", "formula"])
                 assert "number" in fields or kind in ("lazy", "retry")
                 assert fields["cards"] == tasks.rank_names(problem.hand)
-                assert numbers in [problem.numbers] + [values(problem.hand, rule) for rule in (ID, OOD) if kind == "inattentive"]
+                own = tuple(sorted(problem.numbers, reverse=True)) if kind == "sorted" else problem.numbers
+                assert numbers in [own] + [values(problem.hand, rule) for rule in (ID, OOD) if kind == "inattentive"]
                 assert sorted(map(int, re.findall(r"\d+", fields["formula"]))) == sorted(numbers)
+
+
+@pytest.mark.parametrize("task", ["gp-l", "gp-vl"])
+@pytest.mark.parametrize("rule", ["10", "11,12,13", "7,8,9/target=*", "10/cards=5"])
+def test_sorted_is_the_expert_but_for_the_order_of_its_numbers(task, rule):
+    """A foreign teacher as data: as right as the expert, in the same frame, in the same tokens, judged as any other."""
+    tokenizer, moved = load_model("assets/tiny-gp-l")[1], 0
+    for index in range(30):
+        problem = tasks.make(task, rule, None, "test", index, style="short", tile=40)
+        (answer,), expert = problem.demonstrate("sorted", random.Random(0)), problem.expert()
+        read, own = json.loads(answer), json.loads(expert)
+        assert read["number"] == sorted(own["number"], reverse=True) and read | {"number": 0} == own | {"number": 0}
+        assert [*read] == [*own] and re.sub(r"\[[\d, ]*\]", "", answer) == re.sub(r"\[[\d, ]*\]", "", expert)
+        assert sorted(tokenizer.encode(answer)) == sorted(tokenizer.encode(expert))
+        moved += answer != expert
+        step = problem.step(answer)
+        assert (step.outcome, step.reward, step.read) == ("correct", tasks.REWARD["correct"], 1.0)
+    assert moved > 20
 
 
 def test_expert_demonstrates_the_simplest_answer_and_careful_a_random_one():

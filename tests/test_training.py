@@ -740,8 +740,20 @@ def test_schedule_warms_up_and_falls():
     for _ in range(100):
         lrs.append(run.lr())
         run.progress.step += 1
-    assert lrs[0] == pytest.approx(1e-4) and max(lrs) == pytest.approx(1e-3, rel=0.05) and lrs[-1] == pytest.approx(1e-4, rel=0.02)
-    assert lrs.index(max(lrs)) < 12 and not run.goes_on()
+    assert lrs[:10] == pytest.approx([1e-4 * i for i in range(1, 11)]) and lrs[-1] == pytest.approx(1e-4, rel=0.02)
+    assert lrs[9:] == sorted(lrs[9:], reverse=True) and not run.goes_on()
+    middle = (9 + 100) / 2  # half of the cosine is behind the run there, counted from the end of the warm-up
+    assert lrs[int(middle)] == pytest.approx((1e-3 + 1e-4) / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("flags, peak", [("--steps 20", 9), ("--steps 90", 9), ("--flops 20", 9), ("--steps 20 --lr-warmup 0", 0)])
+def test_the_rate_that_was_asked_for_is_reached_once_the_warm_up_ends(flags, peak):
+    run, lrs = run_with(f"--lr 1e-3 {flags}"), []
+    while run.goes_on():
+        lrs.append(run.lr())
+        run.progress.step += 1
+        run.progress.flops += 1
+    assert lrs[peak] == 1e-3 == max(lrs) and lrs.count(1e-3) == 1 and lrs[-1] < 2e-4
 
 
 def test_an_update_uses_its_rate_and_clips(model):
