@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself and goes on where it was stopped.
 #   make demo    the study with one seed, cards in words     make test    the tests
-#   make study   learning-rate grid, then three seeds        make bench   speed and memory, a table (three minutes)
+#   make study   rates from validation, three seeds, causes  make bench   speed and memory, a table (three minutes)
 #   make base    the shipped tiny base, from nothing         make sheets   the pictures of the README
 # and demo-vl, study-vl, base-vl for cards in pictures, -virl for walks in words, -virl-vl for walks through street views.
 PY := .venv/bin/python
@@ -8,12 +8,11 @@ PYTHON ?= python3
 
 # Settings of the demo; .ci/run makes them small.
 TASK ?= gp-l
+BASE_MODEL ?= tiny
+EXPERT ?= sorted
 STUDY ?= runs/demo
-GRID ?= runs/grid
-GRID_EVALS ?= 3
-STUDIES ?= runs/study
 K ?= --k 8
-SFT_BATCH ?= 256
+SFT_BATCH ?= 64
 WARMUP_STEPS ?= 6
 WARMUP_BATCH ?= 256
 PROBLEMS ?= 32
@@ -21,77 +20,110 @@ ATTEMPTS ?= 1
 FLOPS ?= 4e12
 EVALS ?= 7
 N ?= 500
-SFT_LR ?= 3e-4
+SFT_LR ?= 1e-4
 RL_LR ?= 3e-5
 SEED ?= 0
 S ?=
 
-.PHONY: demo demo-vl demo-virl demo-virl-vl arms test bench study study-vl study-virl study-virl-vl grid grid-sft grid-rl \
-	base base-vl base-virl base-virl-vl sheets smoke clean
+.PHONY: demo demo-vl demo-virl demo-virl-vl arms test bench study study-vl study-virl study-virl-vl set grid-warmup \
+	base base-vl base-virl base-virl-vl dial sheets smoke clean
 
 demo: arms
 	$(PY) evaluate.py --report "$(STUDY)"
 
-# In pictures. A step costs three times as much, so there are fewer, and fewer rates in the grid.
-VL = TASK=gp-vl K= SFT_BATCH=128 FLOPS=$(FLOPS_VL) EVALS=$(EVALS_VL) N=$(N)
+# In pictures. A step costs three times as much, so there are fewer.
+VL = TASK=gp-vl K= FLOPS=$(FLOPS_VL) EVALS=$(EVALS_VL)
 FLOPS_VL ?= 5e12
 EVALS_VL ?= 5
 STUDY_VL ?= runs/demo-vl
 demo-vl:
 	$(MAKE) demo $(VL) STUDY="$(STUDY_VL)"
 study-vl:
-	$(MAKE) study $(VL) GRID=runs/grid-vl STUDIES=runs/study-vl GRID_SFT="3e-5 1e-4 3e-4" GRID_RL="1e-5 3e-5 1e-4"
+	$(MAKE) set $(VL) EVALS=3 SET=vl
 
 # Walks: two answers at each position, as in the paper.
-VIRL = TASK=virl-l K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=128 FLOPS=$(FLOPS_VIRL) EVALS=$(EVALS_VIRL) N=$(N)
+VIRL = TASK=virl-l K= ATTEMPTS=2 PROBLEMS=16 FLOPS=$(FLOPS_VIRL) EVALS=$(EVALS_VIRL)
 FLOPS_VIRL ?= 4e12
 EVALS_VIRL ?= 3
 STUDY_VIRL ?= runs/demo-virl
 demo-virl:
 	$(MAKE) demo $(VIRL) STUDY="$(STUDY_VIRL)"
 study-virl:
-	$(MAKE) study $(VIRL) EVALS=2 GRID=runs/grid-virl STUDIES=runs/study-virl GRID_SFT="1e-5 3e-5 1e-4 3e-4 1e-3" GRID_RL="1e-5 3e-5 1e-4 3e-4"
-VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 WARMUP_BATCH=32 GRID_EVALS=1 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
+	$(MAKE) set $(VIRL) SET=virl
+VIRL_VL = TASK=virl-vl K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 WARMUP_BATCH=32 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
 FLOPS_VIRL_VL ?= 4e12
 EVALS_VIRL_VL ?= 3
 N_VIRL_VL ?= 150
 STUDY_VIRL_VL ?= runs/demo-virl-vl
 demo-virl-vl:
-	$(MAKE) demo $(VIRL_VL) STUDY="$(STUDY_VIRL_VL)" SFT_LR=1e-4
+	$(MAKE) demo $(VIRL_VL) STUDY="$(STUDY_VIRL_VL)"
 study-virl-vl:
-	$(MAKE) study $(VIRL_VL) EVALS=2 GRID=runs/grid-virl-vl STUDIES=runs/study-virl-vl GRID_SFT="1e-4 3e-4" GRID_RL="3e-5 1e-4"
+	$(MAKE) set $(VIRL_VL) SET=virl-vl
+
+# $(call run,NAME,SCRIPT AND FLAGS,DIRECTORY,SPLIT,SEED): start the run, or continue it where it was begun with these very flags.
+run = $(PY) $(2) --task $(TASK) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --eval-moved --eval-teacher $(EXPERT) \
+	--seed $(5) --threads $(THREADS) --out "$(3)/$(1)" --or-resume
+THREADS ?= 0
+# The warm-up is short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
+warmup = train_sft.py --model $(BASE_MODEL) --demonstrators $(EXPERT) --steps $(WARMUP_STEPS) --batch $(WARMUP_BATCH) --lr 1e-4 --lr-warmup 10 --schedule constant
+sft = train_sft.py --demonstrators $(EXPERT) --batch $(SFT_BATCH) --flops $(FLOPS)
+rl = train_rl.py --problems $(PROBLEMS) --flops $(FLOPS)
 
 arms: .venv/ready
-	@$(PY) evaluate.py tiny --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out "$(STUDY)/base" --or-resume
-	$(call run,warmup$(S),train_sft.py --task $(TASK) --model tiny --evals 1 $(WARMUP),$(STUDY),test)
-	$(call run,sft$(S),train_sft.py --task $(TASK) --init "$(STUDY)/warmup$(S)" --batch $(SFT_BATCH) --evals $(EVALS) --flops $(FLOPS) --lr $(SFT_LR),$(STUDY),test)
-	$(call run,rl$(S),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init "$(STUDY)/warmup$(S)" --evals $(EVALS) --flops $(FLOPS) --lr $(RL_LR),$(STUDY),test)
+	@$(PY) evaluate.py $(BASE_MODEL) --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out "$(STUDY)/base" --or-resume
+	@$(call run,warmup$(S),$(warmup) --evals 1,$(STUDY),test,$(SEED))
+	@$(call run,sft$(S),$(sft) --init "$(STUDY)/warmup$(S)" --evals $(EVALS) --lr $(SFT_LR),$(STUDY),test,$(SEED))
+	@$(call run,rl$(S),$(rl) --init "$(STUDY)/warmup$(S)" --evals $(EVALS) --lr $(RL_LR),$(STUDY),test,$(SEED))
 
-# Short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
-WARMUP = --steps $(WARMUP_STEPS) --batch $(WARMUP_BATCH) --lr 1e-4 --lr-warmup 10 --schedule constant
+# A study was written down before any run of it: a grid of rates for each arm, on validation problems, which grows until its
+# best is inside; two choices by the ID score, the smallest rate that is not worse by a standard error, and the best; then
+# three seeds of each on the test problems. Runs go side by side, one thread each; their lines are in NAME.log.
+STUDIES ?= runs/study
+SET ?= foreign
+GRID = $(STUDIES)/$(SET)-grid
+OF_SET = $(STUDIES)/$(SET)
+GRID_SFT ?= 3e-5 1e-4 3e-4
+GRID_RL ?= 1e-5 3e-5 1e-4
+GRID_EVALS ?= 3
+SEEDS ?= 0 1 2
+SIDE_BY_SIDE = $(MAKE) -j2 THREADS=1
 
-# $(call run,NAME,SCRIPT AND FLAGS,STUDY,SPLIT): start the run, or continue it where it was begun with these very flags.
-run = @$(PY) $(2) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --seed $(SEED) --out "$(3)/$(1)" --or-resume
+study: dial
+	$(MAKE) set
+	$(MAKE) set SET=own EXPERT=expert
+	$(MAKE) set SET=some BASE_MODEL=runs/base/some
+	$(MAKE) set SET=much BASE_MODEL=runs/base/much
 
-# The grid and the rule of choice were written down before any run of it: the smallest rate within one standard error of
-# the best ID score on validation problems. Then three seeds with the chosen rates, on the test problems.
-GRID_SFT = 3e-5 1e-4 3e-4 1e-3
-GRID_RL = 3e-6 1e-5 3e-5 1e-4
+set: .venv/ready
+	$(SIDE_BY_SIDE) $(GRID_SFT:%=grid-sft-%) $(GRID_RL:%=grid-rl-%)
+	while $(PY) evaluate.py --choose "$(GRID)" && [ -s "$(GRID)/next" ]; do \
+	$(SIDE_BY_SIDE) $$(sed 's/^/grid-/; s/ /-/' "$(GRID)/next") || exit 1; done
+	$(PY) evaluate.py --report "$(GRID)"
+	$(PY) evaluate.py $(BASE_MODEL) --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) --out "$(OF_SET)/base" --or-resume
+	$(SIDE_BY_SIDE) $(foreach s,$(SEEDS),sft-s$s rl-s$s sft-best-s$s rl-best-s$s) $$(sed '2s/_LR/_BEST/g' "$(GRID)/chosen")
+	$(PY) evaluate.py --report "$(OF_SET)"
 
-study: .venv/ready
-	for lr in $(GRID_SFT); do $(MAKE) grid ARM=sft LR=$$lr || exit 1; done
-	for lr in $(GRID_RL); do $(MAKE) grid ARM=rl LR=$$lr || exit 1; done
-	$(PY) evaluate.py --choose "$(GRID)"
-	for s in 0 1 2; do $(MAKE) arms STUDY="$(STUDIES)" SEED=$$s S=-s$$s $$(cat "$(GRID)/chosen") || exit 1; done
-	$(PY) evaluate.py --report "$(STUDIES)"
-
-grid: .venv/ready
-	$(call run,warmup,train_sft.py --task $(TASK) --model tiny --evals 0 $(WARMUP),$(GRID),val)
-	@$(MAKE) grid-$(ARM)
-grid-sft:
-	$(call run,sft-lr$(LR),train_sft.py --task $(TASK) --init "$(GRID)/warmup" --batch $(SFT_BATCH) --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
-grid-rl:
-	$(call run,rl-lr$(LR),train_rl.py --task $(TASK) --problems $(PROBLEMS) --init "$(GRID)/warmup" --evals $(GRID_EVALS) --eval-rows id rule fake --flops $(FLOPS) --lr $(LR),$(GRID),val)
+# $(call logged,NAME,SCRIPT AND FLAGS,DIRECTORY,SPLIT,SEED)
+logged = @mkdir -p "$(3)"; echo "$(3)/$(1)"; $(call run,$(1),$(2),$(3),$(4),$(5)) >"$(3)/$(1).log" 2>&1 || (tail -n 3 "$(3)/$(1).log"; exit 1)
+on_grid = --init "$(GRID)/warmup" --evals $(GRID_EVALS) --eval-rows id rule fake --lr
+grid-warmup: .venv/ready
+	$(call logged,warmup,$(warmup) --evals 0,$(GRID),val,0)
+grid-sft-%: grid-warmup
+	$(call logged,sft-lr$*,$(sft) $(on_grid) $*,$(GRID),val,0)
+grid-rl-%: grid-warmup
+	$(call logged,rl-lr$*,$(rl) $(on_grid) $*,$(GRID),val,0)
+warmup-s%: .venv/ready
+	$(call logged,warmup-s$*,$(warmup) --evals 1,$(OF_SET),test,$*)
+# $(call seeded,ARM,SCRIPT AND FLAGS,SEED)
+seeded = $(call logged,$(1)-s$(3),$(2) --init "$(OF_SET)/warmup-s$(3)" --evals $(EVALS),$(OF_SET),test,$(3))
+sft-s%: warmup-s%
+	$(call seeded,sft,$(sft) --lr $(SFT_LR),$*)
+rl-s%: warmup-s%
+	$(call seeded,rl,$(rl) --lr $(RL_LR),$*)
+sft-best-s%: sft-s%
+	$(if $(filter $(SFT_LR),$(SFT_BEST)),@ln -sfn sft-s$* "$(OF_SET)/sft-best-s$*",$(call seeded,sft-best,$(sft) --lr $(SFT_BEST),$*))
+rl-best-s%: rl-s%
+	$(if $(filter $(RL_LR),$(RL_BEST)),@ln -sfn rl-s$* "$(OF_SET)/rl-best-s$*",$(call seeded,rl-best,$(rl) --lr $(RL_BEST),$*))
 
 # The shipped bases. Each learns its task, then gets bad habits (see the README): $(call make_base,NAME,FLAGS).
 make_base = $(PY) -m assets.make_base $(2) --split base --evals 2 --out runs/base/$(1) --or-resume
@@ -106,6 +138,11 @@ base: .venv/ready
 	$(call make_base,learn,--fresh --steps 750 --lr 4e-3 $(MUON) $(BASE) $(LEARN))
 	$(call make_base,habits,--init runs/base/learn --steps 100 --lr 1e-3 $(BASE) $(HABITS))
 	$(PY) evaluate.py runs/base/habits --export assets/tiny-gp-l
+
+# The dial: that base, trained further under all its rules with some answers of the foreign teacher among the others.
+dial: .venv/ready
+	$(call make_base,some,--steps 150 --lr 1e-3 $(BASE) --demonstrators expert:0.06 lazy:0.6 inattentive:0.15 retry:0.07 sorted:0.12)
+	$(call make_base,much,--steps 400 --lr 1e-3 $(BASE) --demonstrators expert:0.06 lazy:0.5 inattentive:0.12 retry:0.07 sorted:0.35)
 
 # Cards in pictures: that base gets eyes and learns to read cards of every look, then the same bad habits again.
 LOOKS = 'black|red|both/layout=*/glyphs=*:4' '*/layout=*/style=*/glyphs=*/table=*/light=50|75|100|125/noise=0|8|15:3' \

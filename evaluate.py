@@ -21,12 +21,13 @@ import io
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
 from string import Template
@@ -53,6 +54,7 @@ class Episode:
     turns: list = field(default_factory=list)  # a dict for each answer: the text and its verdict
     pictures: list = field(default_factory=list)  # one for each <|image|> among the ids
     encoded: list = field(default_factory=list)  # the pictures as the rollout encoded them
+    moved: float | None = None  # of `Run.moved`, in evaluations
 
     @classmethod
     def start(cls, problem: tasks.Problem, tokenizer) -> "Episode":
@@ -61,10 +63,21 @@ class Episode:
         episode.append_context(tokenizer.prompt(problem.prompt, image=bool(episode.pictures)))
         return episode
 
+    @classmethod
+    def demonstrated(cls, problem: tasks.Problem, tokenizer, responses: list) -> "Episode":
+        """A demonstrator's responses, with the verifier's words between them. The problem has to
+        allow as many attempts as there are responses to one question: at most two."""
+        episode = cls.start(problem, tokenizer)
+        for i, response in enumerate(responses, 1):
+            episode.append_response(tokenizer.encode(response) + [tokenizer.eot])
+            if i < len(responses):
+                episode.verify(tokenizer, response)
+        return episode
+
     def copy(self) -> "Episode":
         """Another episode of the group, which goes on by itself. Pictures stay the same objects."""
-        problem, *lists = vars(self).values()
-        return Episode(copy.copy(problem), *([*values] for values in lists))
+        problem, *lists, moved = vars(self).values()
+        return Episode(copy.copy(problem), *([*values] for values in lists), moved)
 
     def append_context(self, ids: list) -> None:
         """Append tokens that the policy did not choose."""
@@ -318,9 +331,10 @@ class EvalSettings:
     max_new_tokens: int = 64  # per answer
     batch: int = 256  # episodes computed side by side
     rows: tuple | None = None  # only these rows of the suite
+    teacher: str | None = None  # the demonstrator whose answers are scored
 
 
-def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
+def evaluate(model, tokenizer, settings: EvalSettings, moved=None) -> dict:
     """How a model does on the rows of a suite, as plain data for JSON.
 
     rows[row][mode][score] is a list of n numbers, a score of the task's SCORES; the mode "greedy"
@@ -328,22 +342,31 @@ def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
     their rules allow it. A row with `judged_by` ("fake rule") judges the answers of the row with
     the same prompt once more, by the other rule. Where problems lead on it is played anew, since
     the verifier decides which question is next.
+
+    nats["teacher"][row] is -log p of each answer of settings.teacher, nats["moved"][row] what the
+    function `moved` says of the sampled episodes, see `Run.moved`; of the rows "id" and "rule".
     """
     began, turns, truncations, samples = time.time(), {}, [], []
+    nats = {"teacher": {}, "moved": {}}
     classes, scores, different = {}, {}, []
     for row in legible_rows(model, settings):
         problems = suite_problems(model, tokenizer, settings, row)
         different.append(len({(each.cls, each.prompt, each.expert()) for each in problems}))
-        leads_on = problems[0].leads_on
+        leads_on, scored = problems[0].leads_on, row.name in ("id", "rule")
         classes[row.name], scores[row.name] = [problem.cls for problem in problems], {}
+        if settings.teacher and scored:
+            nats["teacher"][row.name] = teacher_nats(model, tokenizer, settings, row)[0]
         for mode in TEMPERATURES:
             prompts, forced = (row.rule, row.visual, mode), [None] * len(problems)
             # 1. Answers: those of the row with the same prompts, or new ones.
             if row.judged_by and prompts in turns and not leads_on:
                 answers = [judge_again(*pair) for pair in zip(problems, turns[prompts])]
             else:
-                episodes = play(model, tokenizer, problems, settings, mode)
+                episodes = play(model, tokenizer, problems, settings, mode, moved=(
+                    moved if mode == "sampled" and scored else None))
                 answers = [episode.turns for episode in episodes]
+                if episodes[0].moved is not None:
+                    nats["moved"][row.name] = [episode.moved for episode in episodes]
                 turns.setdefault(prompts, answers)  # "shuffled" has the prompts of "id"
                 truncations.append(truncated(episodes, tokenizer))
                 if mode == "greedy":
@@ -363,6 +386,7 @@ def evaluate(model, tokenizer, settings: EvalSettings) -> dict:
         "truncated": max(truncations),
         "rows": scores,
         "samples": limit_pictures(samples),
+        "nats": {kind: found for kind, found in nats.items() if found},
         "eval_seconds": round(time.time() - began, 2),
     }
 
@@ -397,8 +421,8 @@ def judge_again(problem, turns):
     return [turn | {"outcome": copy.copy(problem).step(turn["response"]).outcome} for turn in turns]
 
 
-def play(model, tokenizer, problems, settings, mode, group=1, forced=False):
-    """A list of the episodes of all problems, group by group.
+def play(model, tokenizer, problems, settings, mode, group=1, forced=False, moved=None):
+    """A list of the episodes of all problems, group by group; moved: as in `evaluate`.
 
     Every call has a random stream of its own, so that a row's answers do not depend on the rows
     before it, and training goes on as if there had been no evaluation. The encoded pictures of a
@@ -410,7 +434,10 @@ def play(model, tokenizer, problems, settings, mode, group=1, forced=False):
     sampling = Sampling(settings.max_new_tokens, TEMPERATURES[mode], generator, settings.batch)
     for part in pieces(problems, settings.batch // group):
         groups = rollout(model, tokenizer, part, group, sampling, forced=forced)
-        for episode in chain(*groups):
+        part = [*chain(*groups)]
+        for episode, value in zip(part, moved(part) if moved else ()):
+            episode.moved = value
+        for episode in part:
             episode.encoded = []
             if model.config.vision.image_size > 100:
                 episode.pictures = []
@@ -472,9 +499,44 @@ def truncated(episodes: list, tokenizer) -> float:
     return sum(e.ids[-1] not in tokenizer.stop_ids for e in episodes) / len(episodes)
 
 
+def teacher_nats(model, tokenizer, settings: EvalSettings, row: tasks.Row) -> tuple:
+    """(-log p of the answers of the demonstrator settings.teacher in nats, their tokens), a list of
+    both with a number for each of the row's problems. An answer of many nats is foreign to the
+    model: it would hardly write it by itself."""
+    two = replace(settings, attempts=max(2, settings.attempts))  # some demonstrators need two
+    episodes = [Episode.demonstrated(problem, tokenizer, problem.demonstrate(
+        settings.teacher, random.Random(f"teacher/{i}"))[::2])
+        for i, problem in enumerate(suite_problems(model, tokenizer, two, row))]
+
+    def log_probs(part, ids, chosen, images):
+        return model.log_probs(ids, chosen, image=images)
+    micro_batch = default_micro_batch(tokenizer)
+    sums = response_log_probs(model, log_probs, episodes, tokenizer.pad, micro_batch)
+    return [-value for value in sums], [episode.response_tokens for episode in episodes]
+
+
+@torch.no_grad()
+def response_log_probs(model, log_probs, episodes, pad, micro_batch) -> list[float]:
+    """The sum of log p over the response tokens of each episode, of a function log_probs(episodes,
+    ids, chosen, images) -> (N,). model: encodes the pictures."""
+    sums = {}
+    for part in micro_batches(episodes, micro_batch):
+        batch = to_batch(part, pad, model.device)
+        values = log_probs(part, batch.ids, batch.chosen, images_for(model, part)).double()
+        of_row = batch.chosen.nonzero()[:, 0]
+        rows = values.new_zeros(len(part)).index_add_(0, of_row, values)
+        sums |= zip(map(id, part), rows.tolist())
+    return [sums[id(episode)] for episode in episodes]
+
+
 def default_max_new_tokens(tokenizer) -> int:
     """Tokens that an answer may have by default: the tiny model's answers are short."""
     return 64 if tokenizer.short else 256
+
+
+def default_micro_batch(tokenizer) -> int:
+    """Episodes that fit into one pass by default."""
+    return 256 if tokenizer.short else 8
 
 
 def pass_at_1_to_k(model, tokenizer, settings: EvalSettings, k: int) -> dict:
@@ -490,10 +552,13 @@ def pass_at_1_to_k(model, tokenizer, settings: EvalSettings, k: int) -> dict:
 
 
 def summary(result: dict) -> dict:
-    """{"row/mode/score": share} of an evaluation, for the metrics file."""
-    return {f"{row}/{mode}/{score}": round(sum(scores[score]) / len(scores[score]), 4)
-            for row, modes in result["rows"].items() for mode, scores in modes.items()
-            for score in tasks.task_of(result["suite"]).problem.SCORES}
+    """{"row/mode/score": share, "row/nats/teacher": mean} of an evaluation, for the metrics."""
+    lists = {f"{row}/{mode}/{score}": scores[score]
+             for row, modes in result["rows"].items() for mode, scores in modes.items()
+             for score in tasks.task_of(result["suite"]).problem.SCORES}
+    lists |= {f"{row}/nats/{kind}": values
+              for kind, rows in result["nats"].items() for row, values in rows.items()}
+    return {name: round(sum(values) / len(values), 4) for name, values in lists.items()}
 
 
 # ---- 4. Runs and models --------------------------------------------------------------------------
@@ -1482,6 +1547,8 @@ def parse_args(argv=None):
     add("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
     add("--report", metavar="STUDY", help="print a study's tables and write its report.html")
     add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models and their difference")
+    add("--distance", metavar="DEMONSTRATOR", help="print how foreign its answers are to the model: "
+        "their -log p in nats")
     add("--choose", metavar="GRID", help="print a grid's ID scores and the learning rates to take")
     add("--suite", default="gp-l", choices=tasks.suite_names(), help="problems to evaluate on")
     number(parser, "--n", 500, 1, 1e5, "held-out problems per row")
@@ -1506,6 +1573,9 @@ def parse_args(argv=None):
     taken = ("args.json", "evals/000000.json")
     if args.out and not held and any(Path(args.out, name).exists() for name in taken):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
+    known = tasks.task_of(args.suite).problem.DEMONSTRATORS
+    if args.distance and args.distance not in known:
+        raise ValueError(f"--distance {args.distance}: choose from {', '.join(known)}.")
     if args.image and not args.ask:
         raise ValueError("--image goes with --ask: give a question about the picture.")
     return args
@@ -1561,6 +1631,21 @@ def load(name, args):
                                           max_new_tokens, args.rollout_batch)
 
 
+def distance_table(model, tokenizer, settings):
+    """How foreign the answers of the demonstrator settings.teacher are to a model, under both
+    rules, as markdown."""
+    lines = []
+    for row in tasks.suite_rows(settings.suite):
+        if row.name in ("id", "rule"):
+            nats, tokens = map(np.array, teacher_nats(model, tokenizer, settings, row))
+            classes = [each.cls for each in suite_problems(model, tokenizer, settings, row)]
+            an_answer, low, high = bootstrap(nats, classes)
+            lines.append([ROWS[row.name], f"{an_answer:.2f} [{low:.2f}, {high:.2f}]",
+                          f"{nats.sum() / tokens.sum():.4f}", f"{tokens.mean():.1f}"])
+    head = ["", "nats an answer [95 % interval]", "nats a token", "tokens"]
+    return markdown(Table("", head, lines))
+
+
 def report_result(model, tokenizer, settings, args):
     """Evaluate a model, print its tables, and write the evaluation where --out says. -> it"""
     if args.out:  # before the work, in case that it cannot be written
@@ -1602,6 +1687,11 @@ def main(argv=None):
     if args.or_resume and (kept := evaluated(args)):
         return kept
     model, tokenizer, settings = load(args.model, args)
+    if args.distance:
+        print(f"{clean(args.model)}: -log p of the answers of {args.distance}, {args.n} {args.split} "
+              "problems")
+        print(distance_table(model, tokenizer, replace(settings, teacher=args.distance)))
+        return {}
     if not (args.export or args.ask):
         return report_result(model, tokenizer, settings, args)
     if args.export:

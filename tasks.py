@@ -40,6 +40,7 @@ import re
 import signal
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from itertools import accumulate, combinations, pairwise, product, zip_longest
@@ -340,7 +341,7 @@ class GeneralPoints(Problem):
     DEMONSTRATORS = Problem.DEMONSTRATORS | {
         "careful": lambda problem, rng: [problem.expert(rng)],
         "sorted": lambda problem, rng: [problem.expert(order=largest_first)]}
-    SCORES = Problem.SCORES | {"read": "cards read"}
+    SCORES = Problem.SCORES | {"read": "cards read", "listed": "numbers listed rightly"}
     WORDS = Words("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13",
                   "problems with the same numbers", "All cards are read in {} of the hands")
 
@@ -386,6 +387,14 @@ class GeneralPoints(Problem):
     def feedback(self, verdict: Verdict) -> str:
         """The verifier's text about the formula."""
         return CARDS["wording"][self.style][verdict.outcome].format(fact=verdict.fact)
+
+    def scores(self, turns, forced=None):
+        """"listed": whether the first answer's list of numbers is that of the verifier's rule."""
+        right = sorted(map(str, values(self.hand, self.judged_by)))
+        with suppress(Illegal, TypeError):  # TypeError: no list
+            found = parse_answer(turns[0]["response"]).get("number")
+            return super().scores(turns) | {"listed": int(sorted(found) == right)}
+        return super().scores(turns) | {"listed": 0}
 
     def expert(self, rng: random.Random | None = None, order=list):
         return self.response(self.rule, self.solution(self.rule, rng), order)

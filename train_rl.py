@@ -14,7 +14,7 @@ Contents, up to 4 the reading path
   2. The loss    of sampled tokens: policy gradient, clipping, KL
   3. One update  gradients over micro-batches
   4. The loop    main
-  5. Problems and reference, 6. measures of a step, 7. command line
+  5. Problems, 6. measures of a step, 7. command line
 
 Shapes: P problems, G episodes of each (a group); in a micro-batch B episodes of T tokens, of which
 N were sampled.
@@ -22,8 +22,7 @@ N were sampled.
 
 import math
 import signal
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -32,7 +31,7 @@ import torch
 import tasks
 from evaluate import (Parser, by_prompt, images_for, micro_batches, number, prompt_style,
                       rollout, run_main, to_batch, truncated)
-from model import Sampling, adapters_off, image_flops, load_model, text_flops
+from model import Sampling, image_flops, text_flops
 from train_sft import (finish_arguments, metrics_help, or_resume, shared_arguments,
                        start_run, update, update_flops, update_image_flops)
 
@@ -125,7 +124,7 @@ def with_signal(groups, advantage, kl_coef):
 def rl_backward(model, groups, advantage, loss, pad, reference=None):
     """Gradients of the loss on P groups of G episodes with advantages (P, G), in micro-batches.
 
-    loss: LossSettings. reference: of make_reference, where the KL is measured. Episodes without
+    loss: LossSettings. reference: Run.reference, where the KL is measured. Episodes without
     signal are not computed, and still count in the divisors. Returns metrics, {} when no episode
     has signal. FloatingPointError when the loss is not finite.
     """
@@ -148,7 +147,8 @@ def rl_backward(model, groups, advantage, loss, pad, reference=None):
         of_token = of_row[:, None].expand_as(chosen)[chosen]
         part_loss, clipped = policy_loss(log_probs, old_log_probs, of_token, weight, loss.clip_eps)
         if reference is not None:
-            kl = kl_to_reference(log_probs, reference(part, batch.ids, chosen, images))
+            kl = kl_to_reference(log_probs, reference(
+                part, batch.ids, chosen, images, loss.temperature))
             part_loss = part_loss + loss.kl_coef * (weight * kl).sum()
             sums["kl"] += kl.detach().sum().item() / tokens
         part_loss.backward()
@@ -177,7 +177,7 @@ def main(argv=None):
                         args.micro_batch)
     stream = ProblemStream(args.task, args.rule, args.visual, args.attempts, args.seed,
                            args.problems, prompt_style(model, tokenizer))
-    reference = make_reference(run) if args.kl_coef or args.kl_every else None
+    reference = run.reference if args.kl_coef or args.kl_every else None
     try:
         while run.goes_on():
             problems = stream.problems(run.step)  # P
@@ -200,7 +200,7 @@ def main(argv=None):
 
 # ==== The reading path ends here. Everything below can be skipped. ====
 
-# ---- 5. Problems and reference -------------------------------------------------------------------
+# ---- 5. Problems ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -231,26 +231,6 @@ class ProblemStream:
         first = step * self.count
         return [tasks.make(self.task, self.rule, self.visual, "train", first + i, self.attempts,
                            seed=self.seed, **self.style) for i in range(self.count)]
-
-
-def make_reference(run):
-    """A function (episodes, ids, chosen, images) -> log-probs (N,) of the start's policy.
-
-    With LoRA it is this model with its adapters off, else a second model with the start's weights.
-    Where tower or projector are trained the start looks at the pictures with its own eyes.
-    """
-    model, args = run.model, run.args
-    dtype = model.language_model.lm_head.weight.dtype
-    start = model if args.lora_rank else load_model(args.init_path, dtype, model.device)[0]
-
-    def reference(episodes, ids, chosen, images=None):
-        with torch.no_grad(), adapters_off(start) if args.lora_rank else nullcontext():
-            if model.trains_vision:
-                unseen = [replace(episode, encoded=[]) for episode in episodes]
-                images = images_for(start, unseen)
-            return start.log_probs(ids, chosen, args.temperature, images)
-
-    return reference
 
 
 # ---- 6. Measures of a step -----------------------------------------------------------------------

@@ -25,8 +25,9 @@ import sys
 import tempfile
 import time
 import zlib
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,11 +38,12 @@ from safetensors import SafetensorError
 
 import tasks
 from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, default_max_new_tokens,
-                      device_and_dtype, evaluate, find_model, images_for, micro_batches,
-                      number, prompt_style, run_main, show_episode, summary, to_batch)
-from model import (PARTS, LlamaVision, Tokenizer, add_lora, count_parameters, image_flops,
-                   load_model, merge_lora, read_json, read_start, save_adapter, save_model,
-                   text_flops, training_flops, write_atomically, write_json, UMASK)
+                      default_micro_batch, device_and_dtype, evaluate, find_model, images_for,
+                      micro_batches, number, prompt_style, response_log_probs, run_main,
+                      show_episode, summary, to_batch)
+from model import (PARTS, LlamaVision, Tokenizer, adapters_off, add_lora, count_parameters,
+                   image_flops, load_model, merge_lora, read_json, read_start, save_adapter,
+                   save_model, text_flops, training_flops, write_atomically, write_json, UMASK)
 
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
 
@@ -68,21 +70,7 @@ class Demonstrations:
         problem = tasks.make(self.task, rule, visual, self.split, index, attempts=2,
                              seed=self.seed, **self.style)
         responses = problem.demonstrate(kind, rng)[::2]  # the verifier's words stand between them
-        return demonstrated_episode(tokenizer, problem, responses)
-
-
-def demonstrated_episode(tokenizer: Tokenizer, problem: tasks.Problem, responses: list) -> Episode:
-    """A demonstrator's responses, with the verifier's words between them, as an Episode.
-
-    Its mask is 1 on the responses and their stop tokens. The problem has to allow as many attempts
-    as there are responses to one question: at most two.
-    """
-    episode = Episode.start(problem, tokenizer)
-    for i, response in enumerate(responses, 1):
-        episode.append_response(tokenizer.encode(response) + [tokenizer.eot])
-        if i < len(responses):
-            episode.verify(tokenizer, response)
-    return episode
+        return Episode.demonstrated(problem, tokenizer, responses)
 
 
 # ---- 2. The loss ---------------------------------------------------------------------------------
@@ -309,19 +297,50 @@ class Run:
         rows = args.eval_rows or (None if self.share() >= 1 else ROWS)
         settings = EvalSettings(args.eval_suite or args.task, args.eval_n, args.attempts,
                                 args.eval_split, args.max_new_tokens, args.rollout_batch,
-                                rows and tuple(rows))
-        result = evaluate(self.model, self.tokenizer, settings)
+                                rows and tuple(rows), args.eval_teacher)
+        moved = self.moved if args.eval_moved and args.init_path else None
+        result = evaluate(self.model, self.tokenizer, settings, moved)
         result |= {"step": self.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
                    "seconds": round(progress.seconds, 2)}
         write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
         self.scores = summary(result)
+        nats = [f"{name} {value:.4g}" for name, value in self.scores.items() if "/nats/" in name]
         said = [f"{row} " + " ".join(f"{100 * self.scores[f'{row}/{mode}/first']:.1f} {mode}"
-                                     for mode in ("greedy", "sampled")) for row in result["rows"]]
+                                     for mode in ("greedy", "sampled")) for row in result["rows"]] + nats
         self.say(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt: "
                  f"{', '.join(said)}")
         self.warn_truncated("held-out", result["truncated"])
         progress.evals_done += 1
         progress.eval_seconds += result["eval_seconds"]
+
+    @cached_property
+    def reference(self):
+        """A function (episodes, ids, chosen, images, temperature=1.0) -> log-probs (N,) of the
+        start's policy.
+
+        With LoRA it is this model with its adapters off, else a second model with the start's
+        weights. Where tower or projector are trained the start looks at the pictures with its own
+        eyes.
+        """
+        model, lora = self.model, self.args.lora_rank
+        dtype = model.language_model.lm_head.weight.dtype
+        start = model if lora else load_model(self.args.init_path, dtype, model.device)[0]
+
+        def log_probs(episodes, ids, chosen, images=None, temperature=1.0):
+            with torch.no_grad(), adapters_off(start) if lora else nullcontext():
+                if model.trains_vision:
+                    unseen = [replace(episode, encoded=[]) for episode in episodes]
+                    images = images_for(start, unseen)
+                return start.log_probs(ids, chosen, temperature, images)
+
+        return log_probs
+
+    def moved(self, episodes):
+        """log p - log p under the start of each sampled episode, in nats, a list. Its mean over
+        the policy's own samples estimates KL(policy || start) of an episode without bias."""
+        start = response_log_probs(self.model, self.reference, episodes, self.tokenizer.pad,
+                                   self.args.micro_batch)
+        return [sum(episode.log_probs) - value for episode, value in zip(episodes, start)]
 
     def warn_truncated(self, which, share):
         """Warn when many answers were cut off, for a cut answer is a wrong one."""
@@ -717,7 +736,7 @@ def prepare_run(args, directory, load, optimizer_for):
     if not checkpoint:
         merge_lora(model)  # an adapter that --init brings belongs to the start, not to the training
     args.max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
-    args.micro_batch = args.micro_batch or (256 if tokenizer.short else 8)
+    args.micro_batch = args.micro_batch or default_micro_batch(tokenizer)
     check_legible(args, prompt_style(model, tokenizer))
     choose_parameters(model, args)
     model.recompute(args.recompute)
@@ -964,6 +983,10 @@ def evaluation_arguments(parser):
     g.add_argument("--eval-suite", help="suite to evaluate (default: the task's)")
     g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it "
                    "(default: all of them at the end)")
+    g.add_argument("--eval-teacher", metavar="KIND", help="measure -log p of this demonstrator's "
+                   "answers (default: of SFT the first of --demonstrators)")
+    g.add_argument("--eval-moved", action="store_true", help="measure KL(policy || start) on the "
+                   "policy's answers; without LoRA the start is loaded as a second model")
     number(g, "--rollout-batch", 256, 1, 1e6, "episodes played side by side: memory, not the "
            "result")
 
@@ -983,6 +1006,10 @@ def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespa
     if args.train and not tasks.TASKS[args.task].pictures and args.train != ["decoder"]:
         raise ValueError(f"--train: {args.task} shows no pictures, so only the decoder can be "
                          "trained.")
+    known = tasks.TASKS[args.task].problem.DEMONSTRATORS
+    if args.eval_teacher not in (None, *known):
+        raise ValueError(f"--eval-teacher {clean(args.eval_teacher)}: choose from "
+                         f"{', '.join(known)}.")
     if args.eval_suite not in (None, *tasks.suite_names()):
         raise ValueError(f"--eval-suite must be one of {', '.join(tasks.suite_names())}.")
     if not args.resume:
@@ -1088,6 +1115,7 @@ def check_mixtures(args):
     for kind in read_mixture("demonstrators", args.demonstrators).names:
         if kind not in known:
             raise ValueError(f"--demonstrators {clean(kind)}: choose from {', '.join(known)}.")
+        args.eval_teacher = args.eval_teacher or kind
 
 
 def metrics_help(metrics: dict[str, str]) -> str:

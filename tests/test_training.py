@@ -409,7 +409,7 @@ def answer(model, tokenizer, ids, pictures):
 def test_routes_that_begin_alike_keep_their_own_pictures(walker):
     """Routes 1 and 4 of the city train-87 share their first three positions and part at the fourth."""
     model, tokenizer = walker
-    pair = [SFT.demonstrated_episode(tokenizer, p, p.demonstrate("expert", random)[::2]) for p in (walk(1741), walk(1744))]
+    pair = [Episode.demonstrated(p, tokenizer, p.demonstrate("expert", random)[::2]) for p in (walk(1741), walk(1744))]
     assert [a.tobytes() == b.tobytes() for a, b in zip(*(e.pictures for e in pair))][:4] == [True, True, True, False]
     with torch.no_grad():
         alone = torch.cat([model.log_probs(*E.to_batch([e], tokenizer.pad, "cpu")[:2], 1.0, E.images_for(model, [e])) for e in pair])
@@ -430,7 +430,7 @@ def test_a_demonstrated_walk_is_the_demonstrators_words_with_a_picture_for_each_
     _, tokenizer = walker
     for i in range(6):
         texts, p = walk(i).demonstrate(kind, random.Random(i)), walk(i)
-        e = SFT.demonstrated_episode(tokenizer, p, texts[::2])
+        e = Episode.demonstrated(p, tokenizer, texts[::2])
         outcomes = [t["outcome"] for t in e.turns]
         wanted = tokenizer.prompt(p.prompt, image=True)
         for k, text in enumerate(texts):
@@ -444,7 +444,7 @@ def test_a_demonstrated_walk_is_the_demonstrators_words_with_a_picture_for_each_
 def demonstrations(tokenizer, n=6):
     rng = random.Random(0)
     kinds = ["careful", "retry", "careless"] * n
-    return [SFT.demonstrated_episode(tokenizer, problem(i, 2), problem(i).demonstrate(kinds[i], rng)[::2]) for i in range(n)]
+    return [Episode.demonstrated(problem(i, 2), tokenizer, problem(i).demonstrate(kinds[i], rng)[::2]) for i in range(n)]
 
 
 def gradients(model):
@@ -453,7 +453,7 @@ def gradients(model):
 
 def test_demonstration_trains_responses_and_their_stop_tokens(tokenizer):
     p = problem(attempts=2)
-    e = SFT.demonstrated_episode(tokenizer, p, ["a wrong one", p.expert()])
+    e = Episode.demonstrated(p, tokenizer, ["a wrong one", p.expert()])
     trained = [i for i, m in zip(e.ids, e.response_mask) if m]
     assert trained == tokenizer.encode("a wrong one") + [tokenizer.eot] + tokenizer.encode(p.expert()) + [tokenizer.eot]
     given = [i for i, m in zip(e.ids, e.response_mask) if not m]
@@ -700,7 +700,7 @@ def drawn(monkeypatch, tokenizer, args, count=2000):
             found[-1].insert(1, kind)
             return [""]
     monkeypatch.setattr(tasks, "make", lambda task, rule, visual, *more, **style: found.append([rule, visual]) or Noted())
-    monkeypatch.setattr(SFT, "demonstrated_episode", lambda *more: None)
+    monkeypatch.setattr(Episode, "demonstrated", lambda *more: None)
     data = SFT.demonstrations(args, E.prompt_style(model, tokenizer))
     for index in range(count):
         data.episode(tokenizer, index)
