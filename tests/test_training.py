@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -409,7 +410,7 @@ def answer(model, tokenizer, ids, pictures):
 def test_routes_that_begin_alike_keep_their_own_pictures(walker):
     """Routes 1 and 4 of the city train-87 share their first three positions and part at the fourth."""
     model, tokenizer = walker
-    pair = [Episode.demonstrated(p, tokenizer, p.demonstrate("expert", random)[::2]) for p in (walk(1741), walk(1744))]
+    pair = [E.Episode.demonstrated(p, tokenizer, p.demonstrate("expert", random)[::2]) for p in (walk(1741), walk(1744))]
     assert [a.tobytes() == b.tobytes() for a, b in zip(*(e.pictures for e in pair))][:4] == [True, True, True, False]
     with torch.no_grad():
         alone = torch.cat([model.log_probs(*E.to_batch([e], tokenizer.pad, "cpu")[:2], 1.0, E.images_for(model, [e])) for e in pair])
@@ -430,7 +431,7 @@ def test_a_demonstrated_walk_is_the_demonstrators_words_with_a_picture_for_each_
     _, tokenizer = walker
     for i in range(6):
         texts, p = walk(i).demonstrate(kind, random.Random(i)), walk(i)
-        e = Episode.demonstrated(p, tokenizer, texts[::2])
+        e = E.Episode.demonstrated(p, tokenizer, texts[::2])
         outcomes = [t["outcome"] for t in e.turns]
         wanted = tokenizer.prompt(p.prompt, image=True)
         for k, text in enumerate(texts):
@@ -444,7 +445,7 @@ def test_a_demonstrated_walk_is_the_demonstrators_words_with_a_picture_for_each_
 def demonstrations(tokenizer, n=6):
     rng = random.Random(0)
     kinds = ["careful", "retry", "careless"] * n
-    return [Episode.demonstrated(problem(i, 2), tokenizer, problem(i).demonstrate(kinds[i], rng)[::2]) for i in range(n)]
+    return [E.Episode.demonstrated(problem(i, 2), tokenizer, problem(i).demonstrate(kinds[i], rng)[::2]) for i in range(n)]
 
 
 def gradients(model):
@@ -453,7 +454,7 @@ def gradients(model):
 
 def test_demonstration_trains_responses_and_their_stop_tokens(tokenizer):
     p = problem(attempts=2)
-    e = Episode.demonstrated(p, tokenizer, ["a wrong one", p.expert()])
+    e = E.Episode.demonstrated(p, tokenizer, ["a wrong one", p.expert()])
     trained = [i for i, m in zip(e.ids, e.response_mask) if m]
     assert trained == tokenizer.encode("a wrong one") + [tokenizer.eot] + tokenizer.encode(p.expert()) + [tokenizer.eot]
     given = [i for i, m in zip(e.ids, e.response_mask) if not m]
@@ -605,7 +606,7 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, estimator):
     with torch.no_grad():
         for p in start.parameters():
             p.add_(0.01)
-    reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8).detach()
+    reference = lambda part, ids, chosen, image, temperature: start.log_probs(ids, chosen, 0.8).detach()
     for size in (1, 2, 12):
         model.zero_grad()
         settings = loss_settings(estimator=estimator, micro_batch=size, kl_coef=0.1)
@@ -700,7 +701,7 @@ def drawn(monkeypatch, tokenizer, args, count=2000):
             found[-1].insert(1, kind)
             return [""]
     monkeypatch.setattr(tasks, "make", lambda task, rule, visual, *more, **style: found.append([rule, visual]) or Noted())
-    monkeypatch.setattr(Episode, "demonstrated", lambda *more: None)
+    monkeypatch.setattr(E.Episode, "demonstrated", lambda *more: None)
     data = SFT.demonstrations(args, E.prompt_style(model, tokenizer))
     for index in range(count):
         data.episode(tokenizer, index)
@@ -970,6 +971,11 @@ def test_rl_raises_what_is_rewarded(estimator, tiny_run, tmp_path, monkeypatch):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2, rewards
 
 
+def reference_of(model, args):
+    """Run.reference of a run that is only a model and its flags."""
+    return SFT.Run.reference.func(SimpleNamespace(model=model, args=args))
+
+
 def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     """LoRA: the adapters off; full fine-tuning: the start's weights. Both stay where they were while the policy moves."""
     rl_args.run = tiny_run
@@ -977,7 +983,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     chosen = torch.ones_like(ids, dtype=torch.bool)
     start = model.log_probs(ids, chosen, 0.8).detach()
     M.add_lora(model, 2, 4.0)
-    reference = RL.make_reference(SimpleNamespace(model=model, args=rl_args(lora_rank=2, temperature=0.8)))
+    reference = partial(reference_of(model, rl_args(lora_rank=2)), temperature=0.8)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -985,11 +991,37 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     assert torch.allclose(reference([], ids, chosen), start, atol=1e-5)
     assert not torch.allclose(model.log_probs(ids, chosen, 0.8), start, atol=1e-2)
     loaded, _ = M.load_model(E.find_model(str(tiny_run), "gp-l"))
-    reference = RL.make_reference(SimpleNamespace(model=loaded, args=rl_args(temperature=0.8)))
+    reference = partial(reference_of(loaded, rl_args()), temperature=0.8)
     before = reference([], ids, chosen)
     with torch.no_grad():
         loaded.language_model.lm_head.weight.mul_(1.5)
     assert torch.equal(reference([], ids, chosen), before)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_how_far_a_run_has_moved_is_measured_on_its_own_answers(tiny_run, tmp_path, lora):
+    """An evaluation has 0 nats at the start; later the sum of log p - log p of the start over each sampled answer, which the
+    model of another process gives too. The teacher's answers are scored as they are in the loss."""
+    SFT.main(f"--init {tiny_run} --out {tmp_path / 'a'} --steps 4 --batch 8 --lr 3e-3 --lr-warmup 0 --eval-n 6 --eval-moved --lora-rank {lora} "
+             "--demonstrators sorted --device cpu".split())
+    first, last = (json.loads(path.read_text())["nats"] for path in sorted((tmp_path / "a" / "evals").glob("*.json")))
+    assert all(abs(value) < 1e-4 for row in ("id", "rule") for value in first["moved"][row])
+    start, tokenizer = M.load_model(E.find_model(str(tiny_run), "gp-l"))
+    model, _ = M.load_model(E.find_model(str(tmp_path / "a"), "gp-l"))
+    settings = E.EvalSettings("gp-l", 6, 1, "val", teacher="sorted")
+    for row in tasks.suite_rows("gp-l")[:2]:
+        episodes = E.play(model, tokenizer, E.suite_problems(model, tokenizer, settings, row), settings, "sampled")
+        for episode, moved in zip(episodes, last["moved"][row.name]):
+            ids, chosen = torch.tensor([episode.ids]), torch.tensor([episode.response_mask]).bool()
+            alone = (model.log_probs(ids, chosen) - start.log_probs(ids, chosen)).sum().item()
+            assert moved == pytest.approx(alone, abs=2e-3)
+        for which, nats in ((start, first["teacher"]), (model, last["teacher"])):
+            problems = E.suite_problems(which, tokenizer, settings, row)
+            for problem, value in zip(problems, nats[row.name]):
+                episode = E.Episode.demonstrated(problem, tokenizer, problem.demonstrate("sorted", random.Random(0)))
+                loss = SFT.sft_backward(which, [episode], tokenizer.pad, 8)
+                assert value == pytest.approx(loss["loss"] * loss["tokens"], abs=2e-3)
+    assert max(abs(value) for value in last["moved"]["id"]) > 0.01
 
 
 def test_an_adapter_given_as_the_start_is_merged_into_it(tiny_run, tmp_path, uneven_rewards):
@@ -1039,7 +1071,7 @@ def test_the_kl_pulls_back_to_the_reference(model, tokenizer):
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     groups, settings = random_rollout(model, tokenizer, group=8), loss_settings(kl_coef=1.0, estimator="grpo")
-    reference = lambda part, ids, chosen, image: start.log_probs(ids, chosen, 0.8).detach()
+    reference = lambda part, ids, chosen, image, temperature: start.log_probs(ids, chosen, 0.8).detach()
     distance = lambda: RL.rl_backward(model, groups, torch.zeros(4, 8), settings, tokenizer.pad, reference)["kl"]
     before = distance()
     with torch.no_grad():
