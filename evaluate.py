@@ -1,15 +1,9 @@
 """Rollouts, the ID/OOD suites, intervals, tables, plots and the report.
 
-  1. Episodes and rollout  prompt, response, verifier, ... as one growing list of token ids
-  2. Encoded pictures      each picture is encoded once, for all episodes, turns and training
-  3. Evaluation            the same held-out problems under every rule, greedy and sampled
-  4. Runs and models       what a name on the command line means, and text that is safe to show
-  5. Intervals             bootstrap over classes, paired differences, pass@k
-  6. A study               the evaluations of all arms and seeds
-  7. Tables                what the terminal, the report and the README show
-  8. Figures               SVG, written here
-  9. Report                one HTML page that loads nothing and runs nothing
- 10. Command line          `evaluate.py runs/demo/rl --suite gp-l`, `evaluate.py --report runs/demo`
+  1. Episodes and rollout (one growing list of token ids), up to here the reading path
+  2. Encoded pictures, 3. Evaluation (the same held-out problems under every rule)
+  4. Runs and models, 5. Intervals, 6. A study (the evaluations of all arms and seeds)
+  7. Tables, 8. Figures (SVG), 9. Report (one HTML page that loads nothing), 10. Command line
 Shapes: P problems, G episodes of one problem (a group), B = P * G episodes, T tokens.
 """
 import argparse
@@ -516,9 +510,9 @@ def teacher_nats(model, tokenizer, settings: EvalSettings, row: tasks.Row) -> tu
 
 
 @torch.no_grad()
-def response_log_probs(model, log_probs, episodes, pad, micro_batch) -> list[float]:
-    """The sum of log p over the response tokens of each episode, of a function log_probs(episodes,
-    ids, chosen, images) -> (N,). model: encodes the pictures."""
+def response_log_probs(model, log_probs, episodes: list, pad: int, micro_batch: int) -> list[float]:
+    """The sum of log p over the response tokens of each episode, in nats. log_probs: a function
+    (episodes, ids, chosen, images) -> (N,); model: encodes the pictures."""
     sums = {}
     for part in micro_batches(episodes, micro_batch):
         batch = to_batch(part, pad, model.device)
@@ -1547,8 +1541,8 @@ def parse_args(argv=None):
     add("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
     add("--report", metavar="STUDY", help="print a study's tables and write its report.html")
     add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models and their difference")
-    add("--distance", metavar="DEMONSTRATOR", help="print how foreign its answers are to the model: "
-        "their -log p in nats")
+    add("--distance", metavar="DEMONSTRATOR", help="print how foreign its answers are to the "
+        "model: their -log p in nats")
     add("--choose", metavar="GRID", help="print a grid's ID scores and the learning rates to take")
     add("--suite", default="gp-l", choices=tasks.suite_names(), help="problems to evaluate on")
     number(parser, "--n", 500, 1, 1e5, "held-out problems per row")
@@ -1688,8 +1682,8 @@ def main(argv=None):
         return kept
     model, tokenizer, settings = load(args.model, args)
     if args.distance:
-        print(f"{clean(args.model)}: -log p of the answers of {args.distance}, {args.n} {args.split} "
-              "problems")
+        print(f"{clean(args.model)}: -log p of the answers of {args.distance}, {args.n} "
+              f"{args.split} problems")
         print(distance_table(model, tokenizer, replace(settings, teacher=args.distance)))
         return {}
     if not (args.export or args.ask):

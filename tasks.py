@@ -16,20 +16,11 @@ Contents, up to 5 the reading path
     3. Splits and deals      problem_class, split_of, deal
     4. The verifier          judge, REWARD
     5. GeneralPoints         prompts, GeneralPoints
-    6. Rules as text         parse_rule (with wildcards)
-    7. Reading an answer     parse_answer (JSON and near-JSON), parse_formula, misused, read_share
-    8. Formulas and solver   exact arithmetic, one notation; solve, solutions
-    9. Looks                 Options (as text, with wildcards), Look
-    10. Pictures of cards    picture
-    11. V-IRL: a walk        Navigation
-    12. V-IRL: words         TurnRule, observation, instructions, parse_action, judge_walk
-    13. V-IRL: routes        Position, Route, routes
-    14. V-IRL: a city        Street, City: streets, fronts and landmarks
-    15. V-IRL: views         Scene, draw_grid (for the model)
-    16. V-IRL: signs and the map   sign, draw_map (for people)
-    17. V-IRL: released data released (a routes.json), panorama_view
-    18. Tasks and suites     TASKS, task_of, suite_rows, suite_names
-    19. Command line         python tasks.py --task gp-l
+Cards:  6. Rules as text, 7. Reading an answer (JSON and near-JSON), 8. Formulas and solver,
+        9. Looks (as text, with wildcards), 10. Pictures of cards
+V-IRL:  11. V-IRL: a walk, 12. V-IRL: words, 13. V-IRL: routes, 14. V-IRL: a city, 15. V-IRL: views
+        (for the model), 16. V-IRL: signs and the map (for people), 17. V-IRL: released data
+Table:  18. Tasks and suites, 19. Command line
 """
 import argparse
 import hashlib
@@ -320,8 +311,7 @@ def write_prompt(hand, rule: Rule, style: str, look=None) -> str:
 
 
 def largest_first(numbers) -> list[int]:
-    """The whole style of the demonstrator "sorted", whose answers are else the expert's. A base that
-    lists numbers as dealt would hardly write so: SFT has to pull it there (see the README)."""
+    """The style of the demonstrator "sorted"; in all else its answers are the expert's."""
     return sorted(numbers, reverse=True)
 
 
@@ -408,8 +398,7 @@ class GeneralPoints(Problem):
         return (rng.choice(found) if rng else found[0]) if found else None
 
     def response(self, rule: Rule, formula: str, order=list) -> str:
-        """A response with a formula, and with the values of the cards under a rule, in an order: as
-        dealt, or in that of a demonstrator with another working style."""
+        """A response with a formula, and with the values of the cards under a rule, in an order."""
         cards, numbers = rank_names(self.hand), order(values(self.hand, rule))
         return json.dumps({"cards": cards, "number": numbers, "formula": formula})
 

@@ -147,8 +147,8 @@ def rl_backward(model, groups, advantage, loss, pad, reference=None):
         of_token = of_row[:, None].expand_as(chosen)[chosen]
         part_loss, clipped = policy_loss(log_probs, old_log_probs, of_token, weight, loss.clip_eps)
         if reference is not None:
-            kl = kl_to_reference(log_probs, reference(
-                part, batch.ids, chosen, images, loss.temperature))
+            ref_log_probs = reference(part, batch.ids, chosen, images, loss.temperature)
+            kl = kl_to_reference(log_probs, ref_log_probs)
             part_loss = part_loss + loss.kl_coef * (weight * kl).sum()
             sums["kl"] += kl.detach().sum().item() / tokens
         part_loss.backward()

@@ -210,8 +210,7 @@ class Run:
         self.laps[name] = time.time() - self.clock - sum(self.laps.values())
 
     def lr(self):
-        """Learning rate of the next step: linear warm-up over --lr-warmup steps, then a cosine over
-        the rest of the run."""
+        """Learning rate of the next step: linear warm-up, then a cosine over the rest."""
         args, progress = self.args, self.progress
         if self.step + 1 < args.lr_warmup:
             return args.lr * (self.step + 1) / args.lr_warmup
@@ -233,7 +232,7 @@ class Run:
     def finish_step(self, metrics, flops, groups=()):
         """Count, print, evaluate, log and save a step. flops: ours and by the paper's formula;
         groups: the rollouts of RL, of which an evaluation keeps samples."""
-        for episode in (episode for group in groups for episode in group):
+        for episode in sum(groups, []):
             episode.encoded = []  # frees the pictures before an evaluation encodes others
         if groups:
             self.lap("update_seconds")
@@ -266,8 +265,7 @@ class Run:
                              "raise --lr, or see why the loss has no gradient.")
         self.count_waste("signal", not learned, 50, "no group had unequal returns (success "
                          f"{100 * metrics.get('success', 0):.0f} %), so nothing could be learned: "
-                         "raise --group or --temperature, or give a better (or a less perfect) "
-                         "--init.")
+                         "raise --group or --temperature, or give another --init.")
 
     def count_waste(self, reason, wasted, limit, sentence):
         """Count the wasted steps, less ten for each good one, so that one lucky group in a while
@@ -304,40 +302,22 @@ class Run:
                    "seconds": round(progress.seconds, 2)}
         write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
         self.scores = summary(result)
-        nats = [f"{name} {value:.4g}" for name, value in self.scores.items() if "/nats/" in name]
-        said = [f"{row} " + " ".join(f"{100 * self.scores[f'{row}/{mode}/first']:.1f} {mode}"
-                                     for mode in ("greedy", "sampled")) for row in result["rows"]] + nats
-        self.say(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt: "
-                 f"{', '.join(said)}")
+        said = [f"{name} {100 * value:.1f}" if name.endswith("/first") else f"{name} {value:.2f}"
+                for name, value in self.scores.items() if name.endswith("/first") or "nats" in name]
+        self.say(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt in "
+                 f"%: {', '.join(said)}")
         self.warn_truncated("held-out", result["truncated"])
         progress.evals_done += 1
         progress.eval_seconds += result["eval_seconds"]
 
     @cached_property
     def reference(self):
-        """A function (episodes, ids, chosen, images, temperature=1.0) -> log-probs (N,) of the
-        start's policy.
-
-        With LoRA it is this model with its adapters off, else a second model with the start's
-        weights. Where tower or projector are trained the start looks at the pictures with its own
-        eyes.
-        """
-        model, lora = self.model, self.args.lora_rank
-        dtype = model.language_model.lm_head.weight.dtype
-        start = model if lora else load_model(self.args.init_path, dtype, model.device)[0]
-
-        def log_probs(episodes, ids, chosen, images=None, temperature=1.0):
-            with torch.no_grad(), adapters_off(start) if lora else nullcontext():
-                if model.trains_vision:
-                    unseen = [replace(episode, encoded=[]) for episode in episodes]
-                    images = images_for(start, unseen)
-                return start.log_probs(ids, chosen, temperature, images)
-
-        return log_probs
+        """The start's policy, see `make_reference`."""
+        return make_reference(self.model, self.args)
 
     def moved(self, episodes):
-        """log p - log p under the start of each sampled episode, in nats, a list. Its mean over
-        the policy's own samples estimates KL(policy || start) of an episode without bias."""
+        """log p - log p under the start of each sampled episode, in nats, a list. Its mean is an
+        unbiased estimate of KL(policy || start) of an episode."""
         start = response_log_probs(self.model, self.reference, episodes, self.tokenizer.pad,
                                    self.args.micro_batch)
         return [sum(episode.log_probs) - value for episode, value in zip(episodes, start)]
@@ -346,8 +326,7 @@ class Run:
         """Warn when many answers were cut off, for a cut answer is a wrong one."""
         if share > 0.3:
             self.warn(which, f"{100 * share:.0f} % of the {which} answers were cut off at "
-                      f"--max-new-tokens {self.args.max_new_tokens}; raise it, or begin with a "
-                      "longer SFT warm-up.")
+                      f"--max-new-tokens {self.args.max_new_tokens}; raise it, or warm up longer.")
 
     def warn(self, kind, sentence):
         """Print a warning, each kind at most once in 50 steps."""
@@ -356,8 +335,8 @@ class Run:
             self.say(f"warning: step {self.step}: {sentence}", sys.stderr)
 
     def notice_collapse(self, metrics):
-        """Warn when a policy has lost what it could: success below half of its best for 20 steps,
-        or answers that are all alike and all wrong."""
+        """Warn when success is below half of its best for 20 steps, or all answers are alike and
+        wrong."""
         if "success" not in metrics:
             return
         progress = self.progress
@@ -406,8 +385,7 @@ class Run:
         return self.scores
 
     def say(self, text, file=None):
-        """Print. A reader that has left (`| head`, `| tee` after Ctrl-C) or a full disk is no
-        reason to lose the work: the run stops after a save."""
+        """Print. When the reader has left (`| head`) or the disk is full, stop after a save."""
         file = file or sys.stdout
         try:
             print(text, file=file, flush=True)
@@ -776,6 +754,24 @@ def choose_parameters(model, args):
     if not pictures:  # text gives the cross layers no gradient
         for i in model.config.text.cross_attention_layers:
             model.language_model.model.layers[i].requires_grad_(False)
+
+
+def make_reference(model, args):
+    """A function (episodes, ids, chosen, images, temperature=1.0) -> log-probs (N,) of the start.
+
+    With LoRA it is this model with its adapters off, else a second model with the start's weights.
+    Where tower or projector are trained the start looks at the pictures with its own eyes.
+    """
+    dtype = model.language_model.lm_head.weight.dtype
+    start = model if args.lora_rank else load_model(args.init_path, dtype, model.device)[0]
+
+    def reference(episodes, ids, chosen, images=None, temperature=1.0):
+        with torch.no_grad(), adapters_off(start) if args.lora_rank else nullcontext():
+            if model.trains_vision:
+                images = images_for(start, [replace(each, encoded=[]) for each in episodes])
+            return start.log_probs(ids, chosen, temperature, images)
+
+    return reference
 
 
 def has_adapters(model):

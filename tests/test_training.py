@@ -971,11 +971,6 @@ def test_rl_raises_what_is_rewarded(estimator, tiny_run, tmp_path, monkeypatch):
     assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.2, rewards
 
 
-def reference_of(model, args):
-    """Run.reference of a run that is only a model and its flags."""
-    return SFT.Run.reference.func(SimpleNamespace(model=model, args=args))
-
-
 def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     """LoRA: the adapters off; full fine-tuning: the start's weights. Both stay where they were while the policy moves."""
     rl_args.run = tiny_run
@@ -983,7 +978,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     chosen = torch.ones_like(ids, dtype=torch.bool)
     start = model.log_probs(ids, chosen, 0.8).detach()
     M.add_lora(model, 2, 4.0)
-    reference = partial(reference_of(model, rl_args(lora_rank=2)), temperature=0.8)
+    reference = partial(SFT.make_reference(model, rl_args(lora_rank=2)), temperature=0.8)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -991,7 +986,7 @@ def test_the_reference_is_the_start(tiny_run, tokenizer, model):
     assert torch.allclose(reference([], ids, chosen), start, atol=1e-5)
     assert not torch.allclose(model.log_probs(ids, chosen, 0.8), start, atol=1e-2)
     loaded, _ = M.load_model(E.find_model(str(tiny_run), "gp-l"))
-    reference = partial(reference_of(loaded, rl_args()), temperature=0.8)
+    reference = partial(SFT.make_reference(loaded, rl_args()), temperature=0.8)
     before = reference([], ids, chosen)
     with torch.no_grad():
         loaded.language_model.lm_head.weight.mul_(1.5)
