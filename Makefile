@@ -26,7 +26,7 @@ SEED ?= 0
 S ?=
 
 .PHONY: demo demo-vl demo-virl demo-virl-vl arms test bench study study-vl study-virl study-virl-vl set grid-warmup \
-	base base-vl base-virl base-virl-vl dial sheets smoke clean
+	rl-cold rl-overfitted sft-retry base base-vl base-virl base-virl-vl dial sheets smoke clean
 
 demo: arms
 	$(PY) evaluate.py --report "$(STUDY)"
@@ -93,6 +93,9 @@ study: dial
 	$(MAKE) set SET=own EXPERT=expert
 	$(MAKE) set SET=some BASE_MODEL=runs/base/some
 	$(MAKE) set SET=much BASE_MODEL=runs/base/much
+	$(MAKE) set SET=long EXPERT=expert FLOPS=8e12 SEEDS=0
+	$(SIDE_BY_SIDE) $(SEEDS:%=sft-both-s%) rl-cold rl-overfitted rl-attempts-3 rl-attempts-5 sft-retry $$(sed -n 1p "$(GRID)/chosen")
+	$(PY) evaluate.py --report "$(OF_SET)"
 
 set: .venv/ready
 	$(SIDE_BY_SIDE) $(GRID_SFT:%=grid-sft-%) $(GRID_RL:%=grid-rl-%)
@@ -120,6 +123,20 @@ sft-s%: warmup-s%
 	$(call seeded,sft,$(sft) --lr $(SFT_LR),$*)
 rl-s%: warmup-s%
 	$(call seeded,rl,$(rl) --lr $(RL_LR),$*)
+# The same teacher under both rules; then questions about the published study: RL without a warm-up, RL from a model that SFT
+# has spoilt, answers after the verifier's words, SFT on a slip and its repair.
+sft-both-s%: warmup-s%
+	$(call seeded,sft-both,$(sft) --rules 10 11$(comma)12$(comma)13 --lr $(SFT_LR),$*)
+rl-cold: .venv/ready
+	$(call logged,rl-cold,$(rl) --model $(BASE_MODEL) --evals $(EVALS) --lr $(RL_LR),$(OF_SET),test,0)
+rl-overfitted: sft-s0
+	$(call logged,rl-overfitted,$(rl) --init "$(OF_SET)/sft-s0" --evals $(EVALS) --lr $(RL_LR),$(OF_SET),test,0)
+rl-attempts-%: warmup-s0
+	$(call logged,rl-attempts-$*,$(rl) --init "$(OF_SET)/warmup-s0" --evals $(EVALS) --lr $(RL_LR) --attempts $*,$(OF_SET),test,0)
+sft-retry: warmup-s0
+	$(call logged,sft-retry,-m assets.make_base --demonstrators retry --batch $(SFT_BATCH) --flops $(FLOPS) --init "$(OF_SET)/warmup-s0" --evals $(EVALS) --lr $(SFT_LR) --attempts 2,$(OF_SET),test,0)
+comma := ,
+
 sft-best-s%: sft-s%
 	$(if $(filter $(SFT_LR),$(SFT_BEST)),@ln -sfn sft-s$* "$(OF_SET)/sft-best-s$*",$(call seeded,sft-best,$(sft) --lr $(SFT_BEST),$*))
 rl-best-s%: rl-s%
