@@ -94,8 +94,10 @@ study: dial
 	$(MAKE) set SET=some BASE_MODEL=runs/base/some
 	$(MAKE) set SET=much BASE_MODEL=runs/base/much
 	$(MAKE) set SET=long EXPERT=expert FLOPS=8e12 SEEDS=0
-	$(SIDE_BY_SIDE) $(SEEDS:%=sft-both-s%) rl-cold rl-overfitted rl-attempts-3 rl-attempts-5 sft-retry $$(sed -n 1p "$(GRID)/chosen")
+	$(SIDE_BY_SIDE) $(SEEDS:%=sft-both-s%) rl-cold rl-overfitted rl-attempts-3 rl-attempts-5 $$(sed -n 1p "$(GRID)/chosen")
 	$(PY) evaluate.py --report "$(OF_SET)"
+	$(SIDE_BY_SIDE) sft-retry SET=own EXPERT=expert $$(sed -n 1p "$(STUDIES)/own-grid/chosen")
+	$(PY) evaluate.py --report "$(STUDIES)/own"
 
 set: .venv/ready
 	$(SIDE_BY_SIDE) $(GRID_SFT:%=grid-sft-%) $(GRID_RL:%=grid-rl-%)
@@ -132,9 +134,11 @@ rl-cold: .venv/ready
 rl-overfitted: sft-s0
 	$(call logged,rl-overfitted,$(rl) --init "$(OF_SET)/sft-s0" --evals $(EVALS) --lr $(RL_LR),$(OF_SET),test,0)
 rl-attempts-%: warmup-s0
-	$(call logged,rl-attempts-$*,$(rl) --init "$(OF_SET)/warmup-s0" --evals $(EVALS) --lr $(RL_LR) --attempts $*,$(OF_SET),test,0)
+	$(call logged,rl-attempts-$*,$(rl) --init "$(OF_SET)/warmup-s0" --evals $(EVALS) --lr $(RL_LR),$(OF_SET),test,0)
+rl-attempts-%: private ATTEMPTS = $*
+sft-retry: private ATTEMPTS = 2
 sft-retry: warmup-s0
-	$(call logged,sft-retry,-m assets.make_base --demonstrators retry --batch $(SFT_BATCH) --flops $(FLOPS) --init "$(OF_SET)/warmup-s0" --evals $(EVALS) --lr $(SFT_LR) --attempts 2,$(OF_SET),test,0)
+	$(call logged,sft-retry,-m assets.make_base --demonstrators retry --batch $(SFT_BATCH) --flops $(FLOPS) --init "$(OF_SET)/warmup-s0" --evals $(EVALS) --lr $(SFT_LR),$(OF_SET),test,0)
 comma := ,
 
 sft-best-s%: sft-s%
