@@ -367,7 +367,7 @@ def check_11b(model, tokenizer, device):
         size = sum(p.stat().st_size for p in Path(folder).iterdir())
         took = seconds(lambda: M.load_model(folder, model.language_model.lm_head.weight.dtype, device))
     yield f"load: {size / 1e9:.2f} GB in {took:.1f} s ({size / 1e9 / took:.2f} GB/s, files in the page cache)"
-    dry = subprocess.run([sys.executable, M.__file__, "--size", "11b", "--dry-run"], capture_output=True, text=True)
+    dry = subprocess.run([sys.executable, "-m", "assets.memory", "--size", "11b"], capture_output=True, text=True, cwd=Path(M.__file__).parent)
     yield "dry run:\n\n```\n" + (dry.stdout or dry.stderr) + "```"
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import model as M
-from assets import make_base
+from assets import make_base, memory
 from conftest import ROOT, load_tensors, small_config
 
 NORM, Q = "language_model.model.norm.weight", "language_model.model.layers.0.self_attn.q_proj"
@@ -513,12 +513,12 @@ def test_a_model_without_adapter_has_none_to_save(saved, tmp_path):
 # ---- the dry run
 
 def flags(line):
-    return M.parse_args(["--dry-run", *line.split()])
+    return memory.parse_args(line.split())
 
 
 def test_parts_of_the_11b():
     with torch.device("meta"):
-        parts = M.parameter_parts(M.LlamaVision(M.SIZES["11b"]))
+        parts = memory.parameter_parts(M.LlamaVision(M.SIZES["11b"]))
     assert tuple(map(sum, zip(*parts.values()))) == (10_670_220_835, 906)
     assert parts["lm_head"] == [128256 * 4096, 1] and parts["cross layers"][1] == 8 * 13
     assert parts["self layers"] == [32 * (4096 * (4096 * 2 + 1024 * 2 + 3 * 14336) + 2 * 4096), 32 * 9]
@@ -526,7 +526,7 @@ def test_parts_of_the_11b():
 
 def test_estimate_against_real_tensors(model):
     a = flags("--dtype float32 --batch 4 --group 2 --prompt-tokens 9 --new-tokens 5 --images 2 --lora-rank 3 --micro-batch 2")
-    estimate = M.estimate_memory(model.config, a)
+    estimate = memory.estimate_memory(model.config, a)
     training, rollout = estimate["training"], estimate["rollout"]
     M.add_lora(model, 3, 1.0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -552,7 +552,7 @@ def test_estimate_against_real_tensors(model):
 def test_estimated_activations_are_those_that_autograd_keeps(line, recompute):
     """Storages that the backward pass of a real run holds on to, against the formula."""
     config, a = M.SIZES["tiny"], flags(f"--size tiny --dtype float32 --prompt-tokens 30 --new-tokens 10 --micro-batch 4 --group 2 {line}")
-    estimate = M.estimate_memory(config, a)["recompute" if recompute else "training"]
+    estimate = memory.estimate_memory(config, a)["recompute" if recompute else "training"]
     model = make_base.init_weights(M.LlamaVision(config), 0)
     if a.lora_rank:
         M.add_lora(model, a.lora_rank, 1.0)
@@ -596,7 +596,7 @@ def test_estimate_against_peaks_that_were_measured(case):
         size, column = case
         a = flags(f"--micro-batch {size} --images 0 --prompt-tokens 250 --new-tokens 60 --lora-rank 8")
         without, measured = (), TRAINING_PEAKS[case]
-    estimate = M.estimate_memory(M.SIZES["11b"], a)[column]
+    estimate = memory.estimate_memory(M.SIZES["11b"], a)[column]
     peak = sum(size for use, size in estimate.items() if use not in without) / 1e9
     weights = estimate["weights"] / 1e9
     print(case, f"measured {measured}, estimated {peak:.2f} ({peak / measured - 1:+.1%}); beyond the weights "
@@ -607,18 +607,18 @@ def test_estimate_against_peaks_that_were_measured(case):
 
 def test_activations_of_a_rollout_grow_with_its_images():
     """Every prompt's image is encoded in the rollout, however large its group."""
-    peaks = {group: M.estimate_memory(M.SIZES["tiny"], flags(f"--size tiny --batch 32 --group {group} --images 1"))["rollout"]
+    peaks = {group: memory.estimate_memory(M.SIZES["tiny"], flags(f"--size tiny --batch 32 --group {group} --images 1"))["rollout"]
              ["other activations"] for group in (2, 4, 8)}
     assert peaks[8] > 0 and peaks[2] == pytest.approx(4 * peaks[8], rel=0.1) and peaks[4] == pytest.approx(2 * peaks[8], rel=0.1)
 
 
 def test_dry_run_says_whether_it_fits(capsys):
-    columns = M.main(["--dry-run", "--size", "tiny", "--images", "0"])
+    columns = memory.main(["--size", "tiny", "--images", "0"])
     out = capsys.readouterr().out
     assert "1,450,503 parameters in 129 tensors" in out and "fits in 141 GB" in out and "not measured on a GPU" in out
     assert columns.keys() == {"training", "recompute", "rollout"}
     assert columns["recompute"]["kept for backward"] < columns["training"]["kept for backward"] / 3
-    assert M.main(["--dry-run", "--size", "tiny", "--recompute", "--optimizer-state", "bfloat16"]).keys() == {"recompute", "rollout"}
+    assert memory.main(["--size", "tiny", "--recompute", "--optimizer-state", "bfloat16"]).keys() == {"recompute", "rollout"}
 
 
 @pytest.mark.parametrize("line", ["--batch 0", "--batch -3", "--batch 10000000", "--lora-rank -1", "--group 3", "--group 1000",
@@ -630,7 +630,7 @@ def test_bad_flags_are_one_sentence(line, capsys):
 
 
 def test_command_line_exits_with_2():
-    for line in ("--dry-run --batch 0", ""):
-        done = subprocess.run([sys.executable, ROOT / "model.py", *line.split()], capture_output=True, text=True)
+    for line in ("--batch 0", "--dry-run"):
+        done = subprocess.run([sys.executable, "-m", "assets.memory", *line.split()], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
         assert "error: " in done.stderr and len(done.stderr.splitlines()) == 1
