@@ -23,13 +23,17 @@ N ?= 500
 SFT_LR ?= 1e-4
 RL_LR ?= 3e-5
 SEED ?= 0
-S ?=
 
-.PHONY: demo demo-vl demo-virl demo-virl-vl arms test bench study study-vl study-virl study-virl-vl set grid-warmup \
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+.PHONY: demo demo-vl demo-virl demo-virl-vl base-row test bench study study-vl study-virl study-virl-vl set grid-warmup \
 	rl-cold rl-overfitted sft-retry base base-vl base-virl base-virl-vl dial sheets smoke clean
 
-demo: arms
+demo: .venv/ready
+	$(SIDE_BY_SIDE) base-row sft-s$(SEED) rl-s$(SEED)
 	$(PY) evaluate.py --report "$(STUDY)"
+base-row: .venv/ready
+	@$(PY) evaluate.py $(BASE_MODEL) --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out "$(STUDY)/base" --or-resume
 
 # In pictures. A step costs three times as much, so there are fewer.
 VL = TASK=gp-vl K= FLOPS=$(FLOPS_VL) EVALS=$(EVALS_VL)
@@ -60,33 +64,36 @@ demo-virl-vl:
 study-virl-vl:
 	$(MAKE) set $(VIRL_VL) SET=virl-vl
 
-# $(call run,NAME,SCRIPT AND FLAGS,DIRECTORY,SPLIT,SEED): start the run, or continue it where it was begun with these very flags.
-run = $(PY) $(2) --task $(TASK) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --eval-moved --eval-teacher $(EXPERT) \
-	--seed $(5) --threads $(THREADS) --out "$(3)/$(1)" --or-resume
-THREADS ?= 0
+# $(call run,NAME,SCRIPT AND FLAGS,DIRECTORY,SPLIT,SEED): start the run, or continue it where it was begun with these very
+# flags. Runs go side by side, one thread each, so each line says of which run it is.
+run = @$(PY) $(2) --task $(TASK) --attempts $(ATTEMPTS) --eval-n $(N) --eval-split $(4) --eval-moved --eval-teacher $(EXPERT) \
+	--seed $(5) --out "$(3)/$(1)" --or-resume 2>&1 | sed -u 's/^/$(1): /'
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(MAKE) -j2
 # The warm-up is short on purpose, at a rate that rises from 1e-5 to 6e-5: the base already answers in the right form.
 warmup = train_sft.py --model $(BASE_MODEL) --demonstrators $(EXPERT) --steps $(WARMUP_STEPS) --batch $(WARMUP_BATCH) --lr 1e-4 --lr-warmup 10 --schedule constant
 sft = train_sft.py --demonstrators $(EXPERT) --batch $(SFT_BATCH) --flops $(FLOPS)
 rl = train_rl.py --problems $(PROBLEMS) --flops $(FLOPS)
 
-arms: .venv/ready
-	@$(PY) evaluate.py $(BASE_MODEL) --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out "$(STUDY)/base" --or-resume
-	@$(call run,warmup$(S),$(warmup) --evals 1,$(STUDY),test,$(SEED))
-	@$(call run,sft$(S),$(sft) --init "$(STUDY)/warmup$(S)" --evals $(EVALS) --lr $(SFT_LR),$(STUDY),test,$(SEED))
-	@$(call run,rl$(S),$(rl) --init "$(STUDY)/warmup$(S)" --evals $(EVALS) --lr $(RL_LR),$(STUDY),test,$(SEED))
+# The arms of one seed: both go on from one warm-up.
+warmup-s%: .venv/ready
+	$(call run,warmup-s$*,$(warmup) --evals 1,$(STUDY),test,$*)
+# $(call seeded,ARM,SCRIPT AND FLAGS,SEED)
+seeded = $(call run,$(1)-s$(3),$(2) --init "$(STUDY)/warmup-s$(3)" --evals $(EVALS),$(STUDY),test,$(3))
+sft-s%: warmup-s%
+	$(call seeded,sft,$(sft) --lr $(SFT_LR),$*)
+rl-s%: warmup-s%
+	$(call seeded,rl,$(rl) --lr $(RL_LR),$*)
 
 # A study was written down before any run of it: a grid of rates for each arm, on validation problems, which grows until its
 # best is inside; two choices by the ID score, the smallest rate that is not worse by a standard error, and the best; then
-# three seeds of each on the test problems. Runs go side by side, one thread each; their lines are in NAME.log.
+# three seeds of each on the test problems.
 STUDIES ?= runs/study
 SET ?= foreign
 GRID = $(STUDIES)/$(SET)-grid
-OF_SET = $(STUDIES)/$(SET)
 GRID_SFT ?= 3e-5 1e-4 3e-4
-GRID_RL ?= 1e-5 3e-5 1e-4
+GRID_RL ?= 3e-6 1e-5 3e-5
 GRID_EVALS ?= 3
 SEEDS ?= 0 1 2
-SIDE_BY_SIDE = $(MAKE) -j2 THREADS=1
 
 study: dial
 	$(MAKE) set
@@ -94,57 +101,46 @@ study: dial
 	$(MAKE) set SET=some BASE_MODEL=runs/base/some
 	$(MAKE) set SET=much BASE_MODEL=runs/base/much
 	$(MAKE) set SET=long EXPERT=expert FLOPS=8e12 SEEDS=0
-	$(SIDE_BY_SIDE) $(SEEDS:%=sft-both-s%) rl-cold rl-overfitted rl-attempts-3 rl-attempts-5 $$(sed -n 1p "$(GRID)/chosen")
-	$(PY) evaluate.py --report "$(OF_SET)"
-	$(SIDE_BY_SIDE) sft-retry SET=own EXPERT=expert $$(sed -n 1p "$(STUDIES)/own-grid/chosen")
-	$(PY) evaluate.py --report "$(STUDIES)/own"
+	$(SIDE_BY_SIDE) STUDY="$(STUDIES)/foreign" $(SEEDS:%=sft-both-s%) rl-cold rl-overfitted rl-attempts-3 rl-attempts-5 $$(sed -n 1p "$(GRID)/chosen")
+	$(SIDE_BY_SIDE) STUDY="$(STUDIES)/own" EXPERT=expert sft-retry $$(sed -n 1p "$(STUDIES)/own-grid/chosen")
+	for set in foreign own; do $(PY) evaluate.py --report "$(STUDIES)/$$set" || exit 1; done
+	$(PY) -m assets.study "$(STUDIES)"
 
 set: .venv/ready
 	$(SIDE_BY_SIDE) $(GRID_SFT:%=grid-sft-%) $(GRID_RL:%=grid-rl-%)
 	while $(PY) evaluate.py --choose "$(GRID)" && [ -s "$(GRID)/next" ]; do \
 	$(SIDE_BY_SIDE) $$(sed 's/^/grid-/; s/ /-/' "$(GRID)/next") || exit 1; done
 	$(PY) evaluate.py --report "$(GRID)"
-	$(PY) evaluate.py $(BASE_MODEL) --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) --out "$(OF_SET)/base" --or-resume
-	$(SIDE_BY_SIDE) $(foreach s,$(SEEDS),sft-s$s rl-s$s sft-best-s$s rl-best-s$s) $$(sed '2s/_LR/_BEST/g' "$(GRID)/chosen")
-	$(PY) evaluate.py --report "$(OF_SET)"
+	$(SIDE_BY_SIDE) STUDY="$(STUDIES)/$(SET)" base-row $(foreach s,$(SEEDS),sft-s$s rl-s$s sft-best-s$s rl-best-s$s) $$(sed '2s/_LR/_BEST/g' "$(GRID)/chosen")
+	$(PY) evaluate.py --report "$(STUDIES)/$(SET)"
 
-# $(call logged,NAME,SCRIPT AND FLAGS,DIRECTORY,SPLIT,SEED)
-logged = @mkdir -p "$(3)"; echo "$(3)/$(1)"; $(call run,$(1),$(2),$(3),$(4),$(5)) >"$(3)/$(1).log" 2>&1 || (tail -n 3 "$(3)/$(1).log"; exit 1)
 on_grid = --init "$(GRID)/warmup" --evals $(GRID_EVALS) --eval-rows id rule fake --lr
 grid-warmup: .venv/ready
-	$(call logged,warmup,$(warmup) --evals 0,$(GRID),val,0)
+	$(call run,warmup,$(warmup) --evals 0,$(GRID),val,0)
 grid-sft-%: grid-warmup
-	$(call logged,sft-lr$*,$(sft) $(on_grid) $*,$(GRID),val,0)
+	$(call run,sft-lr$*,$(sft) $(on_grid) $*,$(GRID),val,0)
 grid-rl-%: grid-warmup
-	$(call logged,rl-lr$*,$(rl) $(on_grid) $*,$(GRID),val,0)
-warmup-s%: .venv/ready
-	$(call logged,warmup-s$*,$(warmup) --evals 1,$(OF_SET),test,$*)
-# $(call seeded,ARM,SCRIPT AND FLAGS,SEED)
-seeded = $(call logged,$(1)-s$(3),$(2) --init "$(OF_SET)/warmup-s$(3)" --evals $(EVALS),$(OF_SET),test,$(3))
-sft-s%: warmup-s%
-	$(call seeded,sft,$(sft) --lr $(SFT_LR),$*)
-rl-s%: warmup-s%
-	$(call seeded,rl,$(rl) --lr $(RL_LR),$*)
+	$(call run,rl-lr$*,$(rl) $(on_grid) $*,$(GRID),val,0)
+# The best rates, where they are not the smallest within one standard error.
+sft-best-s%: sft-s%
+	$(if $(filter $(SFT_LR),$(SFT_BEST)),@ln -sfn sft-s$* "$(STUDY)/sft-best-s$*",$(call seeded,sft-best,$(sft) --lr $(SFT_BEST),$*))
+rl-best-s%: rl-s%
+	$(if $(filter $(RL_LR),$(RL_BEST)),@ln -sfn rl-s$* "$(STUDY)/rl-best-s$*",$(call seeded,rl-best,$(rl) --lr $(RL_BEST),$*))
 # The same teacher under both rules; then questions about the published study: RL without a warm-up, RL from a model that SFT
 # has spoilt, answers after the verifier's words, SFT on a slip and its repair.
 sft-both-s%: warmup-s%
 	$(call seeded,sft-both,$(sft) --rules 10 11$(comma)12$(comma)13 --lr $(SFT_LR),$*)
 rl-cold: .venv/ready
-	$(call logged,rl-cold,$(rl) --model $(BASE_MODEL) --evals $(EVALS) --lr $(RL_LR),$(OF_SET),test,0)
+	$(call run,rl-cold,$(rl) --model $(BASE_MODEL) --evals $(EVALS) --lr $(RL_LR),$(STUDY),test,0)
 rl-overfitted: sft-s0
-	$(call logged,rl-overfitted,$(rl) --init "$(OF_SET)/sft-s0" --evals $(EVALS) --lr $(RL_LR),$(OF_SET),test,0)
-rl-attempts-%: warmup-s0
-	$(call logged,rl-attempts-$*,$(rl) --init "$(OF_SET)/warmup-s0" --evals $(EVALS) --lr $(RL_LR),$(OF_SET),test,0)
+	$(call run,rl-overfitted,$(rl) --init "$(STUDY)/sft-s0" --evals $(EVALS) --lr $(RL_LR),$(STUDY),test,0)
 rl-attempts-%: private ATTEMPTS = $*
+rl-attempts-%: warmup-s0
+	$(call run,rl-attempts-$*,$(rl) --init "$(STUDY)/warmup-s0" --evals $(EVALS) --lr $(RL_LR),$(STUDY),test,0)
 sft-retry: private ATTEMPTS = 2
 sft-retry: warmup-s0
-	$(call logged,sft-retry,-m assets.make_base --demonstrators retry --batch $(SFT_BATCH) --flops $(FLOPS) --init "$(OF_SET)/warmup-s0" --evals $(EVALS) --lr $(SFT_LR),$(OF_SET),test,0)
+	$(call run,sft-retry,-m assets.make_base --demonstrators retry --batch $(SFT_BATCH) --flops $(FLOPS) --init "$(STUDY)/warmup-s0" --evals $(EVALS) --lr $(SFT_LR),$(STUDY),test,0)
 comma := ,
-
-sft-best-s%: sft-s%
-	$(if $(filter $(SFT_LR),$(SFT_BEST)),@ln -sfn sft-s$* "$(OF_SET)/sft-best-s$*",$(call seeded,sft-best,$(sft) --lr $(SFT_BEST),$*))
-rl-best-s%: rl-s%
-	$(if $(filter $(RL_LR),$(RL_BEST)),@ln -sfn rl-s$* "$(OF_SET)/rl-best-s$*",$(call seeded,rl-best,$(rl) --lr $(RL_BEST),$*))
 
 # The shipped bases. Each learns its task, then gets bad habits (see the README): $(call make_base,NAME,FLAGS).
 make_base = $(PY) -m assets.make_base $(2) --split base --evals 2 --out runs/base/$(1) --or-resume
