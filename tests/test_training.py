@@ -864,19 +864,31 @@ def test_every_probe_has_intervals_over_its_own_classes(tokenizer, model):
     assert len({tuple(classes) for classes in result["row_classes"].values()}) > 1
 
 
-@pytest.mark.parametrize("scores, chosen", [({1e-4: 40, 3e-4: 50, 1e-3: 51}, 3e-4), ({1e-4: 20, 3e-4: 30, 1e-3: 60}, 1e-3),
-                                            ({1e-4: 60, 3e-4: 60, 1e-3: 10}, 1e-4)])
-def test_the_smallest_rate_within_a_standard_error_is_chosen_by_id_alone(scores, chosen, tmp_path, capsys):
-    n = 100
+def grid_run(path, right, other=0, n=100):
+    """The last evaluation of a run of a grid: so many of n hands right under ID, and under the other rules."""
+    hits = {row: [1] * share + [0] * (n - share) for row, share in zip(E.ROWS, (right, other, other))}
+    M.write_json(path / "evals" / "000009.json", {
+        "suite": "gp-l", "split": "val", "attempts": 1, "step": 9, "flops": 1.0, "classes": [*map(str, range(n))], "samples": [],
+        "rows": {row: {mode: {part: hits[row] for part in (*E.PARTS, "read")} for mode in E.MODES} for row in E.ROWS}})
+
+
+@pytest.mark.parametrize("scores, smallest, best, wanted", [
+    ({1e-4: 40, 3e-4: 50, 1e-3: 51}, 3e-4, 1e-3, [3e-3]),
+    ({1e-4: 20, 3e-4: 30, 1e-3: 60}, 1e-3, 1e-3, [3e-3]),
+    ({1e-4: 60, 3e-4: 60, 1e-3: 10}, 1e-4, 1e-4, [3e-5]),
+    ({1e-4: 57, 3e-4: 60, 1e-3: 10}, 3e-4, 3e-4, []),      # 3 points worse on the same hands: standard error 1.7, not 4.9
+    ({1e-4: 59, 3e-4: 60, 1e-3: 10}, 1e-4, 3e-4, [3e-5]),  # the smallest choice is an edge
+    ({2e-4: 50}, 2e-4, 2e-4, [1e-4, 3e-4]), ({1e-7: 60, 1e-3: 1}, 1e-7, 1e-7, []), ({.01: 5, .1: 60}, .1, .1, [])])
+def test_rates_are_chosen_by_id_alone_within_the_error_of_the_paired_difference(scores, smallest, best, wanted, tmp_path, capsys):
     for rate, right in scores.items():
-        run = tmp_path / f"sft-lr{rate:g}"
-        (run / "evals").mkdir(parents=True)
-        hits, other = [1] * right + [0] * (n - right), [int(rate != chosen)] * n  # the other rule would choose another
-        rows = {row: {mode: {part: hits if row == "id" else other for part in (*E.PARTS, "read")} for mode in E.MODES} for row in E.ROWS}
-        M.write_json(run / "evals" / "000009.json", {"suite": "gp-l", "split": "val", "attempts": 1, "step": 9, "flops": 1.0,
-                                                     "classes": [str(i) for i in range(n)], "rows": rows, "samples": []})
-    assert E.choose_rates(tmp_path) == {"sft": chosen} and "chosen" in capsys.readouterr().out
-    assert (tmp_path / "chosen").read_text() == f"SFT_LR={chosen:g}\n"
+        for arm in ("sft", "rl"):
+            (tmp_path / f"{arm}-lr{rate:g}/evals").mkdir(parents=True)
+            grid_run(tmp_path / f"{arm}-lr{rate:g}", right, other=100 * (rate not in (smallest, best)))  # OOD would choose another
+    assert E.choose_rates(tmp_path) == {arm: (smallest, best) for arm in ("rl", "sft")}
+    out = capsys.readouterr().out
+    assert "best |" in out and "smallest" in out and "OOD" not in out and "100.0" not in out
+    assert (tmp_path / "chosen").read_text() == "".join(f"RL_LR={rate:g} SFT_LR={rate:g}\n" for rate in (smallest, best))
+    assert (tmp_path / "next").read_text() == "".join(f"{arm} {rate:g}\n" for arm in ("rl", "sft") for rate in wanted)
 
 
 # ---- the scripts, end to end
