@@ -34,7 +34,8 @@ def evaluation(step, flops, rates, classes, ease, rng, attempts=1, pictures=Fals
             first = score < np.quantile(score, np.clip(rate - drop, 0, 1)) if rate - drop > .003 else score < -99
             later = first | (rng.random(len(classes)) < .1) if attempts > 1 else first
             rows[row][mode] = {"first": first.astype(int).tolist(), "episode": later.astype(int).tolist(),
-                               "read": np.where(rng.random(len(classes)) < (.9 if pictures else 1), 1, .75).tolist()}
+                               "read": np.where(rng.random(len(classes)) < (.9 if pictures else 1), 1, .75).tolist(),
+                               "listed": (first | (rng.random(len(classes)) < .2)).astype(int).tolist()}
     samples = [{"row": row, "prompt": NASTY, "reward": -2.0 + 5 * (i == 1), "turns": [
         {"response": '{"cards": ["7", "8", "9", "K"], "number": [7, 8, 9, 13], "formula": "(7+8)*9-13=24"}', "outcome": "wrong_value", "reward": -1.0, "feedback": "122, not 24."},
         {"response": "<b>no idea</b>", "outcome": "illegal", "reward": -3.0, "feedback": None}][:min(attempts, 2)]} | ({"picture": PIXEL} if pictures else {})

@@ -226,7 +226,7 @@ def test_other_hands_twice_the_same_run_and_bad_args_are_refused(small_dir):
 
 def evaluation(step, score, n=10):
     solved = np.arange(n) < score * n
-    return {"step": step, "scores": {(row, mode, part): solved.astype(float) for row in report.ROWS for mode in report.MODES for part in (*report.PARTS, "read")}}
+    return {"step": step, "scores": {(row, mode, part): solved.astype(float) for row in report.ROWS for mode in report.MODES for part in tasks.GeneralPoints.SCORES}}
 
 
 def test_best_checkpoint_is_the_earliest_of_the_highest():
@@ -355,7 +355,7 @@ def test_the_report_shows_the_pictures(tmp_path):
 
 
 def test_two_models_compared():
-    rows = [{"id": {mode: dict.fromkeys((*report.PARTS, "read"), [0, 1, 1, right]) for mode in report.MODES}} for right in (0, 1)]
+    rows = [{"id": {mode: dict.fromkeys(tasks.GeneralPoints.SCORES, [0, 1, 1, right]) for mode in report.MODES}} for right in (0, 1)]
     table = report.compare_table([{"suite": "gp-l", "rows": r, "classes": list("abcd")} for r in rows], ["one", "two"])
     assert "| id, greedy " in table and "50.0 " in table and "75.0 " in table and "+25.0 [" in table
 

@@ -869,7 +869,7 @@ def grid_run(path, right, other=0, n=100):
     hits = {row: [1] * share + [0] * (n - share) for row, share in zip(E.ROWS, (right, other, other))}
     M.write_json(path / "evals" / "000009.json", {
         "suite": "gp-l", "split": "val", "attempts": 1, "step": 9, "flops": 1.0, "classes": [*map(str, range(n))], "samples": [],
-        "rows": {row: {mode: {part: hits[row] for part in (*E.PARTS, "read")} for mode in E.MODES} for row in E.ROWS}})
+        "rows": {row: {mode: {part: hits[row] for part in tasks.GeneralPoints.SCORES} for mode in E.MODES} for row in E.ROWS}})
 
 
 @pytest.mark.parametrize("scores, smallest, best, wanted", [
