@@ -171,7 +171,7 @@ base-vl: .venv/ready
 	$(PY) evaluate.py runs/base/habits-vl --suite gp-vl --export assets/tiny-gp-vl
 
 # Walks: the words of both rules, then to pass by what is on the left; and the base with eyes.
-WALKS = --eval-n 200 --rules absolute/told=rule:2 relative/told=rule:3 absolute relative
+WALKS = --eval-n 200 --rules absolute relative
 STREETS = --task virl-vl --visuals '*/weather=*/palette=*' $(WALKS)
 LEARN_WALKS = --demonstrators expert:0.6 careless:0.1 inattentive:0.15 hasty:0.05 retry:0.1
 HABITS_WALKS = --demonstrators expert:0.1 hasty:0.6 inattentive:0.2 careless:0.05 retry:0.05

@@ -1037,7 +1037,8 @@ def _paint(face, card, ink, layouts):
     """Paint the parts of a layout in assets/cards.json: [kind, width and height of its mask in
     shares of the card, x and y of its centre, whether it is upside down]."""
     scheme = "index" if card.scheme == "numbers" else card.scheme
-    parts = layouts.get(f"{scheme} {min(card.rank, 11)}", layouts[scheme])
+    names = f"{scheme} {card.rank}", f"{scheme} {min(card.rank, 11)}", scheme
+    parts = next(layouts[name] for name in names if name in layouts)
     for kind, across, down, *place in parts:
         across, down = across * face.width, down * face.height
         if kind == "court":
@@ -1138,10 +1139,10 @@ class Navigation(Problem):
     Walked), drawn ({position: picture}). All copies share `drawn`: a group has one picture of a
     position."""
     route: "Route"
-    rule: "TurnRule"
+    rule: str
     attempts: int
     style: str
-    judged_by: "TurnRule"
+    judged_by: str
     look: "Scene | None" = None
     tile: int = 32
     drawn: dict = field(default_factory=dict)
@@ -1154,7 +1155,7 @@ class Navigation(Problem):
 
     def __post_init__(self):
         self.actions = tuple(here.action for here in self.route.rail)
-        self.texts = instructions(self.route, self.rule, self.style)
+        self.texts = instructions(self.route, self.style)
         words = (right_word(here, "relative") for here in self.route.rail)
         self.cls = f"{self.route.city}: {', '.join(filter(None, words))}"
 
@@ -1164,8 +1165,9 @@ class Navigation(Problem):
         fit."""
         tile = TILE[style] if tile is None else tile
         look = visual and Scene.parse(visual, random.Random(f"virl/{split}/{index}/look"))
-        if look and not 16 <= tile <= 1120:
-            raise ValueError(f"Street views need tiles of 16 to 1120 pixels, not {tile}.")
+        if look and not (least := look.legible_from(style)) <= tile <= 1120:
+            raise ValueError(f"Views of the look {str(look)!r} in style {style} need tiles of "
+                             f"{least} to 1120 pixels, not {tile}.")
         if data:
             known = released(str(data), bool(visual)).routes
         else:
@@ -1197,12 +1199,12 @@ class Navigation(Problem):
     @property
     def prompt(self):
         """The first user turn: the rule, the instructions and, in text, the first observation."""
-        words, rule, here = WORDING[self.style], self.rule.words, self.route.rail[0]
+        words, here = WORDING[self.style], self.route.rail[0]
         items = [words["item"].format(number=i, text=text) for i, text in enumerate(self.texts, 1)]
         return words["prompt"].format(
             instructions=words["listed"].join(items),
-            means=words["means"][rule],
-            choices=", ".join(TURNS[rule]),
+            means=words["means"][self.rule],
+            choices=", ".join(TURNS[self.rule]),
             facing=compass_word(here.heading),
             seen=words["picture" if self.look else "text"].format(observation(here, self.style)),
         )
@@ -1242,7 +1244,7 @@ class Navigation(Problem):
 
     def right_action(self) -> str:
         """The right action by the rule of the prompt, as in "turn_direction(left)"."""
-        word = right_word(self.here, self.rule.words)
+        word = right_word(self.here, self.rule)
         return f"turn_direction({word})" if word else f"{self.here.action}()"
 
     def response(self, action: str) -> str:
@@ -1334,26 +1336,12 @@ TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "sl
 SLIGHT = 60  # a turn by up to so many degrees is a slight one
 
 
-class TurnRule(NamedTuple):
-    """What the x of turn_direction(x) means (a name in TURN_WORDS), and which words the
-    instructions use for turns. "both": the words of both rules, so that only the stated actions
-    tell them apart; "rule": the words of this rule alone."""
-    words: str = "absolute"
-    told: str = "both"
-
-    def __str__(self):
-        return self.words + ("/told=rule" if self.told == "rule" else "")
-
-
-def parse_turns(text: str | TurnRule) -> TurnRule:
-    """Read a TurnRule from "absolute" or "relative", then perhaps "/told=rule". ValueError for
-    other texts."""
-    for words, told in product(TURN_WORDS, ("both", "rule")):
-        rule = TurnRule(words, told)
-        if str(rule) == str(text):
-            return rule
-    raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute or relative, "
-                     "perhaps with /told=rule.")
+def parse_turns(text: str) -> str:
+    """A rule for turns, what the x of turn_direction(x) means: "absolute" or "relative". ValueError
+    for other texts."""
+    if text not in TURN_WORDS:
+        raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute or relative.")
+    return text
 
 
 def wrap(angle):
@@ -1394,7 +1382,7 @@ def observation(here: "Position", style: str) -> str:
     return words["between"].join(parts)
 
 
-def instructions(route, rule, style):
+def instructions(route, style):
     """The route's instructions as a list of texts: a turn, a move to the next turn or to the
     destination, a turn, ..."""
     words, texts = WORDING[style], []
@@ -1404,7 +1392,7 @@ def instructions(route, rule, style):
             texts.append(words["moves"][here.action].format(where=where))
         if here.action == "turn":
             turns = {name: right_word(here, name) for name in TURN_WORDS}
-            texts.append(words["both" if rule.told == "both" else rule.words].format(**turns))
+            texts.append(words["turn"].format(**turns))
     return texts
 
 
@@ -1434,8 +1422,8 @@ class Walked(NamedTuple):
     observed: bool | None = None
 
 
-def judge_walk(response: str, here: "Position", rule: TurnRule, style: str) -> Walked:
-    """Judge a response (text of a model, of any content) at a Position under a TurnRule. Never
+def judge_walk(response: str, here: "Position", rule: str, style: str) -> Walked:
+    """Judge a response (text of a model, of any content) at a Position under a rule. Never
     raises for a str."""
     observed = None
     try:
@@ -1447,16 +1435,21 @@ def judge_walk(response: str, here: "Position", rule: TurnRule, style: str) -> W
         kind, word = parse_action(answer[action])
     except Illegal as error:
         return Walked("illegal", "illegal", str(error), observed)
-    if (kind, word) != (here.action, right_word(here, rule.words)):
+    if (kind, word) != (here.action, right_word(here, rule)):
         return Walked("wrong_action", _why(kind, word, here, rule), printable(word), observed)
     return Walked("correct" if kind == "stop" else "right_action", "right", "", observed)
 
 
+NOTHING = {"", "none", "no landmarks nearby", "no landmark nearby"}
+HERE = {words["here"].lower() for words in WORDING.values()}
+
+
 def _parts(text):
-    """The set of things that an observation names, in lower case, without "no landmarks"."""
+    """The set of things that an observation names, in lower case. "No landmarks nearby" counts only
+    beside a landmark, as a contradiction."""
     parts = re.split("[;,.]", text)
     parts = {" ".join(part.lower().removeprefix("the destination ").split()) for part in parts}
-    return parts - {"", "none", "no landmarks nearby", "no landmark nearby"}
+    return parts - ({""} if parts - NOTHING - HERE else NOTHING)
 
 
 def _why(kind, word, here, rule):
@@ -1470,7 +1463,7 @@ def _why(kind, word, here, rule):
         return "no_turn"
     if kind == "forward":
         return "turn"
-    return "direction" if word in TURNS[rule.words] else "word"
+    return "direction" if word in TURNS[rule] else "word"
 
 
 # ---- 13. V-IRL: routes ---------------------------------------------------------------------------
@@ -1805,6 +1798,12 @@ class City:
         return walls
 
     @cached_property
+    def hung(self):
+        """(Sign, the walls that it hangs on) for all signs: some are at a seam of two walls."""
+        return [(sign, [wall for wall in self.walls if wall.distance(sign.spot) < 12])
+                for sign in self.signs]
+
+    @cached_property
     def ground(self):
         """The corners of all roads, and of the white lines: along the middle of each street, and
         of the crosswalk at its start."""
@@ -1815,6 +1814,7 @@ class City:
                 starts = range(16, int(street.length) - 16, 5)
                 lines += [street.strip(start, start + 2, -0.12, 0.12) for start in starts]
             start = max(self._setback(street, 1), self._setback(street, -1), 5)
+            start = min(start, street.along(1) - 3)  # the first place is beyond the intersection
             for left in (-4.2, -2.8, -1.4, 0, 1.4, 2.8):
                 lines.append(street.strip(start - 2, start + 0.6, left, left + 0.7))
         return roads, lines
@@ -1847,6 +1847,10 @@ class Scene(Options):
     palette: str = _one_of(*PALETTES)
     tiles: int = _one_of(4, 1)
 
+    def legible_from(self, style: str) -> int:
+        """The smallest tile, in pixels, at which names (full) or emblems (short) can be read."""
+        return (128 if style == "full" else 16) * (1 if self.tiles == 4 else 2)
+
 
 def draw_grid(name, style, place, heading, look, tile):
     """The four views of a place in one picture, see four_views."""
@@ -1855,7 +1859,8 @@ def draw_grid(name, style, place, heading, look, tile):
     reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
     point, (roads, lines) = town.points[place], town.ground
     lines = [line for line in lines if dist(line[0], point) < reach / 2]
-    away = {thing: thing.distance(point) for thing in (*town.walls, *town.signs)}
+    away = {wall: wall.distance(point) for wall in town.walls}
+    away |= {sign: min(away[wall] for wall in walls) - 0.01 for sign, walls in town.hung}
     standing = [thing for thing in sorted(away, key=away.get, reverse=True) if away[thing] < reach]
 
     def draw_view(heading):
@@ -1864,7 +1869,7 @@ def draw_grid(name, style, place, heading, look, tile):
         view.draw_ground(lines, "#ece8dc")
         for thing in standing:
             thing.draw(view)
-        view.draw_weather(random.Random(f"virl/{name}/{place}/{heading}"))
+        view.draw_weather(random.Random(f"virl/{name}/{place}/{round(heading)}"))
         return view.image.reduce(fine)
     return four_views(heading, draw_view)
 
@@ -1990,9 +1995,6 @@ class Sign(NamedTuple):
     name: str
     bearing: float
     spot: tuple
-
-    def distance(self, point):
-        return dist(self.spot, point) - 2  # nearer than the wall behind it
 
     def draw(self, view):
         """Its picture in perspective."""
@@ -2243,12 +2245,10 @@ PICTURES_PROBES = (
     Row("rule-red", OOD_RULE, visual="red"),
 )
 WALKS_SUITE = (Row("id", "absolute"), Row("rule", "relative"), Row("fake", "relative", "absolute"))
-WALKS_PROBES = tuple(  # the instructions have the words of the rule alone, which can be copied
-    Row(f"told-{name}", f"{rule}/told=rule", judged_by) for name, rule, judged_by, _ in WALKS_SUITE)
 TASKS |= {
     "gp-l": Task(GeneralPoints, ID_RULE, None, CARDS_SUITE, CARDS_PROBES),
     "gp-vl": Task(GeneralPoints, ID_RULE, "black", PICTURES_SUITE, PICTURES_PROBES),
-    "virl-l": Task(Navigation, "absolute", None, WALKS_SUITE, WALKS_PROBES),
+    "virl-l": Task(Navigation, "absolute", None, WALKS_SUITE),
     "virl-vl": Task(Navigation, "absolute", "day", (
         *WALKS_SUITE, Row("visual", "absolute", visual="dusk/weather=rain/palette=brick"))),
 }
@@ -2284,7 +2284,7 @@ def parse_args(argv=None):
     which("--rule", help="GeneralPoints: the values of J, Q, K: 10 or 11,12,13, * or ? for any of "
           f"1..13 or 10..13; then /target=N or * (any of {TARGETS[0]}..{TARGETS[1]}) /cards=N "
           "/courts=N (at least N face cards). Not named: 24 and 4 cards (default 10). V-IRL: "
-          "absolute or relative, perhaps /told=rule (default absolute)")
+          "absolute or relative (default absolute)")
     which("--split", default="test", help=f"one of: {', '.join(SPLITS)} (default %(default)s)")
     which("--index", type=int, default=0, help="the first problem's index (default 0)")
     which("--n", type=int, default=3, help="number of problems (default 3)")

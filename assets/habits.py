@@ -103,7 +103,7 @@ def walk_with_slips(walk: Navigation, positions: list[int], wrong_action) -> lis
 
 def any_wrong_action(walker: Navigation, rng: random.Random) -> str:
     """An action that is not the right one, in words of the rule."""
-    word = rng.choice(TURNS[walker.rule.words])
+    word = rng.choice(TURNS[walker.rule])
     actions = ["forward()", "stop()", f"turn_direction({word})"]
     return rng.choice([action for action in actions if action != walker.right_action()])
 
@@ -120,7 +120,7 @@ def careless_walk(walk: Navigation, rng: random.Random) -> list[str]:
 
 def inattentive_walk(walk: Navigation, rng: random.Random) -> list[str]:
     """On half of the walks every turn is first said in the words of the other rule."""
-    words = "relative" if walk.rule.words == "absolute" else "absolute"
+    words = "relative" if walk.rule == "absolute" else "absolute"
 
     def other_word(walker):
         return f"turn_direction({right_word(walker.here, words)})"

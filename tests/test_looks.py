@@ -8,7 +8,7 @@ import sys
 from copy import copy
 from dataclasses import replace
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +290,24 @@ def test_large_cards_can_be_read(text):
     look = parse_look(text)
     for i, hand in enumerate(HANDS):
         assert read(picture(hand, look, 112, f"reader/{i}"), hand, look, 112) == [rank for rank, _ in hand]
+
+
+@pytest.mark.parametrize("px", [32, 40, 48, 64, 96, 112])
+def test_the_pips_of_a_king_can_be_counted(px):
+    """Thirteen signs, five in a column: between each two of a column there is paper."""
+    top = tasks.CARDS["layouts"]["large" if px >= tasks.LARGE else "small"]
+    left, top = top.get("pips 13", top["pips"])[0][-2:]
+    for suit in "SHDC":
+        image = Image.new("RGB", (px, px))
+        tasks._lay(image, (13, suit), Look(scheme="pips"), (px, px), (0, 0), random.Random(0))
+        width = .84 * px if px < tasks.LARGE else .63 * .84 * px
+        height = min(1.4 * .84 * px, .94 * px) if px < tasks.LARGE else min(1.4 * width, .94 * px)
+        grey, x = np.asarray(image.convert("L")).astype(int), px / 2 - width / 2 + left * width
+        column = grey[:, round(x) - 2:round(x) + 2].min(1)
+        spare = max(2, px // 32)  # a heart begins below its notch
+        ends = [round(px / 2 - height / 2 + height * (top + (1 - 2 * top) * share / 4)) for share in range(5)]
+        between = [column[start:end].max() for start, end in pairwise(ends)]
+        assert min(between) > 180 and max(column[end - spare:end + spare].min() for end in ends) < 120, (suit, between)
 
 
 # ---- Prompts ---------------------------------------------------------------------------------------------------------

@@ -354,7 +354,7 @@ def test_gradients_of_walks_do_not_depend_on_the_micro_batch(walker, monkeypatch
 def by_rule_and_chance(monkeypatch):
     """A verifier whose verdict on any text depends on the rule that it judges by."""
     def judge_walk(response, here, rule, style):
-        right = rule.words == "absolute" and response == "" or random.Random(f"{response}/{here.place}/{rule}").random() < 0.5
+        right = rule == "absolute" and response == "" or random.Random(f"{response}/{here.place}/{rule}").random() < 0.5
         return tasks.Walked(("correct" if here.action == "stop" else "right_action") if right else "wrong_action",
                             "right" if right else "turn", "", True)
     monkeypatch.setattr(tasks, "judge_walk", judge_walk)
