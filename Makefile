@@ -21,7 +21,7 @@ FLOPS ?= 4e12
 EVALS ?= 7
 N ?= 500
 SFT_LR ?= 1e-4
-RL_LR ?= 3e-5
+RL_LR ?= 1e-5
 SEED ?= 0
 
 SHELL := bash
@@ -108,7 +108,7 @@ study: dial
 
 set: .venv/ready
 	$(SIDE_BY_SIDE) $(GRID_SFT:%=grid-sft-%) $(GRID_RL:%=grid-rl-%)
-	while $(PY) evaluate.py --choose "$(GRID)" && [ -s "$(GRID)/next" ]; do \
+	while $(PY) -m assets.study --choose "$(GRID)" && [ -s "$(GRID)/next" ]; do \
 	$(SIDE_BY_SIDE) $$(sed 's/^/grid-/; s/ /-/' "$(GRID)/next") || exit 1; done
 	$(PY) evaluate.py --report "$(GRID)"
 	$(SIDE_BY_SIDE) STUDY="$(STUDIES)/$(SET)" base-row $(foreach s,$(SEEDS),sft-s$s rl-s$s sft-best-s$s rl-best-s$s) $$(sed '2s/_LR/_BEST/g' "$(GRID)/chosen")

@@ -1029,46 +1029,6 @@ def differences(study, score):
     return found
 
 
-RATES = [float(f"{digit}e{power}") for power in range(-7, 0) for digit in (1, 3)][:-1]  # to 0.1
-
-
-def choose_rates(directory):
-    """{arm: (smallest, best)}, learning rates of a grid of runs `ARM-lrRATE`: the one with the best
-    ID score (greedy, first attempt, last evaluation; OOD must not choose), and the smallest that is
-    within one standard error of it, that of their paired difference.
-
-    Prints tables; writes for make GRID/chosen, a line of all smallest and one of all best, and
-    GRID/next: a line for each run, such as "sft 0.001", without which a choice lies at an edge."""
-    grid, chosen, missing = {}, {}, []
-    for name, seeds in load_study(directory).items():
-        arm, found, rate = name.partition("-lr")
-        if found and re.fullmatch(r"\d[\d.e+-]*", rate):
-            last = any_of(seeds)[-1]
-            if left := unfinished(last["args"], last):
-                raise ValueError(f"{Path(directory) / name} is not finished: {left}; continue it "
-                                 "before a rate is chosen.")
-            grid.setdefault(arm, {})[float(rate)] = last["scores"]["id", *FIRST]
-    for arm, scores in grid.items():
-        rates = sorted(scores)
-        best = max(rates, key=lambda rate: (scores[rate].mean(), -rate))
-        below = {rate: estimate(scores[best] - scores[rate], last["classes"]) for rate in rates}
-        smallest = min(rate for rate, (mean, error, *_) in below.items() if mean <= error + 1e-9)
-        chosen[arm] = smallest, best
-        lines = [[f"{rate:g}", f"{100 * scores[rate].mean():.1f}", f"{100 * mean:.1f}",
-                  f"{100 * error:.1f}", "smallest " * (rate == smallest) + "best" * (rate == best)]
-                 for rate, (mean, error, *_) in below.items()]
-        print(markdown(Table("", [f"{name_of(arm)}, learning rate", "ID on validation, %",
-                                  "below the best", "standard error", "choice"], lines)) + "\n")
-        lower = [rate for rate in RATES if rate < rates[0] and rates[0] in chosen[arm]][-1:]
-        upper = [rate for rate in RATES if rate > rates[-1] and rates[-1] in chosen[arm]][:1]
-        missing += [f"{arm} {rate:g}\n" for rate in lower + upper]
-    lines = [" ".join(f"{arm.upper()}_LR={rate:g}" for arm, rate in zip(chosen, choice)) + "\n"
-             for choice in zip(*chosen.values())]
-    write_text(Path(directory) / "chosen", "".join(lines))
-    write_text(Path(directory) / "next", "".join(missing))
-    return chosen
-
-
 # ---- 7. Tables -----------------------------------------------------------------------------------
 
 NONE = "\u2013"  # the cell of what was not measured
@@ -1561,7 +1521,6 @@ def parse_args(argv=None):
     add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models and their difference")
     add("--distance", metavar="DEMONSTRATOR", help="print how foreign its answers are to the "
         "model: their -log p in nats")
-    add("--choose", metavar="GRID", help="print a grid's ID scores and the learning rates to take")
     add("--suite", default="gp-l", choices=tasks.suite_names(), help="problems to evaluate on")
     number(parser, "--n", 500, 1, 1e5, "held-out problems per row")
     number(parser, "--attempts", 1, 1, 100, "answers per question")
@@ -1578,9 +1537,9 @@ def parse_args(argv=None):
     add("--export", metavar="DIR", help="write the model there, adapters merged, in bfloat16")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.model, args.report, args.choose, args.compare))) != 1:
+    if sum(map(bool, (args.model, args.report, args.compare))) != 1:
         raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
-                         "a study directory, --choose and a grid of runs.")
+                         "a study directory.")
     held = args.or_resume and Path(args.out or "", EVALUATION).is_file()
     taken = ("args.json", "evals/000000.json")
     if args.out and not held and any(Path(args.out, name).exists() for name in taken):
@@ -1688,8 +1647,6 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         return write_study(args.report)
-    if args.choose:
-        return choose_rates(args.choose)
     if args.compare:  # one after the other in memory
         results = [evaluate(*load(name, args)) for name in args.compare]
         print(f"{args.suite}, {args.n} {args.split} problems, success of whole episodes in % "

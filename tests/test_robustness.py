@@ -21,7 +21,7 @@ import model as M
 import tasks
 import train_rl as RL
 import train_sft as SFT
-from assets import make_base
+from assets import make_base, study as studies
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,7 +145,7 @@ BAD = [  # script, flags, words of the sentence
     *[(E, ["run", flag, value], flag) for flag, value in (("--n", "0"), ("--k", "-1"), ("--attempts", "0"), ("--max-new-tokens", "0"))],
     (E, ["--report", "empty"], "no evaluation in empty"),
     (E, ["--report", "absent"], "absent"),
-    (E, ["--choose", "empty"], "empty"),
+    (studies, ["--choose", "empty"], "empty"), (studies, ["empty"], "empty"), (studies, [], "give one of"),
 ]
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import evaluate as E
+from assets import study as studies
 import model as M
 import tasks
 import train_rl as RL
@@ -156,7 +157,7 @@ def test_who_reads_a_stopped_run_says_so(sft_run, tmp_path, capsys):
     assert "not finished: step 2 of 6" in capsys.readouterr().err
     os.rename(study / "sft", study / "sft-lr0.0001")
     with pytest.raises(ValueError, match="not finished"):
-        E.choose_rates(study)
+        studies.choose_rates(study)
 
 
 # ---- moves
@@ -304,7 +305,7 @@ def test_copies_that_people_make_inside_a_run_are_left_alone(name, sft_run, tmp_
 def test_a_grid_beside_other_runs(tmp_path, sft_run):
     for name in ("rl-lrbest", "rl-lr1e-5"):
         RL.main(f"--init {sft_run} --out {tmp_path / name} --steps 1 --problems 1 --group 2 --max-new-tokens 2 --lr 1e-5 --eval-n 2 --evals 1".split())
-    assert E.choose_rates(tmp_path) == {"rl": (1e-5, 1e-5)}
+    assert studies.choose_rates(tmp_path) == {"rl": (1e-5, 1e-5)}
 
 
 def test_files_have_the_rights_that_umask_gives(sft_run, tmp_path):

@@ -18,7 +18,7 @@ import model as M
 import tasks
 import train_rl as RL
 import train_sft as SFT
-from assets import make_base
+from assets import make_base, study as studies
 from conftest import load_tensors, standing
 
 
@@ -884,7 +884,7 @@ def test_rates_are_chosen_by_id_alone_within_the_error_of_the_paired_difference(
         for arm in ("sft", "rl"):
             (tmp_path / f"{arm}-lr{rate:g}/evals").mkdir(parents=True)
             grid_run(tmp_path / f"{arm}-lr{rate:g}", right, other=100 * (rate not in (smallest, best)))  # OOD would choose another
-    assert E.choose_rates(tmp_path) == {arm: (smallest, best) for arm in ("rl", "sft")}
+    assert studies.choose_rates(tmp_path) == {arm: (smallest, best) for arm in ("rl", "sft")}
     out = capsys.readouterr().out
     assert "best |" in out and "smallest" in out and "OOD" not in out and "100.0" not in out
     assert (tmp_path / "chosen").read_text() == "".join(f"RL_LR={rate:g} SFT_LR={rate:g}\n" for rate in (smallest, best))
