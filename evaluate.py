@@ -701,9 +701,8 @@ UNKNOWN = (math.nan,) * 3  # the interval of a mean of nothing
 
 
 def t_quantile(freedom):
-    """The 97.5 % quantile of Student's t for 1 or more degrees of freedom, from a table."""
-    quantiles = [1.96, 2.042, 2.228, 2.571, 3.182, 4.303, 12.706]
-    return np.interp(1 / freedom, [0, 1 / 30, 1 / 10, 1 / 5, 1 / 3, 1 / 2, 1], quantiles)
+    """The 97.5 % quantile of Student's t, a fit within 0.1 % for 1 or more degrees of freedom."""
+    return 1.96 * np.exp(1.2 / freedom + 0.82 / freedom**2 - 0.15 / freedom**3)
 
 
 def estimate(values, classes, among=None):
@@ -793,12 +792,15 @@ def pass_at_k(n, c, k):
 # A study is {arm: {seed: [evaluation, ...] by step}}. A score is named by its mode and its part,
 # such as ("greedy", "first"). An evaluation has, beside what its file holds,
 #   args      the flags of its run
-#   scores    {(row, mode, part): (n,) float} of the parts in SCORES and those made by `add_scores`
+#   scores    {(row, mode, part): (n,) float} of the parts in SCORES and those made by `add_scores`,
+#             and {(row, "nats", kind): (n,) float}
 #   episodes  [(row, its HTML)] of the samples
 
 MODES = {"greedy": "greedy", "sampled": "temperature 1"}
 PARTS = {"first": "first attempt", "episode": "whole episode"}
 FIRST = ("greedy", "first")
+NATS = {"teacher": "nats of a teacher's answer, -log p: how foreign it is to the model",
+        "moved": "nats of an own answer, KL from the start: how far the model has moved"}
 MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of right actions
 
 
@@ -845,13 +847,22 @@ def add_scores(evaluation):
     for row, mode in product(evaluation["rows"], MODES):
         lists = evaluation["rows"][row][mode]
         found = kinds_of_action(lists, n) if problem.leads_on else {}
-        for part in problem.SCORES:
-            found[part] = values = np.asarray(lists[part], float)
-            if values.shape != (n,) or not ((0 <= values) & (values <= 1)).all():
-                raise ValueError(f"{row} {mode} {part} is not a list of {n} times 0 to 1")
+        found |= {part: numbers(lists[part], n, f"{row} {mode} {part}", 0, 1)
+                  for part in problem.SCORES}
         found["all read"] = np.floor(found["read"])
         scores |= {(row, mode, part): values for part, values in found.items()}
+    for kind, rows in evaluation.get("nats", {}).items():
+        scores |= {(row, "nats", kind): numbers(values, n, f"nats {kind} {row}", -1e9, 1e9)
+                   for row, values in rows.items()}
     return evaluation | {"scores": scores}
+
+
+def numbers(values, n, name, low, high):
+    """A list of n numbers from low to high as an array; ValueError for anything else."""
+    array = np.asarray(values, float)
+    if array.shape != (n,) or not ((low <= array) & (array <= high)).all():
+        raise ValueError(f"{name} is not a list of {n} times {low:g} to {high:g}")
+    return array
 
 
 def kinds_of_action(lists, n):
@@ -942,7 +953,7 @@ def reported(study):
 def best_checkpoint(evals, score):
     """The evaluation with the highest score on rule OOD, the earliest of equals; the start counts
     as a checkpoint."""
-    return max(evals, key=lambda e: (e["scores"]["rule", *score].mean(), -e["step"]))
+    return max(evals, key=lambda e: e["scores"]["rule", *score].mean())  # the first of equals
 
 
 class Stage(NamedTuple):
@@ -950,9 +961,9 @@ class Stage(NamedTuple):
     label: str
     evals: dict  # {seed: evaluation}
 
-    def has(self, row):
-        """Whether all of them hold the row: on the way only those of ROWS are evaluated."""
-        return all(row in evaluation["rows"] for evaluation in self.evals.values())
+    def has(self, row, score=FIRST):
+        """Whether all hold the score: on the way only ROWS are evaluated, and nats not always."""
+        return all((row, *score) in evaluation["scores"] for evaluation in self.evals.values())
 
     def numbers(self, row, score, seeds=None):
         """The score of each problem under each seed: (S, n)."""
@@ -967,12 +978,14 @@ class Stage(NamedTuple):
         """
         other, other_row = minus or self, other_row or row
         seeds = sorted(self.evals.keys() & other.evals.keys())
-        if not (seeds and self.has(row) and other.has(other_row)):
+        if not (seeds and self.has(row, score) and other.has(other_row, score)):
             return UNKNOWN
         some, values = self.evals[seeds[0]], self.numbers(row, score, seeds)
         classes = some.get("row_classes", {}).get(row, some["classes"])
         if minus:
             return paired(values, minus.numbers(other_row, score, seeds), classes)
+        if score[0] == "nats":
+            return t_interval(values, classes)
         return interval(values, classes, among and self.numbers(row, among))
 
 
@@ -1046,39 +1059,46 @@ def sign_of(difference):
     return int(difference[1] > 0) - int(difference[2] < 0)
 
 
+def brackets(interval, form="z.2f"):
+    """"63.24 [58.91, 67.40]", in a format (z: no "-0.0"). A dash for the mean of nothing."""
+    mean, low, high = (format(float(x), form) for x in interval)
+    return NONE if math.isnan(interval[0]) else f"{mean} [{low}, {high}]"
+
+
 def percent(interval, sign=""):
-    """"63.2 [58.9, 67.4]"; sign "+" for differences. A dash for the mean of nothing."""
-    if math.isnan(interval[0]):
-        return NONE
-    mean, low, high = (round(100 * x, 1) + 0.0 for x in interval)  # + 0.0: no "-0.0"
-    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    """"63.2 [58.9, 67.4]"; sign "+" for differences."""
+    return brackets([100 * x for x in interval], f"{sign}z.1f")
 
 
 def score_table(title, lines, columns, **every):
-    """A Table of scores. lines, columns: [(name, choice), ...]; every: a choice for all cells.
+    """A Table of scores in %, or of nats. lines, columns: [(name, choice), ...]; every: a choice
+    for all cells.
 
     The choices of a cell are, together, its Stage and the arguments of `Stage.interval`."""
-    def cell(stage, minus=None, **choice):
-        return percent(stage.interval(minus=minus, **choice), "+" if minus else "")
+    def cell(stage, score, minus=None, **choice):
+        found = stage.interval(score=score, minus=minus, **choice)
+        return brackets(found) if score[0] == "nats" else percent(found, "+" if minus else "")
     cells = [[name, *(cell(**line, **column, **every) for _, column in columns)]
              for name, line in lines]
     return Table(title, ["", *(name for name, _ in columns)], cells)
 
 
-def stage_table(title, study, score):
-    """A line for each stage, a column for each of ROWS, or for every row where problems lead on."""
-    last = any_eval(study)
-    rows = last["rows"] if task_class(last).leads_on else ROWS
-    lines = [(stage.label, {"stage": stage}) for stage in stages(study, score).values()]
+def stage_table(title, study, score, best=None):
+    """A line for each stage, a column for each of ROWS, or for every row where problems lead on, as
+    far as it was measured; best: the score that chooses the best checkpoint (default: this one)."""
+    last, found = any_eval(study), stages(study, best or score).values()
+    rows = [row for row in (last["rows"] if task_class(last).leads_on else ROWS)
+            if any(stage.has(row, score) for stage in found)]
+    lines = [(stage.label, {"stage": stage}) for stage in found if rows]
     columns = [(ROWS.get(row, row), {"row": row}) for row in rows]
     return score_table(title, lines, columns, score=score)
 
 
 def pair_table(title, study, score, rows=ROWS):
     """A line for each paired difference in one of the rows."""
-    said = {1: "excludes 0: higher", -1: "excludes 0: lower", 0: "includes 0: no clear difference"}
+    said = {1: "clearly higher", -1: "clearly lower", 0: "no clear difference"}
     lines = [[f"{STAGES[a]} - {STAGES[b]}, {ROWS[row]}", percent(difference, "+"),
-              f"The interval {said[sign_of(difference)]}."]
+              said[sign_of(difference)]]
              for (a, b, row), difference in differences(study, score).items() if row in rows]
     return Table(title, ["", "points", ""], lines)
 
@@ -1139,8 +1159,13 @@ def score_tables(study, score, measures=None):
     title = f"success in % [95 % interval], {len(last['classes'])} problems"
     tables = [stage_table(title, study, score),
               pair_table("paired differences on the same problems", study, score)]
+    for kind, title in NATS.items():
+        tables.append(stage_table(title, study, ("nats", kind), score))
     if task.problem.leads_on:
         return tables + step_tables(study, score)
+    if listed := task.problem.SCORES.get("listed"):
+        tables.append(stage_table(f"{listed}, in %", study, (score[0], "listed"),
+                                  score))
     if task.pictures:
         title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
         lines = [(each.label, {"stage": each, "minus": each})
@@ -1166,36 +1191,30 @@ def table_text(study):
     for score in reported(study):
         tables = score_tables(study, score, measures=2)[: 2 if parts else None]
         for i, table in enumerate(table for table in tables if table.lines):
-            title = f"{score_name(score).capitalize()}{', ' if i else ': '}{table.title}"
-            parts += [title, markdown(table)]
+            title = table.title if i else f"{score_name(score)}: {table.title}"
+            parts += [title[0].upper() + title[1:], markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 
 def result_table(result):
     """Success of one evaluation, as markdown; of walks also per step, and where they fail."""
     stage, problem = Stage("", {0: add_scores(result)}), task_class(result)
-    read = problem.SCORES["read"]
     lines = [(row, {"stage": stage, "row": row}) for row in result["rows"]]
-    more, tables = {"all read": f"all {read}"}, []
-    if problem.leads_on:
-        more = {"steps_first": "per step", "forced": "teacher-forced", "read": read}
-        tables = failure_tables(lines, "greedy")
     columns = [(score_name(score), {"score": score}) for score in product(MODES, PARTS)]
-    columns += [(f"greedy, {title}", {"score": ("greedy", part)}) for part, title in more.items()]
+    columns += [(f"greedy, {title}", {"score": ("greedy", part)})
+                for part, title in problem.SCORES.items() if part not in PARTS]
     parts = [markdown(score_table("", lines, columns))]
-    for table in tables:
+    for table in failure_tables(lines, "greedy") if problem.leads_on else ():
         parts += [f"{table.title.capitalize()}, greedy", markdown(table)]
     return "\n\n".join(parts)
 
 
 def compare_table(results, names):
-    """Two evaluations of one suite on the same problems: success of whole episodes, of walks also
-    per step, and the paired difference."""
+    """The scores of two evaluations on the same problems, and the paired differences."""
     first, second = (Stage("", {0: add_scores(result)}) for result in results)
-    titles = {part: f", {title}" for part, title in task_class(results[0]).SCORES.items()
-              if part not in ("first", "read")} | {"episode": ""}
-    lines = [(f"{row}, {MODES[mode]}{titles[part]}", {"row": row, "score": (mode, part)})
-             for row, mode, part in product(results[0]["rows"], MODES, titles)]
+    scores = task_class(results[0]).SCORES
+    lines = [(f"{row}, {MODES[mode]}, {scores[part]}", {"row": row, "score": (mode, part)})
+             for row, mode, part in product(results[0]["rows"], MODES, scores)]
     columns = [(clean(names[0]), {"stage": first}), (clean(names[1]), {"stage": second}),
                ("second - first", {"stage": second, "minus": first})]
     return markdown(score_table("", lines, columns))
@@ -1270,15 +1289,23 @@ def panel(title, x_name, ticks, lines, top=1):
 
 
 def named(ends):
-    """Names beside the ends of lines, [(point, name, css)], moved up where they would collide."""
-    # From the lowest name up: each stands at least 16 units above the one before it.
+    """Names beside the ends of lines, [(point, name, css)], moved where they would collide."""
+    # From the lowest name up: each stands at least 16 units above the one before it, and leaves
+    # room for those that come after it.
     svg, limit = [], BOTTOM
-    for (x, y), name, css in sorted(ends, key=lambda end: -end[0][1]):
-        limit = min(y, limit)
+    for left, ((x, y), name, css) in zip(range(len(ends))[::-1],
+                                         sorted(ends, key=lambda end: -end[0][1])):
+        limit = min(max(y, TOP + 16 * left), limit)
         svg += [_stroke([(x, y), (x + 7, limit)], f"line thin {css}"),
                 _text(x + 9, limit + 4, name, css)]
         limit -= 16
     return svg
+
+
+def line_style(arm):
+    """(name in a figure, colour) of an arm, such as "sft-lr3e-05": of a grid all rates share one."""
+    css = "c0" if arm.startswith("sft") else "c1" if arm.startswith("rl") else "c2"
+    return name_of(arm).replace("-lr", " ")[:10], css
 
 
 def _curves_panel(study, row, score):
@@ -1288,11 +1315,12 @@ def _curves_panel(study, row, score):
     if "base" in study:
         mean = stages(study, score)["base"].numbers(row, score).mean()
         lines.append((f"base {100 * mean:.0f}", "base muted", np.array([[0, mean], [top, mean]])))
-    for i, (arm, points) in enumerate(curves.items()):
-        lines.append((f"{name_of(arm)[:9]} {100 * points[-1, 1]:.0f}", f"c{i % 4}", points))
+    for arm, points in curves.items():
+        name, css = line_style(arm)
+        lines.append((f"{name} {100 * points[-1, 1]:.0f}", css, points))
         for evals in study[arm].values():
             means = [(e["flops"], e["scores"][row, *score].mean()) for e in evals]
-            lines.append(("", f"thin c{i % 4}", np.array(means)))
+            lines.append(("", f"thin {css}", np.array(means)))
     ticks = [(0, "start"), (top / 2, si(top / 2)), (top, si(top))]
     return panel(f"{ROWS[row]}: success", "training compute, counted from the start", ticks, lines,
                  top)
@@ -1321,9 +1349,9 @@ def svg_path(study, score=FIRST):
     """SVG, without its style: rule OOD against ID, each arm's evaluations as a path from the start
     to its name."""
     lines = []
-    for i, arm in enumerate(arms_of(study)):
+    for arm in arms_of(study):
         path = np.stack([curve(study[arm], row, score)[:, 1] for row in ("id", "rule")], 1)
-        lines.append((name_of(arm)[:9], f"c{i % 4}", path))
+        lines.append((*line_style(arm), path))
     if lines:
         lines.append(("start", "start", path[:1]))
     return _svg("Rule OOD against ID along training", study, score,
@@ -1381,39 +1409,30 @@ def story(study, score=FIRST):
         told[0] = f"This is no result yet: {', '.join(open_runs)}. So far: {told[0]}"
     if len({any_of(study[arm])[-1]["args"].get("lr") for arm in ("sft", "rl")}) > 1:
         told[0] += " The arms' learning rates differ: see below."
+    start, foreign = stages(study, score)["start"], ("nats", "teacher")
+    if start.has("id", foreign) and start.has("rule", foreign):
+        nats = [start.numbers(row, foreign).mean() for row in ("id", "rule")]
+        told.insert(1, "An answer of SFT's teacher has {:.1f} nats under the start (ID), {:.1f} "
+                    "under the other rule: so foreign is it to the model.".format(*nats))
     if sft < 0:
         told.append("Judged by the old rule, SFT's answers to prompts that state the other one "
                     "score higher than at the start: it goes on using the rule it was trained on."
                     if fake > 0 else
                     "Judged by the old rule, SFT's answers do not score higher than at the start: "
                     "what it lost is not simply replaced by the old rule.")
-    return told + story_of_looks(study, score)
-
-
-def story_of_looks(study, score):
-    """Which looks separate the arms and which do not. [] for text."""
-    last, stage, told = any_eval(study), stages(study, score), []
-    sft, rl = stage["sft end"], stage["rl end"]
-    rows = [row for row in last["rows"] if row not in (*ROWS, SHUFFLED, "text")
-            and sft.has(row) and rl.has(row)]
-    for sign, text in ((1, "Under other looks RL ends clearly above SFT"),
-                       (-1, "Under other looks RL ends clearly below SFT"),
-                       (0, "These looks do not separate the arms")):
-        named = [row for row in rows if sign_of(rl.interval(row, score, minus=sft)) == sign]
-        told += [f"{text}: {', '.join(named)}."] if named else []
     return told
 
 
 def arm_table(study):
     """What each arm was given: seeds, compute, and the flags of its first seed."""
-    ends = [[evals[-1] for evals in seeds.values()] for seeds in study.values()]
-    lines = [["seeds", *(str(len(each)) for each in ends)]]
-    for key, title in (("flops", "compute"), ("flops_paper", "compute by the paper's formula")):
-        spent = [np.mean([end.get(key, 0) for end in each]) for each in ends]
-        lines.append([title, *map(si, spent)])
-    flags = [each[0]["args"] for each in ends]
-    lines += [[key, *(str(own.get(key, NONE)) for own in flags)]
-              for key in dict.fromkeys(chain(*flags))]
+    def spent(key, ends):
+        return si(np.mean([end.get(key, 0) for end in ends]))
+    arms = [[evals[-1] for evals in seeds.values()] for seeds in study.values()]
+    given = [{"seeds": len(ends), "compute": spent("flops", ends),
+              "compute by the paper's formula": spent("flops_paper", ends)} | ends[0]["args"]
+             for ends in arms]
+    lines = [[key, *(str(own.get(key, NONE)) for own in given)]
+             for key in dict.fromkeys(chain(*given))]
     return Table("", ["flag", *map(name_of, study)], lines)
 
 
@@ -1610,8 +1629,7 @@ def distance_table(model, tokenizer, settings):
         if row.name in ("id", "rule"):
             nats, tokens = map(np.array, teacher_nats(model, tokenizer, settings, row))
             classes = [each.cls for each in suite_problems(model, tokenizer, settings, row)]
-            an_answer, low, high = t_interval(nats, classes)
-            lines.append([ROWS[row.name], f"{an_answer:.2f} [{low:.2f}, {high:.2f}]",
+            lines.append([ROWS[row.name], brackets(t_interval(nats, classes)),
                           f"{nats.sum() / tokens.sum():.4f}", f"{tokens.mean():.1f}"])
     head = ["", "nats an answer [95 % interval]", "nats a token", "tokens"]
     return markdown(Table("", head, lines))
@@ -1649,8 +1667,7 @@ def main(argv=None):
         return write_study(args.report)
     if args.compare:  # one after the other in memory
         results = [evaluate(*load(name, args)) for name in args.compare]
-        print(f"{args.suite}, {args.n} {args.split} problems, success of whole episodes in % "
-              "[95 % interval]")
+        print(f"{args.suite}, {args.n} {args.split} problems, scores in % [95 % interval]")
         print(compare_table(results, args.compare))
         return results
     if args.or_resume and (kept := evaluated(args)):
