@@ -715,13 +715,13 @@ def estimate(values, classes, among=None):
     1946). Seeds that differ by more than their luck with single classes add an error of their own,
     with the t of S - 1 degrees of freedom.
     """
-    values = np.atleast_2d(np.asarray(values, float))
+    values = np.atleast_2d(values)
     if values.size == 0 or values.shape[-1] != len(classes):
         raise ValueError("An interval needs problems, and a class for each: got "
                          f"{values.shape[-1]} and {len(classes)}.")
-    names, member = np.unique(np.asarray(classes, str), return_inverse=True)
+    names, member = np.unique(classes, return_inverse=True)
     belongs = np.eye(len(names))[member]  # (n, C)
-    among = np.atleast_2d(np.ones_like(values) if among is None else np.asarray(among, float))
+    among = np.atleast_2d(np.ones_like(values) if among is None else among)
     sums, weights = (values * among) @ belongs, among @ belongs  # (..., S, C)
     count, every = weights.any(-2).sum(-1), weights.sum(-1, keepdims=True)
     means = (sums / every).sum(-1)  # (..., S)
@@ -732,10 +732,10 @@ def estimate(values, classes, among=None):
     variance = squares.sum(-1)
     # 2. The degrees of freedom of this sum, from the part that each class has in it.
     parts = squares / np.maximum(variance, 1e-30)[..., None]
-    few = np.maximum((parts**2).sum(-1) - 1 / count, 2 / np.maximum(count - 1, 1))
-    t = t_quantile(2 / few)
+    t = t_quantile(2 / np.maximum((parts**2).sum(-1) - 1 / count, 2 / np.maximum(count - 1, 1)))
     # 3. The error that the seeds share over all classes, in units of this t.
-    if (seeds := means.shape[-1]) > 1:
+    seeds = means.shape[-1]
+    if seeds > 1:
         own = ((moves - moves.mean(-2, keepdims=True)) ** 2).sum((-2, -1)) / (seeds - 1)
         shared = np.maximum(means.var(-1, ddof=1) - own, 0) / seeds
         variance = variance + shared * (t_quantile(seeds - 1) / t) ** 2
@@ -776,7 +776,8 @@ def paired(a, b, classes):
     if a.shape != b.shape:
         raise ValueError("A paired difference needs the same problems and seeds on both sides, not "
                          f"{a.shape} and {b.shape}.")
-    return t_interval(a - b, classes, alike=1.0)
+    mean, low, high = t_interval(a - b, classes, alike=1.0)
+    return mean, np.maximum(low, -1), np.minimum(high, 1)
 
 
 def pass_at_k(n, c, k):
@@ -908,9 +909,8 @@ def load_study(study_dir):
         first = first or evals[0]
         if any(evaluation[key] != first[key]
                for evaluation in evals for key in ("suite", "split", "classes")):
-            things = task_class(first).WORDS.things
-            raise ValueError(f"{run} scored other {things} than the runs before it: evaluate every "
-                             f"run on the same suite, split and number of {things}.")
+            raise ValueError(f"{run} scored other problems than the runs before it: evaluate every "
+                             "run on the same suite, split and number of problems.")
     if not study:
         raise ValueError(f"There is no evaluation in {study_dir}: train an arm first, or name a "
                          "study directory.")
@@ -1011,8 +1011,7 @@ def stages(study, score):
         if arm == "sft":
             best = {seed: best_checkpoint(study[arm][seed], score) for seed in sorted(last[arm])}
             steps = ", ".join(str(evaluation["step"]) for evaluation in best.values())
-            label = f"SFT at its best OOD (step {steps}), picked on these problems"
-            found["sft best"] = Stage(label, best)
+            found["sft best"] = Stage(f"SFT at its best OOD (step {steps}) in hindsight", best)
     return {key: stage for key, stage in found.items() if stage.evals}
 
 
@@ -1096,7 +1095,7 @@ def stage_table(title, study, score, best=None):
 
 def pair_table(title, study, score, rows=ROWS):
     """A line for each paired difference in one of the rows."""
-    said = {1: "clearly higher", -1: "clearly lower", 0: "no clear difference"}
+    said = "no clear difference", "clearly higher", "clearly lower"  # 0, 1, -1
     lines = [[f"{STAGES[a]} - {STAGES[b]}, {ROWS[row]}", percent(difference, "+"),
               said[sign_of(difference)]]
              for (a, b, row), difference in differences(study, score).items() if row in rows]
@@ -1154,7 +1153,7 @@ def failure_tables(lines, mode, most=6):
 def score_tables(study, score, measures=None):
     """The tables of a score: success by stage and its paired differences; then those of its task:
     of walks, or of pictures (so many measures)."""
-    last, stage = any_eval(study), stages(study, score)
+    last = any_eval(study)
     task = tasks.task_of(last["suite"])
     title = f"success in % [95 % interval], {len(last['classes'])} problems"
     tables = [stage_table(title, study, score),
@@ -1169,7 +1168,7 @@ def score_tables(study, score, measures=None):
     if task.pictures:
         title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
         lines = [(each.label, {"stage": each, "minus": each})
-                 for each in stage.values() if each.has("text")]
+                 for each in stages(study, score).values() if each.has("text")]
         tables.append(score_table(title, lines, [("points", {})], score=score, row="text",
                                   other_row="id"))
         tables += look_tables(study, score)[:measures]
@@ -1292,10 +1291,10 @@ def named(ends):
     """Names beside the ends of lines, [(point, name, css)], moved where they would collide."""
     # From the lowest name up: each stands at least 16 units above the one before it, and leaves
     # room for those that come after it.
-    svg, limit = [], BOTTOM
-    for left, ((x, y), name, css) in zip(range(len(ends))[::-1],
-                                         sorted(ends, key=lambda end: -end[0][1])):
-        limit = min(max(y, TOP + 16 * left), limit)
+    svg, limit, room = [], BOTTOM, TOP + 16 * len(ends)
+    for (x, y), name, css in sorted(ends, key=lambda end: -end[0][1]):
+        room -= 16
+        limit = min(max(y, room), limit)
         svg += [_stroke([(x, y), (x + 7, limit)], f"line thin {css}"),
                 _text(x + 9, limit + 4, name, css)]
         limit -= 16
@@ -1303,9 +1302,9 @@ def named(ends):
 
 
 def line_style(arm):
-    """(name in a figure, colour) of an arm, such as "sft-lr3e-05": of a grid all rates share one."""
+    """(name in a figure, colour) of an arm: of "sft-lr3e-05" the rate, and the colour of SFT."""
     css = "c0" if arm.startswith("sft") else "c1" if arm.startswith("rl") else "c2"
-    return name_of(arm).replace("-lr", " ")[:10], css
+    return name_of(arm).rpartition("-lr")[2][:9], css
 
 
 def _curves_panel(study, row, score):
@@ -1404,14 +1403,13 @@ def story(study, score=FIRST):
             f"Scores are the share of {n} held-out {words.things} that are solved "
             f"({score_name(score)}) under the rule of training (ID: {words.trained}) and under one "
             f"that only the prompt states (rule OOD: {words.other})."]
-    if open_runs := [stage.label for stage in stages(study, score).values()
-                     if "not finished" in stage.label]:
+    stage = stages(study, score)
+    if open_runs := [each.label for each in stage.values() if "not finished" in each.label]:
         told[0] = f"This is no result yet: {', '.join(open_runs)}. So far: {told[0]}"
     if len({any_of(study[arm])[-1]["args"].get("lr") for arm in ("sft", "rl")}) > 1:
         told[0] += " The arms' learning rates differ: see below."
-    start, foreign = stages(study, score)["start"], ("nats", "teacher")
-    if start.has("id", foreign) and start.has("rule", foreign):
-        nats = [start.numbers(row, foreign).mean() for row in ("id", "rule")]
+    nats = [stage["start"].interval(row, ("nats", "teacher"))[0] for row in ("id", "rule")]
+    if not math.isnan(sum(nats)):
         told.insert(1, "An answer of SFT's teacher has {:.1f} nats under the start (ID), {:.1f} "
                     "under the other rule: so foreign is it to the model.".format(*nats))
     if sft < 0:
@@ -1425,14 +1423,13 @@ def story(study, score=FIRST):
 
 def arm_table(study):
     """What each arm was given: seeds, compute, and the flags of its first seed."""
-    def spent(key, ends):
-        return si(np.mean([end.get(key, 0) for end in ends]))
-    arms = [[evals[-1] for evals in seeds.values()] for seeds in study.values()]
-    given = [{"seeds": len(ends), "compute": spent("flops", ends),
-              "compute by the paper's formula": spent("flops_paper", ends)} | ends[0]["args"]
-             for ends in arms]
-    lines = [[key, *(str(own.get(key, NONE)) for own in given)]
-             for key in dict.fromkeys(chain(*given))]
+    def given(ends):
+        spent = {title: si(np.mean([end.get(key, 0) for end in ends])) for key, title in
+                 (("flops", "compute"), ("flops_paper", "compute by the paper's formula"))}
+        return {"seeds": len(ends)} | spent | ends[0]["args"]
+    arms = [given([evals[-1] for evals in seeds.values()]) for seeds in study.values()]
+    lines = [[key, *(str(arm.get(key, NONE)) for arm in arms)]
+             for key in dict.fromkeys(chain(*arms))]
     return Table("", ["flag", *map(name_of, study)], lines)
 
 

@@ -214,7 +214,7 @@ def test_text_that_is_no_evaluation_is_named(small_dir, text):
 
 def test_other_hands_twice_the_same_run_and_bad_args_are_refused(small_dir):
     edit(small_dir / "rl/evals/000000.json", lambda e: e["classes"].reverse())
-    with pytest.raises(ValueError, match="scored other hands"):
+    with pytest.raises(ValueError, match="scored other problems"):
         report.load_study(small_dir)
     (small_dir / "rl").rename(small_dir / "sft-s0")
     with pytest.raises(ValueError, match="a second run of arm sft with seed 0"):
@@ -392,7 +392,7 @@ def test_the_report_shows_the_pictures(tmp_path):
 def test_two_models_compared():
     rows = [{"id": {mode: dict.fromkeys(tasks.GeneralPoints.SCORES, [0, 1, 1, right]) for mode in report.MODES}} for right in (0, 1)]
     table = report.compare_table([{"suite": "gp-l", "rows": r, "classes": list("abcd")} for r in rows], ["one", "two"])
-    assert "| id, greedy " in table and "50.0 " in table and "75.0 " in table and "+25.0 [" in table
+    assert "| id, greedy, whole episode " in table and "50.0 " in table and "75.0 " in table and "+25.0 [-66.9, +100.0]" in table
 
 
 # figures
@@ -437,11 +437,10 @@ def test_names_at_line_ends_do_not_collide():
 def test_a_grid_is_a_readable_figure(tmp_path):
     study = report.load_study(fake_runs.make(tmp_path, kind="grid", base=False))
     for svg in (report.svg_path(study), report.svg_curves(study)):
-        names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="name (c\d)">(sft|rl) (\S+?)( \d+)?</text>', svg)
+        names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="name (c[01])">(\d\S+?)( \d+)?</text>', svg)
         for panel in [names] if len(names) == 10 else [names[:10], names[10:]]:
-            assert len(panel) == 10 and {(arm, rate) for *_, arm, rate, _ in panel} == {
-                (arm, rate) for arm in ("sft", "rl") for rate in ("1e-05", "3e-05", "0.0001", "0.0003", "0.001")}
-            assert {(css, arm) for _, _, css, arm, *_ in panel} == {("c0", "sft"), ("c1", "rl")}
+            assert len(panel) == 10 and {(css, rate) for _, _, css, rate, _ in panel} == {
+                (css, rate) for css in ("c0", "c1") for rate in ("1e-05", "3e-05", "0.0001", "0.0003", "0.001")}
             heights = sorted(float(y) for _, y, *_ in panel)
             assert (np.diff(heights) > 15.5).all() and report.TOP < heights[0] and heights[-1] < report.BOTTOM + 5
     assert "sft-lr0.001" in report.table_text(study) and "sft-lr0.001" in report.report_html(tmp_path)

@@ -1132,7 +1132,7 @@ def test_evaluate_and_report_from_the_command_line(tiny_run, tmp_path, capsys):
     assert set(result["pass_at_k"]) == {"id", "rule", "fake"}
     E.main(["--report", str(study)])
     out = capsys.readouterr().out
-    assert "RL, end" in out and "base" in out and "paired difference" in out
+    assert "RL, end" in out and "base" in out and "Paired difference" in out
     page = (study / "report.html").read_text()
     assert "Content-Security-Policy" in page and "<script" not in page and (study / "curves.svg").is_file()
 
