@@ -2,7 +2,7 @@
 
 kind: published (SFT's OOD rises, peaks, falls; RL's stays), tie (both arms end together), reverse, single (one evaluation),
 pictures (published, in pictures: more rows at both ends, shares of cards read, a picture beside every sample),
-grid (runs of both arms named by their rates; the highest SFT rate forgets the other rule). All but single and base have nats.
+grid (runs of both arms named by their rates; the highest SFT rate forgets the other rule). Those of single and tie have no nats.
 """
 import json
 import math
@@ -76,13 +76,13 @@ def make(directory, seeds=1, attempts=1, kind="published", n=500, base=True):
         end = f"-s{seed}" if seeds > 1 else ""
         shapes, wobble = SHAPES[kind], rng.normal(0, .03, 3) if seeds > 1 else np.zeros(3)
         warm = evaluation(200, 1e12, {r: f(0) for r, f in shapes["sft"].items()}, classes, ease, rng, attempts, pictures,
-                          "no nats" if kind == "single" else True)
+                          "no nats" if kind in ("single", "tie") else True)
         put("warmup" + end, [warm], model="tiny", lr=3e-4, steps=200, seed=seed)
         for k, (arm, per_step, steps) in enumerate((("sft", 3.1e9, 1000), ("rl", 15.4e9 + 1e8 * seed, 200))):
             marks = [0] if kind == "single" else np.linspace(0, steps, 11).astype(int).tolist()
             evals = [evaluation(s, s * per_step, {r: np.clip(f(s / steps) + (s > 0) * (wobble[k] + rng.normal(0, .008)), 0, 1)
                                                   for r, f in shapes[arm].items()}, classes, ease, rng, attempts, pictures,
-                                 "no nats" if kind == "single" else s == steps) for s in marks]
+                                 "no nats" if kind in ("single", "tie") else s == steps) for s in marks]
             evals[0]["rows"] = {row: warm["rows"][row] for row in evals[0]["rows"]}
             put(arm + end, evals, model="tiny", lr=(1e-4, 5e-5)[k], steps=steps, seed=seed, **({"group": 8} if arm == "rl" else {}))
     return directory

@@ -19,7 +19,7 @@ def with_nats(directory, **values):
 
 def test_the_table_has_a_line_for_each_set(tmp_path, capsys):
     fake_runs.make(tmp_path / "a", n=60)
-    fake_runs.make(tmp_path / "b", n=60, seeds=2, kind="single")  # without nats
+    fake_runs.make(tmp_path / "b", n=60, seeds=2, kind="tie")  # without nats
     fake_runs.make(tmp_path / "b-grid", n=60)  # a grid is no set
     (tmp_path / "c").mkdir()
     for run in (tmp_path / "a").iterdir():
