@@ -1663,7 +1663,9 @@ def main(argv=None):
     if args.report:
         return write_study(args.report)
     if args.compare:  # one after the other in memory
-        results = [evaluate(*load(name, args)) for name in args.compare]
+        task = args.suite.removesuffix("-probes")
+        places = [find_model(name, task) for name in args.compare]
+        results = [evaluate(*load(place, args)) for place in places]
         print(f"{args.suite}, {args.n} {args.split} problems, scores in % [95 % interval]")
         print(compare_table(results, args.compare))
         return results
