@@ -1037,9 +1037,7 @@ def _paint(face, card, ink, layouts):
     """Paint the parts of a layout in assets/cards.json: [kind, width and height of its mask in
     shares of the card, x and y of its centre, whether it is upside down]."""
     scheme = "index" if card.scheme == "numbers" else card.scheme
-    names = f"{scheme} {card.rank}", f"{scheme} {min(card.rank, 11)}", scheme
-    parts = next(layouts[name] for name in names if name in layouts)
-    for kind, across, down, *place in parts:
+    for kind, across, down, *place in layouts.get(f"{scheme} {card.rank}", layouts[scheme]):
         across, down = across * face.width, down * face.height
         if kind == "court":
             _draw_court(face, card, ink)
@@ -1260,15 +1258,19 @@ class Navigation(Problem):
         demonstrators err once."""
         return replace(self, judged_by=self.rule, attempts=max(self.attempts, 2))
 
-    def walk(self, rng):
-        """The demonstrator that takes the right action everywhere."""
+    def walk(self, rng, turn="turn"):
+        """The demonstrator that takes the right action everywhere. turn: how it repeats the
+        instruction to turn, a key of WORDING."""
         walker, texts = self.restarted(), []
+        walker.texts = instructions(self.route, self.style, turn)
         while not walker.done:
             response, step = walker.advance()
             texts += [response, step.feedback]
         return texts[:-1]
 
-    DEMONSTRATORS = {"expert": walk}  # assets/habits.py adds some with bad habits
+    # "reworded" repeats it in the words of the rule alone: what a base that has not met it would
+    # hardly write. assets/habits.py adds some with bad habits.
+    DEMONSTRATORS = {"expert": walk, "reworded": lambda walk, rng: walk.walk(rng, walk.rule)}
 
     def scores(self, turns, forced=None):
         """The scores of every problem, and scores by position. Shares are rounded to four digits.
@@ -1331,7 +1333,7 @@ class Navigation(Problem):
 
 COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right", "back", "left")  # of what is seen, and the order of the four views
-TURN_WORDS = ("absolute", "relative")  # the rule trained in the paper, and the one that is not
+# The rule trained in the paper, and the one that is not; their words.
 TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "slightly right")}
 SLIGHT = 60  # a turn by up to so many degrees is a slight one
 
@@ -1339,7 +1341,7 @@ SLIGHT = 60  # a turn by up to so many degrees is a slight one
 def parse_turns(text: str) -> str:
     """A rule for turns, what the x of turn_direction(x) means: "absolute" or "relative". ValueError
     for other texts."""
-    if text not in TURN_WORDS:
+    if text not in TURNS:
         raise ValueError(f"{printable(text)!r} is no rule for turns: write absolute or relative.")
     return text
 
@@ -1382,17 +1384,17 @@ def observation(here: "Position", style: str) -> str:
     return words["between"].join(parts)
 
 
-def instructions(route, style):
-    """The route's instructions as a list of texts: a turn, a move to the next turn or to the
-    destination, a turn, ..."""
+def instructions(route, style, turn="turn"):
+    """The route's instructions as a list of texts: a turn (said as WORDING[style][turn]), a move to
+    the next turn or to the destination, a turn, ..."""
     words, texts = WORDING[style], []
     for here in route.rail:
         if here.crossing or here.action == "stop":
             where = "".join(words["where"].format(*landmark) for landmark in here.landmarks)
             texts.append(words["moves"][here.action].format(where=where))
         if here.action == "turn":
-            turns = {name: right_word(here, name) for name in TURN_WORDS}
-            texts.append(words["turn"].format(**turns))
+            turns = {name: right_word(here, name) for name in TURNS}
+            texts.append(words[turn].format(**turns))
     return texts
 
 
@@ -1725,7 +1727,7 @@ class City:
     def _clear_turns(self, street):
         """The Streets with a clear turn from another one, whose words fit no other street there."""
         others = [after for after in self.arms[street.b] if after.b != street.a]
-        words = [[turn_word(rule, street.heading, after.heading) for rule in TURN_WORDS]
+        words = [[turn_word(rule, street.heading, after.heading) for rule in TURNS]
                  for after in others]
         count = Counter(sum(words, []))
         return [after for after, own in zip(others, words)
@@ -1860,7 +1862,7 @@ def draw_grid(name, style, place, heading, look, tile):
     point, (roads, lines) = town.points[place], town.ground
     lines = [line for line in lines if dist(line[0], point) < reach / 2]
     away = {wall: wall.distance(point) for wall in town.walls}
-    away |= {sign: min(away[wall] for wall in walls) - 0.01 for sign, walls in town.hung}
+    away |= {sign: min(away[wall] for wall in walls) for sign, walls in town.hung}  # after them
     standing = [thing for thing in sorted(away, key=away.get, reverse=True) if away[thing] < reach]
 
     def draw_view(heading):
@@ -2095,13 +2097,12 @@ def draw_map(problem: Navigation, size: int) -> Image.Image:
         spot = pixel(spot)
         draw.circle(spot, 5, blue)
         x, y = moved((0, 0), angle, 10)  # away from the street
-        anchor = ("mb", "lm", "lm", "mt", "rm", "rm")[round(angle / 60) % 6]
+        anchor = "lm" if x > 0 else "rm"
         draw.text((spot[0] + x, spot[1] - y), name, blue, font, anchor)
     for number, spot in enumerate(route, 1):
         draw.circle(spot, 13, "white", red, 3)
         draw.text(spot, str(number), black, font, "mm")
-    draw.text((size - 30, 30), "N", black, ImageFont.load_default(28), "mm")
-    draw.polygon([(size - 30, 44), (size - 38, 64), (size - 22, 64)], black)
+    draw.text((size - 8, 8), "north is up", black, font, "ra")
     return image
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import tasks  # noqa: E402
+from model import load_model  # noqa: E402
 from conftest import standing  # noqa: E402
 import assets.habits  # noqa: E402, F401
 from assets import convert_routes, draw_emblems  # noqa: E402
@@ -369,7 +370,7 @@ def test_demonstrators_do_what_they_say(style):
                     else:
                         assert text == step.feedback
                 assert played.done and outcomes[-1] == "correct" and "illegal" not in outcomes
-                assert kind != "expert" or set(outcomes) <= {"right_action", "correct"}
+                assert kind not in ("expert", "reworded") or set(outcomes) <= {"right_action", "correct"}
                 assert kind != "retry" or outcomes.count("wrong_action") == 1
     assert {why for kind, why in slips if kind == "inattentive"} == {"word"} and slips["inattentive", "word"] > 20
     assert {why for kind, why in slips if kind == "careless"} == {"arrived", "not_there", "no_turn", "turn", "direction"}
@@ -454,7 +455,35 @@ def test_the_demonstrations_of_the_shipped_bases_stay_the_same():
     """Literal data: every walker draws for all kinds in one order, so that the bases can be made again bit for bit."""
     walk = make("virl-l", "relative", split="base", index=7, attempts=2, style="short")
     found = {kind: [json.loads(text)["action"] for text in walk.demonstrate(kind, random.Random(3))[::2]] for kind in walk.DEMONSTRATORS}
-    assert found == FROZEN
+    assert found == FROZEN | {"reworded": FROZEN["expert"]}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("task, style", [("virl-l", "short"), ("virl-vl", "short"), ("virl-l", "full")])
+def test_reworded_is_the_expert_but_for_its_words_of_a_turn(task, style, rule):
+    """A foreign teacher as data: as right as the expert, in the same frame, in tokens that the expert uses, judged as any other."""
+    tokenizer, (observed, following, action) = load_model("assets/tiny-virl-l")[1], tasks.WORDING[style]["keys"]
+    moved = ids = 0
+    for index in range(20):
+        walk = make(task, rule, split="test", index=index, style=style, tile=None if style == "short" else 128)
+        texts, own = (walk.demonstrate(kind, random.Random(0)) for kind in ("reworded", "expert"))
+        known = {token for text in (walk.prompt, *own) for token in tokenizer.encode(text)}
+        assert texts[1::2] == own[1::2] and len(texts) == len(own)  # the verifier's words
+        for here, text, expert in zip(walk.route.rail, texts[::2], own[::2]):
+            said, right = json.loads(text), json.loads(expert)
+            assert [*said] == [*right] and said | {following: 0} == right | {following: 0}
+            if here.action == "turn":
+                word, other = (turn_word(words, here.heading, here.towards) for words in (rule, *(each for each in RULES if each != rule)))
+                assert word in said[following] and other not in said[following].replace(word, "") and word in right[following] and other in right[following]
+                assert f"turn_direction({word})" == said[action]
+                moved += 1
+            else:
+                assert text == expert
+            step = walk.step(text)
+            assert (step.outcome, step.reward, step.read) == ("correct" if here.action == "stop" else "right_action", 1, 1)
+            ids += len([token for token in tokenizer.encode(text) if token not in known])
+        assert walk.done
+    assert moved >= 20 and (ids == 0 or style == "full"), (moved, ids)
 
 
 def test_short_walks_are_short_and_all_is_fast():
