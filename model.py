@@ -1623,25 +1623,25 @@ def count_parameters(model: LlamaVision) -> dict[str, int]:
     return counts
 
 
-def text_flops(config: Config, start: int, end: int, scored: int, images: int = 0) -> int:
-    """Forward FLOPs of tokens start .. end - 1 of one sequence whose first `start` are cached and
-    that sees `images`.
+class Work(NamedTuple):
+    """What a pass computes, summed over its rows and images. Padding is not counted."""
 
-    2 per weight and token of the layers, 4 E per head, query and key for the attention, and lm_head
-    on the `scored` positions whose logits are needed. Cross layers are skipped without an image;
-    lookups are free.
-    """
-    c = config.text
-    crossing = len(config.text.cross_attention_layers)
-    q = c.num_attention_heads * c.head_dim
-    kv = c.num_key_value_heads * c.head_dim
-    mlp = 3 * c.intermediate_size
+    tokens: int = 0  # of text; through the cross layers too where there is an image
+    pairs: int = 0  # a token and one that it attends to: itself or one before it
+    scored: int = 0  # positions whose logits are needed
+    images: int = 0  # whose keys and values the cross layers compute
+    encoded: int = 0  # images that go through tower and projector
+
+
+def text_work(start: int, end: int, scored: int) -> Work:
+    """Tokens start .. end - 1 of one sequence whose first `start` are cached."""
     pairs = (end * (end + 1) - start * (start + 1)) // 2
-    own = 2 * c.hidden_size * (2 * q + 2 * kv + mlp) * (end - start) + 4 * q * pairs
-    keys = images * image_tokens(config)
-    cross = (end - start) * (2 * c.hidden_size * (2 * q + mlp) + 4 * q * keys)
-    layers = (c.num_hidden_layers - crossing) * own + (crossing * cross if images else 0)
-    return layers + 2 * c.hidden_size * c.vocab_size * scored
+    return Work(end - start, pairs, scored)
+
+
+def add_work(parts: list[Work]) -> Work:
+    """The sum of the parts."""
+    return Work(*map(sum, zip(*parts)))
 
 
 def image_tokens(config: Config) -> int:
@@ -1649,22 +1649,44 @@ def image_tokens(config: Config) -> int:
     return config.vision.max_num_tiles * config.vision.tokens
 
 
-def image_flops(config: Config) -> tuple[int, int]:
-    """(tower, projector and keys and values of the cross layers): forward FLOPs of encoding one
-    image."""
-    c = config.text
-    v = config.vision
-    slots = v.max_num_tiles * (v.tokens + -v.tokens % 8)
-    weights = 4 * v.hidden_size + 2 * v.intermediate_size
-    layer = 2 * slots * v.hidden_size * weights + 4 * v.hidden_size * slots**2
-    patches = 2 * image_tokens(config) * v.hidden_size * 3 * v.patch_size**2
-    keys = len(c.cross_attention_layers) * 2 * c.num_key_value_heads * c.head_dim
-    tower = (v.num_hidden_layers + v.num_global_layers) * layer + patches
-    return tower, 2 * image_tokens(config) * c.hidden_size * (v.output_dim + keys)
+def pass_flops(model: LlamaVision, work: Work, backward=False, adapters=True) -> int:
+    """FLOPs of a pass over `work`: forward, and with `backward` the gradients of what is trained.
+    adapters: whether they are on.
 
-
-def training_flops(forward: int, frozen: bool = False, recompute: bool = False) -> int:
-    """Forward and backward together: backward costs twice the forward, once when the weights are
-    frozen (LoRA: their gradients are not needed; the adapters' own cost, about 1 %, is left out);
-    recompute adds one forward."""
-    return forward * (1 + (1 if frozen else 2) + (1 if recompute else 0))
+    A weight costs 2 a token forward; backward 2 for the gradient of the layer's input, if anything
+    before it is trained, and 2 for its own, if it is trained. So 6 in full fine-tuning, 4 in what
+    LoRA freezes, 2 in a frozen tower. Attention costs 4 per head, head size, query and key, and
+    twice that backward. A query of text has the keys up to itself, in a cross layer those of one
+    image, a query of the tower all slots. Recompute runs a layer again up to its last product,
+    which backward does not need. Norms and lookups are free.
+    """
+    c, v, decoder = model.config.text, model.config.vision, model.language_model.model
+    tower, last_part = model.vision_model, model.language_model.lm_head
+    image, slots = image_tokens(model.config), v.max_num_tiles * (v.tokens + -v.tokens % 8)
+    encoded, queries = work.encoded * slots, c.num_attention_heads * c.head_dim
+    looking = work.tokens * bool(work.images)
+    sizes = {  # of a part: its tokens, and channels x queries x keys of its attention
+        VisionLayer: (encoded, v.hidden_size * encoded * slots),
+        SelfLayer: (work.tokens, queries * work.pairs),
+        CrossLayer: (looking, queries * looking * image)}
+    flops, below = 0, False  # below: is anything before this part trained?
+    for part in (tower.patch_embedding, *tower.transformer.layers, *tower.global_transformer.layers,
+                 model.multi_modal_projector, decoder.embed_tokens, *decoder.layers, last_part):
+        others = work.scored if part is last_part else work.encoded * image
+        tokens, products = sizes.get(type(part), (others, 0))
+        below = below and part is not decoder.embed_tokens  # text does not come out of the tower
+        looks = isinstance(part, CrossLayer) and model.trains_vision
+        inside = below or looks or any(p.requires_grad for p in part.parameters())
+        again = inside and decoder.recompute and type(part) in sizes
+        flops += 4 * products * (1 + backward * (2 * inside + again))
+        linears = [(name, m) for name, m in part.named_modules()
+                   if isinstance(m, (nn.Linear, nn.Conv2d)) and (adapters or "lora" not in name)]
+        for name, linear in linears:
+            keys = name.startswith(("cross_attn.k", "cross_attn.v"))
+            deep = "o_proj" in name or "mlp" in name or "lora_B" in name
+            before = inside if deep else looks if keys else below
+            passes = before + linear.weight.requires_grad + (again and linear is not linears[-1][1])
+            rows = work.images * image if keys else tokens
+            flops += 2 * rows * linear.weight.numel() * (1 + backward * passes)
+        below = inside
+    return flops

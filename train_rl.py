@@ -23,6 +23,7 @@ N were sampled.
 import math
 import signal
 from dataclasses import dataclass
+from statistics import fmean
 
 if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -31,9 +32,9 @@ import torch
 import tasks
 from evaluate import (Parser, by_prompt, images_for, micro_batches, number, prompt_style,
                       rollout, run_main, to_batch, truncated)
-from model import Sampling, image_flops, text_flops
-from train_sft import (finish_arguments, metrics_help, or_resume, shared_arguments,
-                       start_run, update, update_flops, update_image_flops)
+from model import Sampling, add_work, pass_flops
+from train_sft import (finish_arguments, group_work, metrics_help, or_resume, shared_arguments,
+                       start_run, text_weights, update)
 
 # ---- 1. Advantages -------------------------------------------------------------------------------
 
@@ -104,8 +105,9 @@ def kl_to_reference(log_probs, ref_log_probs):
     r = p_ref / p, never negative (Schulman, "Approximating KL Divergence", 2020).
 
     Only its value is k3: its own gradient would be that of KL(reference || policy). The gradient
-    here is (log p - log p_ref) times that of log p, which is KL(policy || reference)'s in
-    expectation over tokens that the policy sampled.
+    here is (log p - log p_ref) times that of log p. In expectation over the policy's samples both
+    are exact for a token's KL, given the tokens before it. The gradient is not that of an answer's
+    KL, which also changes with the prefixes. An older policy's samples (--epochs) bias both.
     """
     log_r = ref_log_probs - log_probs.detach()
     return (log_r.exp() - 1 - log_r) - log_r * (log_probs - log_probs.detach())
@@ -115,43 +117,42 @@ def kl_to_reference(log_probs, ref_log_probs):
 
 
 def with_signal(groups, advantage, kl_coef):
-    """[(episode, its advantage)] of the episodes that add to the gradient: with an advantage, or
-    all with a KL in the loss."""
-    pairs = [pair for group, row in zip(groups, advantage.tolist()) for pair in zip(group, row)]
-    return [(episode, a) for episode, a in pairs if a or kl_coef]
+    """The episodes that add to the gradient: with an advantage, or all with a KL in the loss."""
+    pairs = zip(sum(groups, []), advantage.flatten().tolist())
+    return [episode for episode, value in pairs if value or kl_coef]
 
 
 def rl_backward(model, groups, advantage, loss, pad, reference=None):
     """Gradients of the loss on P groups of G episodes with advantages (P, G), in micro-batches.
 
     loss: LossSettings. reference: Run.reference, where the KL is measured. Episodes without
-    signal are not computed, and still count in the divisors. Returns metrics, {} when no episode
-    has signal. FloatingPointError when the loss is not finite.
+    signal are computed for that KL only, without gradient; they always count in the divisors.
+    Returns metrics, {} when nothing is computed. FloatingPointError when the loss is not finite.
     """
-    pairs = with_signal(groups, advantage, loss.kl_coef)
-    if not pairs:
-        return {}
-    advantage_of = {id(episode): value for episode, value in pairs}
-    trained = [episode for episode, _ in pairs]
-    tokens = sum(episode.response_tokens for episode in trained)
-    played = [episode for group in groups for episode in group]
-    all_tokens = sum(episode.response_tokens for episode in played)
+    played = sum(groups, [])
+    advantage_of = dict(zip(map(id, played), advantage.flatten().tolist()))
+    tokens = sum(episode.response_tokens for episode in played)
     sums = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "ratio_error": 0.0}
-    for part in micro_batches(trained, loss.micro_batch):
-        batch = to_batch(part, pad, model.device)
-        chosen, images = batch.chosen, images_for(model, part)
-        log_probs = model.log_probs(batch.ids, chosen, loss.temperature, images)  # (N,)
-        old_log_probs = batch.old_log_probs[chosen]
-        weight = token_weights(chosen, loss.estimator, len(played), all_tokens)[chosen]
-        of_row = torch.tensor([advantage_of[id(episode)] for episode in part], device=model.device)
-        of_token = of_row[:, None].expand_as(chosen)[chosen]
+    kinds = [with_signal(groups, advantage, loss.kl_coef)]
+    if reference is not None and not loss.kl_coef:
+        kinds.append(with_signal(groups, advantage == 0, 0))
+    parts = [part for kind in kinds if kind for part in micro_batches(kind, loss.micro_batch)]
+    for part in parts:
+        ids, chosen, old_log_probs = to_batch(part, pad, model.device)
+        values = [advantage_of[id(episode)] for episode in part]
+        with torch.set_grad_enabled(bool(loss.kl_coef or any(values))):
+            images = images_for(model, part)
+            log_probs = model.log_probs(ids, chosen, loss.temperature, images)  # (N,)
+        old_log_probs = old_log_probs[chosen]
+        weight = token_weights(chosen, loss.estimator, len(played), tokens)[chosen]
+        of_token = torch.tensor(values, device=model.device)[:, None].expand_as(chosen)[chosen]
         part_loss, clipped = policy_loss(log_probs, old_log_probs, of_token, weight, loss.clip_eps)
         if reference is not None:
-            ref_log_probs = reference(part, batch.ids, chosen, images, loss.temperature)
-            kl = kl_to_reference(log_probs, ref_log_probs)
+            kl = kl_to_reference(log_probs, reference(part, ids, chosen, images, loss.temperature))
             part_loss = part_loss + loss.kl_coef * (weight * kl).sum()
             sums["kl"] += kl.detach().sum().item() / tokens
-        part_loss.backward()
+        if part_loss.requires_grad:
+            part_loss.backward()
         sums["loss"] += part_loss.item()
         sums["clip_fraction"] += clipped.item() * len(log_probs) / tokens
         error = (log_probs - old_log_probs).abs().max().item()
@@ -160,7 +161,7 @@ def rl_backward(model, groups, advantage, loss, pad, reference=None):
         raise FloatingPointError("the loss is not finite")
     if reference is None:
         del sums["kl"]  # not measured is not 0
-    return sums
+    return sums if parts else {}
 
 
 # ---- 4. The loop ---------------------------------------------------------------------------------
@@ -186,11 +187,12 @@ def main(argv=None):
             returns = torch.tensor([[e.total(args.discount) for e in group] for group in groups])
             advantage = advantages(returns, args.estimator)  # (P, G), as the returns
             measured = args.kl_coef or args.kl_every and run.step % args.kl_every == 0
+            updates = []
             for _ in range(args.epochs):
                 metrics = rl_backward(model, groups, advantage, loss, tokenizer.pad,
                                       reference if measured else None)
-                metrics |= update(model, run.optimizer, run.lr(), args.max_grad_norm)
-            metrics = rollout_metrics(groups, returns, tokenizer) | metrics
+                updates.append(metrics | update(model, run.optimizer, run.lr(), args.max_grad_norm))
+            metrics = rollout_metrics(groups, returns, tokenizer, updates)
             flops = step_flops(model, groups, advantage, loss, args.epochs)
             run.finish_step(metrics, flops, groups)
     except FloatingPointError as error:
@@ -241,8 +243,8 @@ METRICS = {  # --help prints them
     "success": "share solved by any answer",
     "read": "share of what there is to see that the first answer names rightly",
     "signal": "share of groups with unequal returns",
-    "entropy": "in nats a token, estimated from the sampled ones",
-    "kl": "of the policy to the start's, in nats a token",
+    "entropy": "sum of -log p of the sampled tokens over their number, in nats",
+    "kl": "of the policy to the start's, in nats a token of any episode",
     "grad_norm": "norm of the gradient before clipping",
     "rollout_seconds": "time of the rollout",
     "update_seconds": "time of the update",
@@ -252,14 +254,20 @@ METRICS = {  # --help prints them
     "repeat": "share of second and later answers that were given before",
     "truncated": "share of answers that were cut off",
     "tokens": "sampled tokens",
-    "clip_fraction": "share of tokens that were clipped",
+    "clip_fraction": "share of the sampled tokens that were clipped",
     "ratio_error": "largest |log p of training - log p of the rollout|",
 }
 SHOWN = list(METRICS)[:10]  # on the terminal
 
 
-def rollout_metrics(groups, returns, tokenizer) -> dict:
-    """What the verifier and the texts say about a batch of groups, under their usual names."""
+def rollout_metrics(groups, returns, tokenizer, updates=({},)) -> dict:
+    """What the verifier and the texts say about a batch of groups, under their usual names, and the
+    means of the metrics of its updates.
+
+    entropy is a ratio of two sums. In large batches it tends to the entropy of an answer over its
+    mean length, which is not the mean over answers of their entropy a token; in small ones it is
+    biased, since long answers count in both sums.
+    """
     episodes = [episode for group in groups for episode in group]
     tokens = sum(episode.response_tokens for episode in episodes)
     repeats = [repeated for episode in episodes for repeated in repeated_answers(episode.turns)]
@@ -273,7 +281,7 @@ def rollout_metrics(groups, returns, tokenizer) -> dict:
         "truncated": truncated(episodes, tokenizer),
         "entropy": -sum(sum(episode.log_probs) for episode in episodes) / tokens,
         "tokens": tokens,
-    }
+    } | {name: fmean(metrics[name] for metrics in updates) for name in updates[0]}
 
 
 def repeated_answers(turns: list[dict]) -> list[bool]:
@@ -292,38 +300,22 @@ def step_flops(model, groups, advantage, loss, epochs):
 
     Every prompt and picture counts once per group, every sampled token once; then the update on the
     episodes with signal, prompts and pictures once per group here too (a group that is split over
-    micro-batches computes its own more often). Of several pictures a token counts the one that it
-    sees. The paper's formula is 6 N D for the update and 2 N (6 D) for rollouts without a cache,
-    D all tokens of the episodes, with signal or not.
+    micro-batches computes its own more often; of the last layer's queries on a prompt the backward
+    pass, which is skipped, is counted: 1 % at tiny size). A KL in the loss adds a pass of the
+    reference; one that is only measured is free, as evaluations are. The paper's formula is 6 N D
+    for the update and 2 N (6 D) for rollouts without a cache, D all tokens of the episodes, with
+    signal or not.
     """
-    config = model.config
-    trained = by_prompt([episode for episode, _ in with_signal(groups, advantage, loss.kl_coef)])
-    playing = sum(group_flops(config, group, cached=True) for group in groups)
-    playing += sum(map(pictures_of, groups)) * sum(image_flops(config))
-    forward = sum(group_flops(config, group, cached=False) for group in trained)
-    seeing = sum(map(pictures_of, trained)) * update_image_flops(model, encoded=True)
-    references = forward * epochs if loss.kl_coef else 0
-    weights = text_flops(config, 0, 1, 1) // 2
+    trained = with_signal(groups, advantage, loss.kl_coef)
+    played = add_work([group_work(group, cached=True) for group in groups])
+    learned = add_work([group_work(group, encoded=model.trains_vision)
+                        for group in by_prompt(trained)])
+    update = pass_flops(model, learned, backward=True)
+    if loss.kl_coef:
+        update += pass_flops(model, learned, adapters=False)
     tokens = sum(len(episode.ids) for group in groups for episode in group)
-    flops = playing + references + epochs * (update_flops(model, forward) + seeing)
-    return flops, (6 * epochs + 12) * weights * tokens
-
-
-def pictures_of(group):
-    """The number of pictures of a group: each episode has seen a beginning of the same list."""
-    return max(len(episode.pictures) for episode in group)
-
-
-def group_flops(config, group, cached):
-    """Forward FLOPs of the decoder on a group whose prompt is computed once. cached: sampled token
-    by token, where the prompt's last token gives the first logits of the whole group; else it
-    begins each episode's own part."""
-    prompt, image = group[0].response_mask.index(1) - (not cached), bool(group[0].pictures)
-    flops = text_flops(config, 0, prompt, int(cached), image)
-    for episode in group:
-        scored = episode.response_tokens - cached
-        flops += text_flops(config, prompt, len(episode.ids) - 1, scored, image)
-    return flops
+    flops = pass_flops(model, played) + epochs * update
+    return flops, (6 * epochs + 12) * text_weights(model) * tokens
 
 
 # ---- 7. Command line -----------------------------------------------------------------------------
@@ -342,8 +334,8 @@ def parse_args(argv=None):
     number(g, "--temperature", 1.0, 0.05, 5, "of sampling, and of the log-probs in the loss")
     number(g, "--discount", 1.0, 0, 1, "per turn, in the return of an episode")
     number(g, "--clip-eps", 0.0, 0, 10, "PPO clipping of the ratio; 0: none")
-    number(g, "--epochs", 1, 1, 100, "updates per batch of rollouts; --clip-eps does nothing to "
-           "the first")
+    number(g, "--epochs", 1, 1, 100, "updates per batch of rollouts (the log has their mean); "
+           "--clip-eps does nothing to the first")
     number(g, "--kl-coef", 0.0, 0, 1e3, "weight of KL(policy || start's policy) in the loss; "
            "without LoRA the start is loaded as a second model")
     number(g, "--kl-every", 0, 0, 1e8, "measure that KL every so many steps; 0: never. Without "

@@ -41,9 +41,9 @@ from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, defau
                       default_micro_batch, device_and_dtype, evaluate, find_model, images_for,
                       micro_batches, number, prompt_style, response_log_probs, run_main,
                       show_episode, summary, to_batch)
-from model import (PARTS, LlamaVision, Tokenizer, adapters_off, add_lora, count_parameters,
-                   image_flops, load_model, merge_lora, read_json, read_start, save_adapter,
-                   save_model, text_flops, training_flops, write_atomically, write_json, UMASK)
+from model import (PARTS, LlamaVision, Tokenizer, Work, adapters_off, add_lora, add_work,
+                   count_parameters, load_model, merge_lora, pass_flops, read_json, read_start,
+                   save_adapter, save_model, text_work, write_atomically, write_json, UMASK)
 
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
 
@@ -844,32 +844,28 @@ def round_at_random(target, value):
 
 
 def sft_flops(model, episodes):
-    """(FLOPs of one update on these episodes, the paper's 6 N D). A token counts the attention to
-    the one picture that it sees, not the attention that a mask hides."""
-    config, forward, pictures, tokens = model.config, 0, 0, 0
-    for episode in episodes:
-        length, seen = len(episode.ids), len(episode.pictures)
-        forward += text_flops(config, 0, length - 1, episode.response_tokens, bool(seen))
-        pictures, tokens = pictures + seen, tokens + length
-    weights = text_flops(config, 0, 1, 1) // 2
-    cost = update_flops(model, forward) + pictures * update_image_flops(model)
-    return cost, 6 * weights * tokens
+    """(FLOPs of one update on these episodes, the paper's 6 N D)."""
+    work = add_work([group_work([episode]) for episode in episodes])
+    tokens = sum(len(episode.ids) for episode in episodes)
+    return pass_flops(model, work, backward=True), 6 * text_weights(model) * tokens
 
 
-def update_flops(model: LlamaVision, forward: float) -> float:
-    """FLOPs of a forward and backward pass whose forward costs `forward`, for this model's adapters
-    and recompute."""
-    return training_flops(forward, has_adapters(model), model.language_model.model.recompute)
+def group_work(group: list[Episode], cached=False, encoded=True) -> Work:
+    """The Work of episodes whose prompt is computed once. cached: sampled token by token, where the
+    prompt's last token gives the first logits of the whole group; else it begins each episode's own
+    part. encoded: their pictures too."""
+    prompt = group[0].response_mask.index(1) - (not cached)
+    parts = [text_work(prompt, len(episode.ids) - 1, episode.response_tokens - cached)
+             for episode in group]
+    # Each episode has seen a beginning of the same list.
+    pictures = max(len(episode.pictures) for episode in group)
+    parts += [text_work(0, prompt, cached), Work(images=pictures, encoded=pictures * encoded)]
+    return add_work(parts)
 
 
-def update_image_flops(model: LlamaVision, encoded=False) -> float:
-    """FLOPs of one image in a training pass: the tower's forward, its backward if it is trained,
-    and the projector and the cross layers' keys and values. encoded: a rollout has encoded the
-    image, which serves here too while vision is frozen."""
-    tower, rest = image_flops(model.config)
-    if any(p.requires_grad for p in model.vision_model.parameters()):
-        return update_flops(model, tower + rest)
-    return tower * (model.trains_vision or not encoded) + update_flops(model, rest)
+def text_weights(model: LlamaVision) -> int:
+    """The paper's N: weights that a token of text meets."""
+    return pass_flops(model, text_work(0, 1, 1), adapters=False) // 2
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------

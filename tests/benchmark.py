@@ -272,6 +272,7 @@ class Limit:
         self.config, self.bandwidth, self.rate = model.config, bandwidth, rate
         self.size = model.language_model.lm_head.weight.element_size()
         self.tower = sum(p.numel() for n, p in model.vision_model.named_parameters() if "tile" not in n and "position" not in n)
+        self.text = lambda *work: M.pass_flops(model, M.text_work(*work), adapters=False)
 
     def encode(self, images):
         """The tower and its attention over four padded tiles of each image, and the projector."""
@@ -291,15 +292,15 @@ class Limit:
         c = self.config.text
         weights, image_bytes = self.cross(image)
         per_token = 2 * c.num_key_value_heads * c.head_dim * (c.num_hidden_layers - len(c.cross_attention_layers)) * self.size
-        read = (M.text_flops(self.config, 0, 1, 1) / 2 + weights) * self.size + prompts * image_bytes
+        read = (self.text(0, 1, 1) / 2 + weights) * self.size + prompts * image_bytes
         read += prompts * group * per_token * (prompt + new / 2)
-        work = prompts * group * (M.text_flops(self.config, prompt, prompt + new - 1, new - 1) / (new - 1) + 2 * weights)
-        first = prompts * (M.text_flops(self.config, 0, prompt, 1) + 2 * weights * prompt) / self.rate
+        work = prompts * group * (self.text(prompt, prompt + new - 1, new - 1) / (new - 1) + 2 * weights)
+        first = prompts * (self.text(0, prompt, 1) + 2 * weights * prompt) / self.rate
         return self.encode(prompts * image) + first + (new - 1) * max(read / self.bandwidth, work / self.rate)
 
     def train(self, rows, length, scored):
-        """One LoRA step: forward, and backward without gradients of the frozen weights."""
-        return rows * M.training_flops(M.text_flops(self.config, 0, length - 1, scored), frozen=True) / self.rate
+        """One LoRA step: forward, and backward without gradients of the frozen weights. The adapters' own cost is left out."""
+        return rows * 2 * self.text(0, length - 1, scored) / self.rate
 
 
 # ---------------------------------------------------------------- the table
@@ -337,7 +338,7 @@ def benchmark(args):
             yield row(name, "tokens/s", n * group * N, lambda side: side.generate(ids, tiles, group, N), limit.generate(n, group, P, N, image))
     ids, tiles, n = texts(64, P), pictures(s["encode"]), s["encode"]
     yield row("prefill and one token, batch 64", "prompt tokens/s", 64 * P, lambda side: side.generate(ids, None, 1, 1),
-              64 * M.text_flops(c, 0, P, 1) / rate)
+              64 * limit.text(0, P, 1) / rate)
     yield row(f"vision encode, {n} images of 4 tiles", "images/s", n, lambda side: side.encode(tiles), limit.encode(n))
 
     for side in sides:

@@ -378,10 +378,15 @@ def test_flops_against_a_count_by_hand(model):
     layer = 2 * c.hidden_size * (32 + 16 + 16 + 32 + 3 * 48)  # q, k, v, o, and three matrices of the MLP
     attention = lambda keys: 4 * 32 * keys  # q k and p v, over all heads
     one_by_one = sum(3 * (layer + attention(t + 1)) for t in range(4, 9)) + 2 * 2 * 32 * c.vocab_size
-    assert M.text_flops(model.config, 4, 9, scored=2) == one_by_one
-    whole = M.text_flops(model.config, 0, 9, 3)
-    assert whole == M.text_flops(model.config, 0, 4, 1) + M.text_flops(model.config, 4, 9, 2)
-    assert M.training_flops(10) == 30 and M.training_flops(10, frozen=True) == 20 and M.training_flops(10, recompute=True) == 40
+    cost = lambda *work, **how: M.pass_flops(model, M.text_work(*work), **how)
+    assert cost(4, 9, 2) == one_by_one
+    whole = cost(0, 9, 3)
+    assert whole == cost(0, 4, 1) + cost(4, 9, 2) == M.pass_flops(model, M.add_work([M.text_work(0, 4, 1), M.text_work(4, 9, 2)]))
+    assert cost(0, 9, 3, backward=True) == 3 * whole
+    model.recompute(True)  # of the layers up to their last product; lm_head is in none
+    assert cost(0, 9, 3, backward=True) == 4 * whole - 2 * 32 * (3 * c.vocab_size + 9 * 3 * 48)
+    model.requires_grad_(False)
+    assert cost(0, 9, 3, backward=True) == whole
 
 
 def test_flops_against_torchs_counter(model, tokenizer):
@@ -389,6 +394,6 @@ def test_flops_against_torchs_counter(model, tokenizer):
     ids = torch.tensor([ids_of(tokenizer, 9)])
     with FlopCounterMode(display=False) as counter:
         model.logits(model(ids))
-    ours = M.text_flops(model.config, 0, 9, 9)
+    ours = M.pass_flops(model, M.text_work(0, 9, 9))
     causal = 3 * 4 * 32 * 45  # torch counts attention on some devices as a whole square, on others not at all
     assert counter.get_total_flops() in (ours - causal, ours - causal + 3 * 4 * 32 * 81)

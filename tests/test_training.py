@@ -620,6 +620,71 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, estimator):
             assert torch.allclose(grad, grads[name], atol=1e-5, rtol=1e-3), name
 
 
+def shifted(model):
+    """A reference of other weights, as Run.reference is called."""
+    start = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in start.parameters():
+            p.add_(0.01)
+    return lambda part, ids, chosen, images, temperature: start.log_probs(ids, chosen, temperature).detach()
+
+
+@pytest.mark.parametrize("size", [1, 2, 12])
+def test_the_kl_is_measured_on_all_episodes_and_changes_no_gradient(model, tokenizer, size):
+    """One group of four has signal, and in it two of three episodes. The KL is the mean over every sampled token."""
+    groups, reference, advantage = random_rollout(model, tokenizer), shifted(model), torch.zeros(4, 3)
+    advantage[2] = torch.tensor([1.0, -1.0, 0.0])
+    kl = []
+    for episode in (e for group in groups for e in group):
+        ids, chosen, old = E.to_batch([episode], tokenizer.pad, "cpu")
+        with torch.no_grad():
+            kl += RL.kl_to_reference(model.log_probs(ids, chosen, 0.8), reference(None, ids, chosen, None, 0.8)).tolist()
+    results = []
+    for measure in (None, reference):
+        model.zero_grad()
+        metrics = RL.rl_backward(model, groups, advantage, loss_settings(micro_batch=size), tokenizer.pad, measure)
+        results.append((metrics, gradients(model)))
+    (without, wanted), (metrics, found) = results
+    assert metrics["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4) and "kl" not in without
+    assert metrics["loss"] == without["loss"] and wanted.keys() == found.keys()
+    assert all(torch.equal(grad, found[name]) for name, grad in wanted.items())
+
+
+def test_the_kl_is_measured_without_any_signal_too(model, tokenizer):
+    groups, reference, called = random_rollout(model, tokenizer), shifted(model), []
+    model.zero_grad()
+    noted = lambda *args: called.append(torch.is_grad_enabled()) or reference(*args)
+    model.register_forward_hook(lambda *_: called.append(torch.is_grad_enabled()))
+    metrics = RL.rl_backward(model, groups, torch.zeros(4, 3), loss_settings(), tokenizer.pad, noted)
+    assert metrics["kl"] > 0 and metrics["loss"] == 0 and len(called) == 1
+    assert SFT.update(model, torch.optim.SGD(model.parameters(), 1.0), 1.0, 1.0) == {}
+
+
+def test_tokens_without_signal_count_among_those_that_could_be_clipped(model, tokenizer):
+    groups, advantage = random_rollout(model, tokenizer), torch.zeros(4, 3)
+    advantage[0] = 1.0
+    for e in groups[0]:  # far less likely when they were sampled: all are beyond 1 + eps
+        e.log_probs = [value - 5 * mask for value, mask in zip(e.log_probs, e.response_mask)]
+    metrics = RL.rl_backward(model, groups, advantage, loss_settings(clip_eps=0.2), tokenizer.pad)
+    tokens = [sum(e.response_tokens for e in group) for group in groups]
+    assert metrics["clip_fraction"] == pytest.approx(tokens[0] / sum(tokens))
+
+
+def test_metrics_of_several_epochs_are_their_means(tiny_run, tmp_path, monkeypatch):
+    """Three epochs at a rate at which the policy moves: every metric of the updates, the KL included."""
+    noted, real, moves = [], RL.rl_backward, RL.update
+    monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: tasks.Step(float(len(text)), True, "", "illegal"))
+    monkeypatch.setattr(RL, "rl_backward", lambda *args: noted.append(real(*args)) or dict(noted[-1]))
+    monkeypatch.setattr(RL, "update", lambda *args: noted[-1].update(moves(*args)) or {k: noted[-1][k] for k in ("grad_norm", "lr", "moved")})
+    RL.main(f"--init {tiny_run} --out {tmp_path / 'run'} --steps 2 --problems 4 --group 3 --max-new-tokens 8 --evals 0 --epochs 3 "
+            "--clip-eps 0.01 --kl-every 1 --lr 1e-3 --lr-warmup 0 --device cpu".split())
+    for line, epochs in zip(lines(tmp_path / "run"), (noted[:3], noted[3:])):
+        assert len({each["kl"] for each in epochs}) == 3 and epochs[2]["ratio_error"] > 10 * epochs[0]["ratio_error"]
+        for name in ("loss", "kl", "clip_fraction", "ratio_error", "grad_norm", "lr"):
+            assert line[name] == pytest.approx(sum(each[name] for each in epochs) / 3, rel=1e-12), name
+        assert "moved" not in line
+
+
 def test_loss_by_hand_over_a_batch(model, tokenizer):
     """dr_grpo divides by the sampled tokens of the whole batch, grpo by each episode's own length."""
     groups = random_rollout(model, tokenizer)
@@ -660,26 +725,24 @@ def test_a_limit_that_no_answer_reaches_changes_nothing(tiny_run, tmp_path, monk
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("changes, forward_passes", [({}, 3), ({"lora_rank": 2}, 2), ({"recompute": True}, 4), ({"kl_coef": 0.1}, 4),
-                                                      ({"epochs": 2}, 6)])
+@pytest.mark.parametrize("changes, forward_passes", [({}, 3), ({"kl_coef": 0.1}, 4), ({"epochs": 2}, 6), ({"kl_coef": 0.1, "epochs": 2}, 8)])
 def test_rl_step_flops_by_counting_what_is_computed(model, tokenizer, changes, forward_passes, monkeypatch):
-    """Every token is computed once in the rollout, the update costs whole passes; prompts count once per group."""
+    """Every token is computed once in the rollout, the update costs whole passes; prompts count once per group. Of passes with
+    adapters or recompute: test_flops.py."""
     groups, counted = random_rollout(model, tokenizer), []
-    if "lora_rank" in changes:
-        M.add_lora(model, 2, 4.0)
-    model.recompute("recompute" in changes)
-    monkeypatch.setattr(RL, "text_flops", lambda config, start, end, scored, images=0: counted.append((start, end, scored)) or end - start)
+    monkeypatch.setattr(RL, "pass_flops", lambda model, work, backward=False, adapters=True: counted.append(work) or (
+        work.tokens * (3 if backward else 1)))
     rollout_tokens = sum(group[0].response_mask.index(1) for group in groups) + sum(
         len(e.ids) - 1 - e.response_mask.index(1) for group in groups for e in group)
     trained, advantage = groups[1], torch.zeros(4, 3)
     advantage[1] = torch.tensor([1.0, -2.0, 1.0])
     settings = loss_settings(kl_coef=changes.get("kl_coef", 0.0))
     if settings.kl_coef:  # then every episode is trained
-        monkeypatch.setattr(RL, "with_signal", lambda groups, advantage, kl_coef: [(e, 1.0) for e in trained])
+        monkeypatch.setattr(RL, "with_signal", lambda groups, advantage, kl_coef: trained)
     flops, paper = RL.step_flops(model, groups, advantage, settings, changes.get("epochs", 1))
     prompt = trained[0].response_mask.index(1) - 1  # its last token begins every episode's own part
     assert flops == rollout_tokens + forward_passes * (prompt + sum(len(e.ids) - 1 - prompt for e in trained))
-    assert sum(scored for *_, scored in counted[: len(groups) * 4]) == sum(sum(e.response_mask) for g in groups for e in g) - 2 * len(groups)
+    assert sum(sum(e.response_mask) for g in groups for e in g) - 2 * len(groups) in [work.scored for work in counted]
 
 
 # ---- the mixture, the schedule
