@@ -1029,7 +1029,7 @@ def test_training_sees_training_problems_only(tiny_run, tmp_path, monkeypatch, u
     real, seen = tasks.make, []
     monkeypatch.setattr(tasks, "make", lambda *a, **k: seen.append(k.get("split") or (a[3] if len(a) > 3 else "train")) or real(*a, **k))
     common = f"--init {tiny_run} --steps 2 --eval-n 3 --evals 1"
-    for script, flags, wanted in ((SFT, "--batch 4 --eval-split test", ["train"] * 11 + ["test"] * 9),
+    for script, flags, wanted in ((SFT, "--batch 4 --eval-split test", ["train"] * 11 + ["test"] * 15),  # 6 of them for the teacher
                                   (RL, "--problems 3 --group 2 --max-new-tokens 4", ["train"] * 8 + ["val"] * 9)):
         seen.clear()
         script.main(f"{common} {flags} --out {tmp_path / script.__name__}".split())
