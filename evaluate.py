@@ -1628,7 +1628,7 @@ def distance_table(model, tokenizer, settings):
             classes = [each.cls for each in suite_problems(model, tokenizer, settings, row)]
             lines.append([ROWS[row.name], brackets(t_interval(nats, classes)),
                           f"{nats.sum() / tokens.sum():.4f}", f"{tokens.mean():.1f}"])
-    head = ["", "nats an answer [95 % interval]", "nats a token", "tokens"]
+    head = ["", "nats a demonstration [95 % interval]", "nats a token", "tokens"]
     return markdown(Table("", head, lines))
 
 
