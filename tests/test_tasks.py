@@ -507,7 +507,7 @@ def test_suites_can_be_dealt_and_solved():
 # ---- The protocol ----------------------------------------------------------------------------------------------------
 
 def test_suites_are_found_by_name():
-    assert tasks.suite_names()[:4] == ["gp-l", "gp-l-probes", "gp-vl", "gp-vl-probes"] and len(tasks.suite_names()) == 7
+    assert tasks.suite_names()[:4] == ["gp-l", "gp-l-probes", "gp-vl", "gp-vl-probes"] and tasks.suite_names()[4:] == ["virl-l", "virl-vl"]
     for name, task in tasks.TASKS.items():
         assert tasks.task_of(name) is task and tasks.suite_rows(name) is task.suite and task.pictures == name.endswith("-vl")
         assert all(isinstance(row, tasks.Row) for row in (*task.suite, *task.probes))
@@ -527,7 +527,9 @@ def test_scores_of_an_episode():
     assert scores(turns("correct")) == {"first": 1, "episode": 1, "read": 0.1235}
     assert scores(turns("illegal", "correct")) == {"first": 0, "episode": 1, "read": 0.1235}
     assert scores(turns("illegal", "wrong_value")) == {"first": 0, "episode": 0, "read": 0.1235}
-    assert set(scores(turns("illegal"))) == set(tasks.Problem.SCORES) == set(tasks.GeneralPoints.SCORES)
+    assert set(scores(turns("illegal"))) == set(tasks.Problem.SCORES) == set(tasks.GeneralPoints.SCORES) - {"listed"}
+    hand = make("gp-l", style="short")
+    assert set(hand.scores([turns("correct")[0] | {"response": hand.expert()}])) == set(tasks.GeneralPoints.SCORES)
     walk = ["right_action", "wrong_action", "right_action", "correct"]
     assert tasks.solved(walk) and not tasks.solved(walk, 1) and tasks.solved(walk, 2) and tasks.solved(walk[2:], 1)
 
