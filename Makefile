@@ -46,21 +46,23 @@ study-vl:
 	$(MAKE) set $(VL) EVALS=3 SET=vl
 
 # Walks: two answers at each position, as in the paper.
-VIRL = TASK=virl-l EXPERT=reworded K= ATTEMPTS=2 PROBLEMS=16 FLOPS=$(FLOPS_VIRL) EVALS=$(EVALS_VIRL)
-FLOPS_VIRL ?= 4e12
+VIRL = TASK=virl-l EXPERT=reworded K= ATTEMPTS=2 PROBLEMS=16 FLOPS=$(FLOPS_VIRL) EVALS=$(EVALS_VIRL) SFT_LR=$(SFT_LR_VIRL) RL_LR=$(RL_LR_VIRL)
+FLOPS_VIRL ?= 2e12
+SFT_LR_VIRL ?= 3e-5
+RL_LR_VIRL ?= 3e-5
 EVALS_VIRL ?= 3
 STUDY_VIRL ?= runs/demo-virl
 demo-virl:
 	$(MAKE) demo $(VIRL) STUDY="$(STUDY_VIRL)"
 study-virl:
-	$(MAKE) set $(VIRL) SET=virl
+	$(MAKE) set $(VIRL) SET=virl GRID_SFT="1e-5 3e-5 1e-4" GRID_RL="1e-5 3e-5 1e-4"
 VIRL_VL = TASK=virl-vl EXPERT=reworded K= ATTEMPTS=2 PROBLEMS=16 SFT_BATCH=32 WARMUP_BATCH=32 FLOPS=$(FLOPS_VIRL_VL) EVALS=$(EVALS_VIRL_VL) N=$(N_VIRL_VL)
 FLOPS_VIRL_VL ?= 4e12
 EVALS_VIRL_VL ?= 3
 N_VIRL_VL ?= 150
 STUDY_VIRL_VL ?= runs/demo-virl-vl
 demo-virl-vl:
-	$(MAKE) demo $(VIRL_VL) STUDY="$(STUDY_VIRL_VL)"
+	$(MAKE) demo $(VIRL_VL) STUDY="$(STUDY_VIRL_VL)" RL_LR=3e-5
 study-virl-vl:
 	$(MAKE) set $(VIRL_VL) SET=virl-vl
 
