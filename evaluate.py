@@ -33,7 +33,7 @@ import torch
 
 import tasks
 from model import (Cache, ImageContext, Sampling, generate, load_model, open_image, pack_images,
-                   pad_rows, save_model, write_atomically, write_json)
+                   pad_rows, read_json, save_model, write_atomically, write_json)
 
 # ---- 1. Episodes and rollout ---------------------------------------------------------------------
 
@@ -340,46 +340,49 @@ def evaluate(model, tokenizer, settings: EvalSettings, moved=None) -> dict:
     function `moved` says of the sampled episodes, see `Run.moved`; of the rows "id" and "rule".
     """
     began, turns, truncations, samples = time.time(), {}, [], []
-    nats = {"teacher": {}, "moved": {}}
-    classes, scores, different = {}, {}, []
+    classes, scores, nats, different = {}, {}, {}, []
     for row in legible_rows(model, settings):
         problems = suite_problems(model, tokenizer, settings, row)
         different.append(len({(each.cls, each.prompt, each.expert()) for each in problems}))
         leads_on, scored = problems[0].leads_on, row.name in ("id", "rule")
         classes[row.name], scores[row.name] = [problem.cls for problem in problems], {}
         if settings.teacher and scored:
-            nats["teacher"][row.name] = teacher_nats(model, tokenizer, settings, row)[0]
+            distances, _ = teacher_nats(model, tokenizer, settings, row)
+            nats.setdefault("teacher", {})[row.name] = distances
         for mode in TEMPERATURES:
             prompts, forced = (row.rule, row.visual, mode), [None] * len(problems)
             # 1. Answers: those of the row with the same prompts, or new ones.
             if row.judged_by and prompts in turns and not leads_on:
-                answers = [judge_again(*pair) for pair in zip(problems, turns[prompts])]
+                answers = [*map(judge_again, problems, turns[prompts])]
             else:
                 episodes = play(model, tokenizer, problems, settings, mode, moved=(
                     moved if mode == "sampled" and scored else None))
                 answers = [episode.turns for episode in episodes]
                 if episodes[0].moved is not None:
-                    nats["moved"][row.name] = [episode.moved for episode in episodes]
+                    nats.setdefault("moved", {})[row.name] = [each.moved for each in episodes]
                 turns.setdefault(prompts, answers)  # "shuffled" has the prompts of "id"
                 truncations.append(truncated(episodes, tokenizer))
                 if mode == "greedy":
                     samples += [show_episode(row.name, e) for e in worth_showing(episodes)]
             # 2. The same positions after a right history, where there are several.
             if leads_on:
-                twins = play(model, tokenizer, problems, settings, mode, forced=True)
-                forced = [twin.turns for twin in twins]
+                forced = [twin.turns for twin in
+                          play(model, tokenizer, problems, settings, mode, forced=True)]
             # 3. A number for each problem and score.
             scores[row.name][mode] = as_lists(
                 [problem.scores(*played) for problem, *played in zip(problems, answers, forced)])
-    asked = {name: getattr(settings, name) for name in ("suite", "split", "n", "attempts")}
-    return asked | {
+    return {
+        "suite": settings.suite,
+        "split": settings.split,
+        "n": settings.n,
+        "attempts": settings.attempts,
         "classes": any_of(classes),
         "row_classes": classes,
         "different": max(different),  # problems; of some tasks there are not many
         "truncated": max(truncations),
         "rows": scores,
         "samples": limit_pictures(samples),
-        "nats": {kind: found for kind, found in nats.items() if found},
+        "nats": nats,
         "eval_seconds": round(time.time() - began, 2),
     }
 
@@ -458,12 +461,12 @@ def worth_showing(episodes):
 
 def show_episode(row: str, episode: Episode) -> dict:
     """An Episode as plain data for samples/ and the report, its figures as PNG in base64."""
-    figures = episode.problem.figures(episode.turns)
-    for name, figure in figures.items():
-        figures[name] = ([_png(view, small=True) for view in figure] if name == "pictures" else
-                         _png(figure, small=name == "map"))
-    return {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns,
-            "reward": episode.total()} | figures
+    shown = {"row": row, "prompt": episode.problem.prompt, "turns": episode.turns,
+             "reward": episode.total()}
+    for name, figure in episode.problem.figures(episode.turns).items():
+        shown[name] = ([_png(view, small=True) for view in figure] if name == "pictures" else
+                       _png(figure, small=name == "map"))
+    return shown
 
 
 def _png(image, small):
@@ -546,12 +549,9 @@ def pass_at_1_to_k(model, tokenizer, settings: EvalSettings, k: int) -> dict:
 
 def summary(result: dict) -> dict:
     """{"row/mode/score": share, "row/nats/teacher": mean} of an evaluation, for the metrics."""
-    lists = {f"{row}/{mode}/{score}": scores[score]
-             for row, modes in result["rows"].items() for mode, scores in modes.items()
-             for score in tasks.task_of(result["suite"]).problem.SCORES}
-    lists |= {f"{row}/nats/{kind}": values
-              for kind, rows in result["nats"].items() for row, values in rows.items()}
-    return {name: round(sum(values) / len(values), 4) for name, values in lists.items()}
+    wanted = {*task_class(result).SCORES, *NATS}
+    return {"/".join(name): round(float(values.mean()), 4)
+            for name, values in add_scores(result)["scores"].items() if name[-1] in wanted}
 
 
 # ---- 4. Runs and models --------------------------------------------------------------------------
@@ -575,18 +575,17 @@ def find_model(name: str, task: str) -> Path:
 def latest_checkpoint(run) -> Path:
     """The checkpoint directory that the run's file `latest` names; ValueError if it names none.
     Says so on stderr when the run is not finished."""
-    with open(Path(run) / "latest", "rb") as file:
+    run = Path(run)
+    with open(run / "latest", "rb") as file:
         name = file.read(100).decode("utf-8", "replace").strip()
-    if not re.fullmatch(r"step-\d{6,9}", name) or not (Path(run) / name).is_dir():
+    if not re.fullmatch(r"step-\d{6,9}", name) or not (run / name).is_dir():
         raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its "
                          "step-NNNNNN directories.")
-    args, metrics = Path(run) / "args.json", Path(run) / "metrics.jsonl"
-    if args.is_file() and metrics.is_file():
-        with suppress(ValueError, TypeError, AttributeError, IndexError):  # a damaged file
-            last = metrics.read_text("utf-8", "replace").splitlines()[-1]
-            if left := unfinished(json.loads(args.read_text("utf-8")), json.loads(last)):
-                print(clean(f"note: {run} is not finished: {left}."), file=sys.stderr)
-    return Path(run) / name
+    with suppress(OSError, ValueError, TypeError, AttributeError, IndexError):  # none, or damaged
+        *_, last = (run / "metrics.jsonl").read_text("utf-8", "replace").splitlines()
+        if left := unfinished(read_json(run / "args.json"), json.loads(last)):
+            print(clean(f"note: {run} is not finished: {left}."), file=sys.stderr)
+    return run / name
 
 
 def unfinished(args, record) -> str:
@@ -601,15 +600,13 @@ def unfinished(args, record) -> str:
 
 def device_and_dtype(device: str) -> tuple:
     """("cuda", bfloat16) or ("cpu", float32); `auto` takes the GPU when there is one."""
-    count = torch.cuda.device_count()
-    if device == "cpu" or device == "auto" and not count:
+    known = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device == "cpu" or device == "auto" and not known:
         return "cpu", torch.float32
-    device = "cuda" if device == "auto" else device
-    number = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
-    if not number or int(number[1] or 0) >= count:
+    if not known or device not in ("auto", "cuda", *known):
         raise ValueError(f"--device {device} is not there: give auto, cpu or cuda (or cuda:1 and "
-                         f"so on); torch sees {count} GPUs.")
-    return device, torch.bfloat16
+                         f"so on); torch sees {len(known)} GPUs.")
+    return device.replace("auto", "cuda"), torch.bfloat16
 
 
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
@@ -681,8 +678,7 @@ def run_main(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        allocation = isinstance(error, RuntimeError) and "allocate" in str(error)
-        if allocation or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)):
             error = ("out of memory; lower --micro-batch, --rollout-batch or --max-new-tokens, or "
                      "give --recompute. Checkpoints are as they were.")
         elif isinstance(error, RuntimeError):
@@ -705,11 +701,11 @@ def t_quantile(freedom):
     return 1.96 * np.exp(1.2 / freedom + 0.82 / freedom**2 - 0.15 / freedom**3)
 
 
-def estimate(values, classes, among=None):
+def estimate(values, classes, among=1):
     """(mean, standard error, t, classes with a weight): the interval is mean -+ t errors.
 
     values: (n,), or (..., S, n) for the same problems under S seeds. classes: n names. among:
-    weights of the same shape, whole numbers such as 0 and 1 (default: all 1). Problems of one class
+    weights of the same shape, whole numbers such as 0 and 1, or one for all. Problems of one class
     are nearly the same, so the error is how far the mean moves when a class is left out (cluster
     jackknife). Where few classes make most of it, it is known badly and t is large (Satterthwaite
     1946). Seeds that differ by more than their luck with single classes add an error of their own,
@@ -721,7 +717,7 @@ def estimate(values, classes, among=None):
                          f"{values.shape[-1]} and {len(classes)}.")
     names, member = np.unique(classes, return_inverse=True)
     belongs = np.eye(len(names))[member]  # (n, C)
-    among = np.atleast_2d(np.ones_like(values) if among is None else among)
+    among = np.broadcast_to(among, values.shape)
     sums, weights = (values * among) @ belongs, among @ belongs  # (..., S, C)
     count, every = weights.any(-2).sum(-1), weights.sum(-1, keepdims=True)
     means = (sums / every).sum(-1)  # (..., S)
@@ -742,7 +738,7 @@ def estimate(values, classes, among=None):
     return mean, np.sqrt(variance), t, count
 
 
-def interval(values, classes, among=None):
+def interval(values, classes, among=1):
     """Mean of shares 0..1 and its 95 % interval, (mean, low, high), with the arguments of
     `estimate`; NaN for the mean of nothing.
 
@@ -751,7 +747,7 @@ def interval(values, classes, among=None):
     counts as one. Simulated with 54 and 289 classes, 1 and 3 seeds (tests/test_report.py) they and
     those of `paired` hold the truth 92 to 98 times in 100, and up to 100 times where 98 % or more
     of the answers are alike in few classes."""
-    if among is not None and not np.any(among, -1).all():
+    if not np.atleast_1d(among).any(-1).all():
         return UNKNOWN
     mean, error, t, count = estimate(values, classes, among)
     spread = mean * (1 - mean)
@@ -871,9 +867,8 @@ def kinds_of_action(lists, n):
     "turn, forced": ...}, each (n,), from the marks of n walks: a word a route, a letter a position
     reached, small where the first answer was wrong. ValueError for other marks."""
     walks = {"": lists["marks"].split(), ", forced": lists["forced_marks"].split()}
-    alike = [b.lower().startswith(a.lower()) for a, b in zip(*walks.values())]
-    failed = [next((i for i, mark in enumerate(word) if mark.islower()), None)
-              for word in walks[""]]
+    alike = [forced.lower().startswith(own.lower()) for own, forced in zip(*walks.values())]
+    failed = [wrong and wrong.start() for wrong in map(re.compile("[a-z]").search, walks[""])]
     if {*map(len, walks.values()), sum(alike)} != {n} or failed != lists["failed_at"]:
         raise ValueError(f"marks are not {n} words of the same routes, or failed_at is not as they "
                          "say")
@@ -967,8 +962,8 @@ class Stage(NamedTuple):
 
     def numbers(self, row, score, seeds=None):
         """The score of each problem under each seed: (S, n)."""
-        seeds = seeds or sorted(self.evals)
-        return np.stack([self.evals[seed]["scores"][row, *score] for seed in seeds])
+        return np.stack([self.evals[seed]["scores"][row, *score]
+                         for seed in seeds or sorted(self.evals)])
 
     def interval(self, row, score, minus=None, other_row=None, among=None):
         """(mean, low, high) of a score over problems and seeds; NaN where it was not measured.
@@ -986,7 +981,7 @@ class Stage(NamedTuple):
             return paired(values, minus.numbers(other_row, score, seeds), classes)
         if score[0] == "nats":
             return t_interval(values, classes)
-        return interval(values, classes, among and self.numbers(row, among))
+        return interval(values, classes, self.numbers(row, among) if among else 1)
 
 
 def stages(study, score):
@@ -1060,8 +1055,8 @@ def sign_of(difference):
 
 def brackets(interval, form="z.2f"):
     """"63.24 [58.91, 67.40]", in a format (z: no "-0.0"). A dash for the mean of nothing."""
-    mean, low, high = (format(float(x), form) for x in interval)
-    return NONE if math.isnan(interval[0]) else f"{mean} [{low}, {high}]"
+    mean, low, high = interval
+    return NONE if math.isnan(mean) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def percent(interval, sign=""):
@@ -1111,11 +1106,11 @@ def look_tables(study, score):
     columns = [(each.label, {"stage": each}) for key, each in stage.items() if key != "sft best"]
     pair = {"stage": stage.get("rl end"), "minus": stage.get("sft end")}
     both = columns + [("RL - SFT", pair)] * all(pair.values())
-    shown = {"success": score, f"all {read}": all_read, read: (score[0], "read")}
-    return [*(score_table(f"row by row: {title} in %", lines, both, score=each)
-              for title, each in shown.items()),
-            score_table(f"row by row: success where all {read} in %", lines, columns, score=score,
-                        among=all_read)]
+    shown = [("success", both, score, None), (f"all {read}", both, all_read, None),
+             (read, both, (score[0], "read"), None),
+             (f"success where all {read}", columns, score, all_read)]
+    return [score_table(f"row by row: {title} in %", lines, of, score=each, among=among)
+            for title, of, each, among in shown]
 
 
 def step_tables(study, score):
@@ -1163,8 +1158,7 @@ def score_tables(study, score, measures=None):
     if task.problem.leads_on:
         return tables + step_tables(study, score)
     if listed := task.problem.SCORES.get("listed"):
-        tables.append(stage_table(f"{listed}, in %", study, (score[0], "listed"),
-                                  score))
+        tables.append(stage_table(f"{listed}, in %", study, (score[0], "listed"), score))
     if task.pictures:
         title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
         lines = [(each.label, {"stage": each, "minus": each})
@@ -1186,13 +1180,18 @@ def markdown(table):
 def table_text(study):
     """The closing tables in markdown. The first score has the tables of its task too; the report
     has those of the others, and more of reading."""
-    parts = []
+    shown = []
     for score in reported(study):
-        tables = score_tables(study, score, measures=2)[: 2 if parts else None]
-        for i, table in enumerate(table for table in tables if table.lines):
-            title = table.title if i else f"{score_name(score)}: {table.title}"
-            parts += [title[0].upper() + title[1:], markdown(table)]
-    return "\n\n".join(parts) + "\n"
+        first, *tables = score_tables(study, score, measures=2)[: 2 if shown else None]
+        first = first._replace(title=f"{score_name(score)}: {first.title}")
+        shown += [table for table in (first, *tables) if table.lines]
+    return text_of(shown) + "\n"
+
+
+def text_of(tables):
+    """Tables below their titles, as markdown."""
+    return "\n\n".join(f"{table.title[:1].upper()}{table.title[1:]}\n\n{markdown(table)}".lstrip()
+                       for table in tables)
 
 
 def result_table(result):
@@ -1202,10 +1201,11 @@ def result_table(result):
     columns = [(score_name(score), {"score": score}) for score in product(MODES, PARTS)]
     columns += [(f"greedy, {title}", {"score": ("greedy", part)})
                 for part, title in problem.SCORES.items() if part not in PARTS]
-    parts = [markdown(score_table("", lines, columns))]
-    for table in failure_tables(lines, "greedy") if problem.leads_on else ():
-        parts += [f"{table.title.capitalize()}, greedy", markdown(table)]
-    return "\n\n".join(parts)
+    tables = [score_table("", lines, columns)]
+    if problem.leads_on:
+        tables += [table._replace(title=f"{table.title}, greedy")
+                   for table in failure_tables(lines, "greedy")]
+    return text_of(tables)
 
 
 def compare_table(results, names):
@@ -1239,23 +1239,17 @@ def curve(seeds, row, score):
     Seeds differ a little in FLOPs per step, so they are averaged at equal shares of their own
     FLOPs: their ends meet.
     """
-    flops = [np.array([evaluation["flops"] for evaluation in evals]) for evals in seeds.values()]
-    shares, along = flops[0] / (flops[0][-1] or 1), []
-    for spent, evals in zip(flops, seeds.values()):
-        problems = np.stack([evaluation["scores"][row, *score] for evaluation in evals], 1)
-        along.append([np.interp(shares * spent[-1], spent, problem) for problem in problems])
-    classes = any_of(seeds)[0]["classes"]
-    # along is (S, n, P): each of the P points has an interval of its own
-    rates = interval(np.moveaxis(along, 2, 0), classes)
-    return np.column_stack([shares * np.mean([spent[-1] for spent in flops]), *rates])
+    runs = [np.array([[each["flops"], *each["scores"][row, *score]] for each in evals]).T
+            for evals in seeds.values()]  # (1 + n, evaluations)
+    shares = runs[0][0] / (runs[0][0, -1] or 1)
+    flops, *values = np.moveaxis([[np.interp(shares * run[0, -1], run[0], line) for line in run]
+                                  for run in runs], 0, 1)  # (S, P) each
+    rates = interval(np.transpose(values), any_of(seeds)[0]["classes"])  # of (P, S, n)
+    return np.column_stack([flops.mean(0), *rates])
 
 
 def _stroke(points, css):
     return f'<path class="{css}" d="M{"L".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>'
-
-
-def _text(x, y, text, css=""):
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}">{esc(text)}</text>'
 
 
 def on_panel(points, top=1):
@@ -1268,12 +1262,15 @@ def panel(title, x_name, ticks, lines, top=1):
 
     lines: [(name, css, points), ...], points (P, 2) or, with the edges of a band, (P, 4). A line
     with a name has it at its end, and a dot for each point."""
-    svg = [_text(LEFT, 18, title, "head"),
-           _text((LEFT + RIGHT) / 2, HEIGHT - 12, x_name, "mid muted")]
-    svg += [_text(on_panel([x, 0], top)[0], BOTTOM + 18, label, "mid muted") for x, label in ticks]
+    svg = [f'<text x="44.0" y="18.0" class="head">{esc(title)}</text>'
+           f'<text x="198.0" y="318.0" class="mid muted">{esc(x_name)}</text>']
+    for x, label in ticks:
+        at, _ = on_panel([x, 0], top)
+        svg.append(f'<text x="{at:.1f}" y="296.0" class="mid muted">{esc(label)}</text>')
     for share, label in PERCENTS:
-        grid = on_panel([[0, share], [1, share]])
-        svg += [_stroke(grid, "grid"), _text(LEFT - 6, grid[0, 1] + 4, label, "end muted")]
+        left, right = on_panel([[0, share], [1, share]])
+        svg += [_stroke([left, right], "grid"),
+                f'<text x="38.0" y="{left[1] + 4:.1f}" class="end muted">{label}</text>']
     ends = []
     for name, css, points in lines:
         line = on_panel(points[:, :2], top)
@@ -1296,7 +1293,7 @@ def named(ends):
         room -= 16
         limit = min(max(y, room), limit)
         svg += [_stroke([(x, y), (x + 7, limit)], f"line thin {css}"),
-                _text(x + 9, limit + 4, name, css)]
+                f'<text x="{x + 9:.1f}" y="{limit + 4:.1f}" class="{css}">{esc(name)}</text>']
         limit -= 16
     return svg
 
@@ -1317,9 +1314,8 @@ def _curves_panel(study, row, score):
     for arm, points in curves.items():
         name, css = line_style(arm)
         lines.append((f"{name} {100 * points[-1, 1]:.0f}", css, points))
-        for evals in study[arm].values():
-            means = [(e["flops"], e["scores"][row, *score].mean()) for e in evals]
-            lines.append(("", f"thin {css}", np.array(means)))
+        for seed in study[arm].items():
+            lines.append(("", f"thin {css}", curve(dict([seed]), row, score)[:, :2]))
     ticks = [(0, "start"), (top / 2, si(top / 2)), (top, si(top))]
     return panel(f"{ROWS[row]}: success", "training compute, counted from the start", ticks, lines,
                  top)
@@ -1423,11 +1419,12 @@ def story(study, score=FIRST):
 
 def arm_table(study):
     """What each arm was given: seeds, compute, and the flags of its first seed."""
-    def given(ends):
-        spent = {title: si(np.mean([end.get(key, 0) for end in ends])) for key, title in
-                 (("flops", "compute"), ("flops_paper", "compute by the paper's formula"))}
-        return {"seeds": len(ends)} | spent | ends[0]["args"]
-    arms = [given([evals[-1] for evals in seeds.values()]) for seeds in study.values()]
+    arms = []
+    for seeds in study.values():
+        ends = [evals[-1] for evals in seeds.values()]
+        paper = np.mean([end.get("flops_paper", 0) for end in ends])
+        arms.append({"seeds": len(ends), "compute": si(np.mean([end["flops"] for end in ends])),
+                     "compute by the paper's formula": si(paper)} | ends[0]["args"])
     lines = [[key, *(str(arm.get(key, NONE)) for arm in arms)]
              for key in dict.fromkeys(chain(*arms))]
     return Table("", ["flag", *map(name_of, study)], lines)
@@ -1556,10 +1553,6 @@ def parse_args(argv=None):
     if sum(map(bool, (args.model, args.report, args.compare))) != 1:
         raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
                          "a study directory.")
-    held = args.or_resume and Path(args.out or "", EVALUATION).is_file()
-    taken = ("args.json", "evals/000000.json")
-    if args.out and not held and any(Path(args.out, name).exists() for name in taken):
-        raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     known = tasks.task_of(args.suite).problem.DEMONSTRATORS
     if args.distance and args.distance not in known:
         raise ValueError(f"--distance {args.distance}: choose from {', '.join(known)}.")
@@ -1582,11 +1575,13 @@ EVALUATION = "evals/000000.json"
 
 
 def evaluated(args):
-    """The evaluation that --out holds, None without one. ValueError that names the settings in
-    which it differs from the flags: its scores must not pass for new ones."""
-    path = Path(args.out or ".") / EVALUATION
-    if not args.out or not path.is_file():
+    """The evaluation that --out holds, for --or-resume; None without one. ValueError where it holds
+    another one, whose scores must not pass for new ones, or a run."""
+    path = Path(args.out, EVALUATION)
+    if not path.exists() and not Path(args.out, "args.json").exists():
         return None
+    if not (args.or_resume and path.is_file()):
+        raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
     kept = _read(path, dict)
     differ = [f"{name} {kept.get(name)}, not {getattr(args, name)}"
               for name in ("model", "suite", "n", "attempts", "split", "k")
@@ -1615,27 +1610,27 @@ def load(name, args):
     model, tokenizer = load_model(directory, dtype, device)
     max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
     return model, tokenizer, EvalSettings(args.suite, args.n, args.attempts, args.split,
-                                          max_new_tokens, args.rollout_batch)
+                                          max_new_tokens, args.rollout_batch, None, args.distance)
 
 
 def distance_table(model, tokenizer, settings):
     """How foreign the answers of the demonstrator settings.teacher are to a model, under both
     rules, as markdown."""
     lines = []
-    for row in tasks.suite_rows(settings.suite):
-        if row.name in ("id", "rule"):
-            nats, tokens = map(np.array, teacher_nats(model, tokenizer, settings, row))
-            classes = [each.cls for each in suite_problems(model, tokenizer, settings, row)]
-            lines.append([ROWS[row.name], brackets(t_interval(nats, classes)),
-                          f"{nats.sum() / tokens.sum():.4f}", f"{tokens.mean():.1f}"])
+    for row in legible_rows(model, replace(settings, rows=("id", "rule"))):
+        nats, tokens = map(np.array, teacher_nats(model, tokenizer, settings, row))
+        classes = [each.cls for each in suite_problems(model, tokenizer, settings, row)]
+        lines.append([ROWS[row.name], brackets(t_interval(nats, classes)),
+                      f"{nats.sum() / tokens.sum():.4f}", f"{tokens.mean():.1f}"])
     head = ["", "nats a demonstration [95 % interval]", "nats a token", "tokens"]
     return markdown(Table("", head, lines))
 
 
 def report_result(model, tokenizer, settings, args):
     """Evaluate a model, print its tables, and write the evaluation where --out says. -> it"""
+    path = Path(args.out or "", EVALUATION)
     if args.out:  # before the work, in case that it cannot be written
-        (path := Path(args.out, "evals")).mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     result = evaluate(model, tokenizer, settings)
     print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems "
           f"({result['different']:,} different ones in {len(set(result['classes'])):,} classes), "
@@ -1653,7 +1648,7 @@ def report_result(model, tokenizer, settings, args):
         print("\n" + markdown(Table("", head, lines)))
     if args.out:
         result |= {"model": args.model, "k": args.k}
-        write_json(path / "000000.json", result | {"step": 0, "flops": 0, "seconds": 0.0})
+        write_json(path, result | {"step": 0, "flops": 0, "seconds": 0.0})
     return result
 
 
@@ -1663,29 +1658,25 @@ def main(argv=None):
     if args.report:
         return write_study(args.report)
     if args.compare:  # one after the other in memory
-        task = args.suite.removesuffix("-probes")
-        places = [find_model(name, task) for name in args.compare]
-        results = [evaluate(*load(place, args)) for place in places]
+        results = [evaluate(*load(name, args)) for name in args.compare]
         print(f"{args.suite}, {args.n} {args.split} problems, scores in % [95 % interval]")
         print(compare_table(results, args.compare))
         return results
-    if args.or_resume and (kept := evaluated(args)):
+    if args.out and (kept := evaluated(args)):
         return kept
     model, tokenizer, settings = load(args.model, args)
     if args.distance:
         print(f"{clean(args.model)}: -log p of the answers of {args.distance}, {args.n} "
-              f"{args.split} problems")
-        print(distance_table(model, tokenizer, replace(settings, teacher=args.distance)))
-        return {}
-    if not (args.export or args.ask):
-        return report_result(model, tokenizer, settings, args)
-    if args.export:
+              f"{args.split} problems\n{distance_table(model, tokenizer, settings)}")
+    elif args.export:
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")
-    else:
+    elif args.ask:
         greedy = Sampling(settings.max_new_tokens, temperature=0.0)
         ((episode,),) = rollout(model, tokenizer, [Question(args.ask, args.image)], 1, greedy)
         print(clean(episode.turns[0]["response"]))
+    else:
+        return report_result(model, tokenizer, settings, args)
     return {}
 
 
