@@ -963,10 +963,13 @@ class VisionAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             Linear(c.hidden_size, c.hidden_size) for _ in range(4))
 
-    def forward(self, x, mask):
+    def forward(self, x, real):
+        """x (I, S, C), the first `real` tokens of each image real: these attend to all, the others
+        to them. Two calls without a mask, which would keep torch from its fastest kernel."""
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(q[:, :, :real], k, v)
+        others = F.scaled_dot_product_attention(q[:, :, real:], k[:, :, :real], v[:, :, :real])
+        return self.o_proj(torch.cat([out, others], 2).transpose(1, 2).flatten(2))
 
 
 class VisionMLP(nn.Module):
@@ -995,8 +998,8 @@ class VisionLayer(nn.Module):
             self.gate_ffn = nn.Parameter(torch.zeros(1))
         self.gated = gated
 
-    def forward(self, x, mask):
-        a = self.self_attn(self.input_layernorm(x), mask)
+    def forward(self, x, real):
+        a = self.self_attn(self.input_layernorm(x), real)
         x = x + (self.gate_attn.tanh() * a if self.gated else a)
         m = self.mlp(self.post_attention_layernorm(x))
         return x + (self.gate_ffn.tanh() * m if self.gated else m)
@@ -1064,33 +1067,38 @@ class VisionTower(nn.Module):
         return self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))
 
     def forward(self, tiles, ratio_ids, tile_mask):
-        """tiles (I, M, 3, L, L); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real ->
-        (I, M, P, output_dim).
+        """tiles (I, M, 3, L, L); ratio_ids (I,) 0 = no image, 1..8; tile_mask (I, M) 1 = real, real
+        ones first -> (I, M, P, output_dim). Images with as many real tiles go side by side."""
+        count = tile_mask.sum(1)
+        groups = {n: (count == n).nonzero()[:, 0] for n in count.unique().tolist()}
+        if len(groups) == 1:
+            return self.encode(tiles, ratio_ids, *groups)
+        parts = [self.encode(tiles[of], ratio_ids[of], n) for n, of in groups.items()]
+        return torch.cat(parts)[torch.cat([*groups.values()]).argsort()]
 
-        Tokens are padded to a multiple of 8 per tile, and only padding to padding is forbidden:
+    def encode(self, tiles, ratio_ids, real):
+        """The same for images whose first `real` tiles are real.
+
+        Every tile is padded to a multiple of 8 tokens, and only padding to padding is forbidden:
         real tokens do attend to padding and to empty tiles. That is what the checkpoint was trained
-        with; "fixing" it changes the features.
+        with; "fixing" it changes the features. The order here is all patches, then all padding, so
+        that real tokens come first.
         """
-        M = tiles.shape[1]
-        P = self.config.tokens
-        x = F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8))
-        slots = x.shape[2]
-        patch = torch.arange(slots, device=x.device) < P
-        real = (tile_mask.bool()[:, :, None] & patch).flatten(1)  # (I, M * slots)
-        mask = (real[:, :, None] | real[:, None, :])[:, None]  # (I, 1, M * slots, M * slots)
-        x = x.flatten(1, 2)
+        M, P = tiles.shape[1], self.config.tokens
+        x = F.pad(self.embed(tiles, ratio_ids).flatten(1, 2), (0, 0, 0, M * (-P % 8)))
         tapped = {-1: x}  # only these: all 40 states of the 11B would be 0.7 GB an image
         for i, layer in enumerate(self.transformer.layers):
-            x = run_layer(self, layer, x, mask)
+            x = run_layer(self, layer, x, real * P)
             if i in self.taps:
                 tapped[i] = x
-        x = self.layernorm_post(x).unflatten(1, (M, slots))
-        x = self.post_tile_positional_embedding(x, ratio_ids).flatten(1, 2)
+        x = torch.cat([
+            self.post_tile_positional_embedding(part.unflatten(1, (M, -1)), ratio_ids).flatten(1, 2)
+            for part in self.layernorm_post(x).split(M * P, 1)], 1)
         for layer in self.global_transformer.layers:
-            x = run_layer(self, layer, x, mask)
+            x = run_layer(self, layer, x, real * P)
         # The tap index runs fastest: feature c * taps + j, not blocks of C.
-        out = torch.cat([x, torch.stack([tapped[i] for i in self.taps], -1).flatten(2)], -1)
-        return out.unflatten(1, (M, slots))[:, :, :P]
+        taps = torch.stack([tapped[i] for i in self.taps], -1).flatten(2)
+        return torch.cat([x, taps], -1)[:, : M * P].unflatten(1, (M, P))
 
 
 # ---- 9. Pictures ---------------------------------------------------------------------------------

@@ -200,6 +200,52 @@ def test_bf16_rounds_no_more_than_transformers():
 
 
 @pytest.mark.parametrize("name", CASES)
+def tower_with_a_mask(tower, tiles, ratio_ids, tile_mask):
+    """The tower as Meta writes it: padding behind every tile, and a dense mask that forbids padding to attend to padding."""
+    c, I, M = tower.config, *tile_mask.shape
+    pad = -c.tokens % 8
+    x = torch.nn.functional.pad(tower.embed(tiles, ratio_ids), (0, 0, 0, pad))
+    real = (tile_mask[..., None].bool() & (torch.arange(c.tokens + pad) < c.tokens)).flatten(1)
+    mask = (real[:, :, None] | real[:, None, :])[:, None]
+
+    def run(layer, x):
+        def attention(h):
+            q, k, v = (p(h).unflatten(-1, (c.attention_heads, -1)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+            scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, torch.finfo(x.dtype).min)
+            return a.o_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        a, gates = layer.self_attn, (layer.gate_attn.tanh(), layer.gate_ffn.tanh()) if layer.gated else (1, 1)
+        x = x + gates[0] * attention(layer.input_layernorm(x))
+        return x + gates[1] * layer.mlp(layer.post_attention_layernorm(x))
+
+    states = [x.flatten(1, 2)]
+    for layer in tower.transformer.layers:
+        states.append(run(layer, states[-1]))
+    x = tower.post_tile_positional_embedding(tower.layernorm_post(states[-1]).unflatten(1, (M, -1)), ratio_ids).flatten(1, 2)
+    for layer in tower.global_transformer.layers:
+        x = run(layer, x)
+    taps = torch.stack([states[i + 1] for i in tower.taps], -1).flatten(2)
+    return torch.cat([x, taps], -1).unflatten(1, (M, -1))[:, :, : c.tokens]
+
+
+@pytest.mark.parametrize("image_size", [28, 70, 98])  # 4 + 1, 25 + 1 and 49 + 1 tokens a tile
+@pytest.mark.parametrize("counts", [[1], [4, 4], [3, 1, 4, 2, 3]])
+def test_the_tower_without_a_mask_equals_the_one_with_it(image_size, counts):
+    config = M.Config(CASES["plain"][0].text, M.VisionConfig(32, 2, 64, 3, 2, 14, image_size, 4, (1, 2)))
+    with torch.device("meta"):
+        tower = M.VisionTower(config)
+    tower.load_state_dict(fx.random_weights({k: tuple(v.shape) for k, v in tower.state_dict().items()}, 3), assign=True)
+    tower.double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        tiles = torch.randn(len(counts), 4, 3, image_size, image_size, generator=generator).double()
+        tile_mask = torch.arange(4) < torch.tensor(counts)[:, None]
+        ratio_ids = torch.tensor([0, 1, 2, 3, 4])[counts]
+        want = tower_with_a_mask(tower, tiles, ratio_ids, tile_mask)
+        assert error(tower(tiles, ratio_ids, tile_mask), want) < 1e-12  # the same sums in another order
+        if min(counts) < 4:
+            assert error(tower(tiles, ratio_ids, torch.ones_like(tile_mask)), want) > 1e-4
+
+
 def test_no_query_is_without_keys(name):
     """An empty row of the mask is -inf everywhere, and NaN on some devices."""
     ids, _, _, _, _, context = run(build(name), name)
@@ -471,10 +517,10 @@ MUTATIONS = {
     "taps off by one": (forward("grouped"), [('i - (config.vision_taps == "input")', "i")]),
     "taps in blocks": (forward("grouped"), [("torch.stack([tapped[i] for i in self.taps], -1).flatten(2)", "torch.cat([tapped[i] for i in self.taps], -1)")]),
     "width before height": (pictures, [("RATIOS = [(rows, cols) for rows", "RATIOS = [(cols, rows) for rows")]),
-    "padded keys masked": (forward("plain"), [("(real[:, :, None] | real[:, None, :])", "real[:, None, :].expand(-1, real.shape[1], -1)")]),
+    "padded keys masked": (forward("plain"), [("attention(q[:, :, :real], k, v)", "attention(q[:, :, :real], k[:, :, :real], v[:, :, :real])")]),
     "norm after padding": (forward("plain"), [
         ("self.layernorm_pre(self.gated_positional_embedding(x, ratio_ids))", "self.gated_positional_embedding(x, ratio_ids)"),
-        ("F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8))", "self.layernorm_pre(F.pad(self.embed(tiles, ratio_ids), (0, 0, 0, -P % 8)))")]),
+        ("F.pad(self.embed(tiles, ratio_ids).flatten(1, 2), (0, 0, 0, M * (-P % 8)))", "self.layernorm_pre(F.pad(self.embed(tiles, ratio_ids).flatten(1, 2), (0, 0, 0, M * (-P % 8))))")]),
     "k_norm dropped": (forward("grouped"), [("self.k_norm(split_heads(self.k_proj(features), self.kv_heads))", "split_heads(self.k_proj(features), self.kv_heads)")]),
     "q_norm dropped": (forward("grouped"), [("q = self.q_norm(split_heads(self.q_proj(x), self.heads))", "q = split_heads(self.q_proj(x), self.heads)")]),
     "RoPE in cross layers": (forward("grouped"), [("q = self.q_norm(split_heads(self.q_proj(x), self.heads))", "q = " + ROTATED)]),
