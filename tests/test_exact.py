@@ -199,7 +199,6 @@ def test_bf16_rounds_no_more_than_transformers():
     assert ours.square().mean().sqrt() <= 1.5 * theirs.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("name", CASES)
 def tower_with_a_mask(tower, tiles, ratio_ids, tile_mask):
     """The tower as Meta writes it: padding behind every tile, and a dense mask that forbids padding to attend to padding."""
     c, I, M = tower.config, *tile_mask.shape
@@ -246,6 +245,7 @@ def test_the_tower_without_a_mask_equals_the_one_with_it(image_size, counts):
             assert error(tower(tiles, ratio_ids, torch.ones_like(tile_mask)), want) > 1e-4
 
 
+@pytest.mark.parametrize("name", CASES)
 def test_no_query_is_without_keys(name):
     """An empty row of the mask is -inf everywhere, and NaN on some devices."""
     ids, _, _, _, _, context = run(build(name), name)
