@@ -237,7 +237,7 @@ def test_tower_shapes(size):
         model = M.LlamaVision(M.SIZES[size])
         v = M.SIZES[size].vision
         tiles = torch.zeros(2, 4, 3, v.image_size, v.image_size)
-        out = model.vision_model(tiles, torch.zeros(2, dtype=torch.long), torch.ones(2, 4))
+        out = model.vision_model.encode(tiles, torch.zeros(2, dtype=torch.long), 3)  # real tiles are counted, which meta cannot
         assert out.shape == (2, 4, v.tokens, v.output_dim)
         assert model.multi_modal_projector(out).shape[-1] == M.SIZES[size].text.hidden_size
 
