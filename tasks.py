@@ -32,12 +32,12 @@ import signal
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from itertools import accumulate, combinations, pairwise, product, zip_longest
+from itertools import accumulate, combinations, islice, pairwise, product, zip_longest
 from math import atan2, ceil, cos, degrees, dist, gcd, hypot, pi, radians, sin, tan
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
@@ -60,6 +60,8 @@ CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8")))
 SPLITS = ("base", "train", "val", "test")  # "base" stands in for pretraining
 STYLES = ("full", "short")  # of prompts and feedback: for an instruct model; of few tokens
 TASKS: dict[str, "Task"] = {}  # the table of section 18
+RIGHT = ("right_action", "correct")  # outcomes
+LAST_ATTEMPT, MISREAD = -1, -1.5  # in addition: no attempt is left; a picture is not read rightly
 
 
 class Step(NamedTuple):
@@ -91,7 +93,6 @@ class Words(NamedTuple):
     trained: str = "the trained one"
     other: str = "another"
     alike: str = "problems of the same kind"
-    read: str = "All is read in {} of the problems"
 
 
 class Problem:
@@ -107,6 +108,7 @@ class Problem:
     image = None        # the picture of the open question (PIL), None in text
     done = False        # whether the episode is over
     position = 0        # the number of the open question
+    attempt = 0         # the answers to it so far, of `attempts`
     leads_on = False    # whether a right answer leads to another question: Navigation.advance
     asks = ""           # the key of an answer that a person may give without JSON around it
     DEMONSTRATORS = {"expert": lambda problem, rng: [problem.expert()]}
@@ -116,9 +118,19 @@ class Problem:
     def demonstrate(self, kind: str, rng: random.Random) -> list[str]:
         """[response, feedback, response, ...] of a demonstrator. ValueError for an unknown kind."""
         if kind not in self.DEMONSTRATORS:
-            known = ", ".join(self.DEMONSTRATORS)
-            raise ValueError(f"{kind!r} is no demonstrator: choose one of {known}.")
+            raise ValueError(f"{kind!r} is no demonstrator: choose one of "
+                             f"{', '.join(self.DEMONSTRATORS)}.")
         return self.DEMONSTRATORS[kind](self, rng)
+
+    def settle(self, outcome: str, reward: float, misread: bool) -> float:
+        """Count an answer, see whether the episode is over, and return the whole reward: that of
+        the outcome, LAST_ATTEMPT where no attempt is left, MISREAD for a picture misread."""
+        if self.done:
+            raise RuntimeError("This episode is over: make the problem anew.")
+        self.attempt += 1
+        failed = outcome not in RIGHT and self.attempt == self.attempts
+        self.done = failed or outcome == "correct"
+        return float(reward + LAST_ATTEMPT * failed + MISREAD * misread)
 
     def scores(self, turns: list[dict], forced: list[dict] | None = None) -> dict:
         """The value (0 to 1) of every name in SCORES. forced: the turns under teacher forcing."""
@@ -170,7 +182,7 @@ def make(name: str, rule: str | None = None, visual: str | None = None, split: s
 
 # ---- 2. Cards and rules --------------------------------------------------------------------------
 
-RANKS = CARDS["ranks"]["index"]  # A, 2 to 10, J, Q, K
+RANK_TEXTS = CARDS["ranks"]  # {a Look's scheme: the texts of the ranks}; "index": A, 2, ... Q, K
 DECK = tuple((rank, suit) for suit in "SHDC" for rank in range(1, 14))  # a card: (rank 1..13, suit)
 ID_RULE, OOD_RULE = "10", "11,12,13"  # the trained rule and the other one
 TARGETS, TRIES = (10, 40), 10_000  # lowest and highest target drawn; deals of a hand
@@ -206,7 +218,7 @@ def values(hand, rule: Rule) -> tuple[int, ...]:
 
 def rank_names(hand) -> list[str]:
     """The ranks of a hand as people write them, such as ["K", "7", "2", "A"]."""
-    return [RANKS[rank - 1] for rank, _ in hand]
+    return [RANK_TEXTS["index"][rank - 1] for rank, _ in hand]
 
 
 # ---- 3. Splits and deals -------------------------------------------------------------------------
@@ -259,8 +271,6 @@ def deal(rule: Rule, split: str, index: int, suits: int = 4) -> tuple[tuple, Rul
 # exact rationals, a split by class, one outcome per answer, true feedback, no text is evaluated.
 
 REWARD = {"correct": 5, "wrong_value": -1, "wrong_numbers": -2, "illegal": -3}
-LAST_ATTEMPT = -1  # in addition, where the last attempt fails too
-MISREAD = -1.5     # in addition, where the answer lists the cards of a picture wrongly
 
 
 class Illegal(ValueError):
@@ -310,9 +320,8 @@ def write_prompt(hand, rule: Rule, style: str, look=None) -> str:
     return words["prompt"].format(cards=cards, faces=faces, target=rule.target, order=order)
 
 
-def largest_first(numbers) -> list[int]:
-    """The style of the demonstrator "sorted"; in all else its answers are the expert's."""
-    return sorted(numbers, reverse=True)
+# The style of the demonstrator "sorted"; in all else its answers are the expert's.
+largest_first = partial(sorted, reverse=True)
 
 
 @dataclass(eq=False)
@@ -326,14 +335,13 @@ class GeneralPoints(Problem):
     look: "Look | None" = None  # of the picture, None in text
     tile: int = 32              # pixels
     stream: str = ""            # names the random numbers of the picture
-    attempt = 0                 # answers judged so far
     asks = "formula"
     DEMONSTRATORS = Problem.DEMONSTRATORS | {
         "careful": lambda problem, rng: [problem.expert(rng)],
         "sorted": lambda problem, rng: [problem.expert(order=largest_first)]}
     SCORES = Problem.SCORES | {"read": "cards read", "listed": "numbers listed rightly"}
     WORDS = Words("hands", "J = Q = K = 10", "J, Q, K = 11, 12, 13",
-                  "problems with the same numbers", "All cards are read in {} of the hands")
+                  "problems with the same numbers")
 
     def __post_init__(self):
         self.numbers = values(self.hand, self.rule)
@@ -362,17 +370,13 @@ class GeneralPoints(Problem):
         return picture(self.hand, self.look, self.tile, self.stream) if self.look else None
 
     def step(self, response):
-        if self.done:
-            raise RuntimeError("This episode is over: make the problem anew.")
         verdict = judge(response, self.hand, self.judged_by)
-        self.attempt += 1
-        right, last = verdict.outcome == "correct", self.attempt == self.attempts
-        self.done = right or last
-        reward = REWARD[verdict.outcome] + (LAST_ATTEMPT if last and not right else 0)
+        misread = self.look is not None and verdict.read < 1
+        reward = self.settle(verdict.outcome, REWARD[verdict.outcome], misread)
         feedback = self.feedback(verdict)
-        if self.look and verdict.read < 1:
-            reward, feedback = reward + MISREAD, feedback + CARDS["wording"][self.style]["misread"]
-        return Step(float(reward), self.done, feedback, verdict.outcome, verdict.read)
+        if misread:
+            feedback += CARDS["wording"][self.style]["misread"]
+        return Step(reward, self.done, feedback, verdict.outcome, verdict.read)
 
     def feedback(self, verdict: Verdict) -> str:
         """The verifier's text about the formula."""
@@ -380,21 +384,17 @@ class GeneralPoints(Problem):
 
     def scores(self, turns, forced=None):
         """"listed": whether the first answer's list of numbers is that of the verifier's rule."""
-        right = sorted(map(str, values(self.hand, self.judged_by)))
+        right, found = sorted(map(str, values(self.hand, self.judged_by))), []
         with suppress(Illegal, TypeError):  # TypeError: no list
-            found = parse_answer(turns[0]["response"]).get("number")
-            return super().scores(turns) | {"listed": int(sorted(found) == right)}
-        return super().scores(turns) | {"listed": 0}
+            found = sorted(parse_answer(turns[0]["response"]).get("number"))
+        return super().scores(turns) | {"listed": int(found == right)}
 
     def expert(self, rng: random.Random | None = None, order=list):
         return self.response(self.rule, self.solution(self.rule, rng), order)
 
     def solution(self, rule: Rule, rng: random.Random | None = None) -> str | None:
-        """The simplest formula under a rule, or with rng a random one; None if there is none."""
-        numbers = values(self.hand, rule)
-        if rule.cards > 4:  # too many to list: the first that the solver finds
-            return solve(numbers, rule.target)
-        found = solutions(numbers, rule.target)
+        """The first of `solutions` under a rule, or with rng any one; None if there is none."""
+        found = solutions(values(self.hand, rule), rule.target)
         return (rng.choice(found) if rng else found[0]) if found else None
 
     def response(self, rule: Rule, formula: str, order=list) -> str:
@@ -452,7 +452,10 @@ def printable(text: str, limit: int = 60) -> str:
 # counted (six cards need 36), so the time is short.
 
 MAX_RESPONSE, MAX_TOKENS = 4000, 100  # characters; parts of the JSON object
-MAX_FORMULA, MAX_NUMBERS, MAX_DIGITS, MAX_DEPTH = 200, 16, 4, 16
+MAX_FORMULA = 200
+MAX_NUMBERS = 16
+MAX_DIGITS = 4
+MAX_DEPTH = 16
 JSON_TOKEN = re.compile(
     r"""\s*(?:(?P<double>"(?:[^"\\]|\\.)*")|(?P<single>'(?:[^'\\]|\\.)*')"""
     r"""|(?P<mark>[{}\[\],:])|(?P<word>[^\s{}\[\],:"']+))""", re.DOTALL)
@@ -482,7 +485,8 @@ def _json_tokens(text, position):
     for _ in range(MAX_TOKENS):
         if not (match := JSON_TOKEN.match(text, position)):
             break
-        position, kind = match.end(), match.lastgroup
+        position = match.end()
+        kind = match.lastgroup
         token = match[kind]
         if kind == "double":
             token = _unescaped(token)
@@ -567,18 +571,12 @@ def _check_tokens(tokens, target):
                           f"{MAX_DEPTH} deep")
 
 
-def _sum(stack):
-    """A sum of products, worked out from left to right."""
-    value = _product(stack)
-    while stack and stack[-1] in "+-":
-        value = _apply(stack.pop(), value, _product(stack))
-    return value
-
-
-def _product(stack):
-    value = _atom(stack)
-    while stack and stack[-1] in "*/":
-        value = _apply(stack.pop(), value, _atom(stack))
+def _sum(stack, operators="+-"):
+    """A sum of products, or a product with "*/", worked out from left to right."""
+    part = partial(_sum, operators="*/") if operators == "+-" else _atom
+    value = part(stack)
+    while stack and stack[-1] in operators:
+        value = _apply(stack.pop(), value, part(stack))
     return value
 
 
@@ -606,7 +604,8 @@ def misused(used, numbers) -> str:
     if not wrong:
         return ""
     n = max(wrong, key=lambda n: used.count(n) - numbers.count(n))
-    times, allowed = used.count(n), numbers.count(n)
+    times = used.count(n)
+    allowed = numbers.count(n)
     if allowed == 0:
         return f"{n} is not on the cards"
     if times == 0:
@@ -619,9 +618,8 @@ def _times(count):
     return ("once", "twice")[count - 1] if count < 3 else f"{count} times"
 
 
-RANK_TEXTS = CARDS["ranks"]  # {a Look's scheme: the texts of the ranks}
-RANK_OF = {text: rank for texts in (*RANK_TEXTS.values(), map(str, range(1, 14)))
-           for rank, text in enumerate(texts, 1)}
+RANK_OF = {"1": 1} | {text: rank for texts in RANK_TEXTS.values()
+                      for rank, text in enumerate(texts, 1)}
 
 
 def read_share(named, hand) -> float:
@@ -698,10 +696,9 @@ def _splits(numbers):
     """All ways to part a sorted tuple into two non-empty sorted tuples (few, many), each once."""
     found = {}
     for size in range(1, len(numbers) // 2 + 1):
-        for chosen in combinations(range(len(numbers)), size):
-            few = tuple(numbers[i] for i in chosen)
-            many = tuple(n for i, n in enumerate(numbers) if i not in chosen)
-            if (len(few), few) <= (len(many), many):
+        for few in combinations(numbers, size):
+            many = tuple((Counter(numbers) - Counter(few)).elements())
+            if (size, few) <= (len(many), many):
                 found[few, many] = None
     return tuple(found)
 
@@ -714,104 +711,83 @@ def _reachable(numbers):
     found = {}
     for few, many in _splits(numbers):
         for (a, b), (c, d) in product(_reachable(few), _reachable(many)):
-            bottom, p, q = b * d, a * d, c * b
-            found[_ratio(p + q, bottom)] = None
-            found[_ratio(abs(p - q), bottom)] = None
-            found[_ratio(a * c, bottom)] = None
-            if c:
-                found[_ratio(p, q)] = None
-            if a:
-                found[_ratio(q, p)] = None
+            bottom = b * d
+            p = a * d
+            q = c * b
+            for top, below in (
+                    (p + q, bottom), (abs(p - q), bottom), (a * c, bottom), (p, q), (q, p)):
+                if below:
+                    found[_ratio(top, below)] = None
     return found
 
 
 def _partners(x, target):
-    """All (operator, y, y_first): x operator y, or with y_first y operator x, is the target.
+    """Yield all (operator, y, y_first): x operator y, or with y_first y operator x, is the target.
 
     For x = target = 0 any y would do and is left out: the same numbers give 0 with a single card as
     x too, and a card is never 0."""
     (a, b), (c, d) = x, target
-    candidates = (
-        ("-", c * b + a * d, b * d, True), ("+", c * b - a * d, b * d, False),
-        ("-", a * d - c * b, b * d, False), ("*", c * b, a * d, False),
-        ("/", a * c, b * d, True), ("/", a * d, b * c, False))
-    return [(operator, _ratio(top, bottom), y_first)
-            for operator, top, bottom, y_first in candidates
-            if top >= 0 and bottom and (a or operator in "+-")]
+    for operator, top, bottom, y_first in (
+            ("-", c * b + a * d, b * d, True), ("+", c * b - a * d, b * d, False),
+            ("-", a * d - c * b, b * d, False), ("*", c * b, a * d, False),
+            ("/", a * c, b * d, True), ("/", a * d, b * c, False)):
+        if top >= 0 and bottom and (a or operator in "+-"):
+            yield operator, _ratio(top, bottom), y_first
 
 
-def _formulas(numbers, target, depth):
+def _formulas(numbers, target):
     """Yield the Formulas of exactly these numbers that equal the target; some come more than once.
 
     Meet in the middle: one side of the top operation is enumerated, the partner that it needs is
-    looked up. Values are listed for up to `depth` numbers, two fewer than the hand: a list for the
-    largest part would cost more than all the others."""
+    looked up. Values are listed for up to three numbers: a list for more would cost too much."""
     if len(numbers) == 1:
         if target == (numbers[0], 1):
             yield Formula(target, str(numbers[0]))
         return
     for few, many in _splits(numbers):
-        listed = _reachable(many) if len(many) <= depth else None
+        listed = _reachable(many) if len(many) <= 3 else None
         for x in _reachable(few):
             for operator, y, y_first in _partners(x, target):
                 if listed is not None and y not in listed:
                     continue
-                for right in _formulas(many, y, depth):
-                    for left in _formulas(few, x, depth):
+                for right in _formulas(many, y):
+                    for left in _formulas(few, x):
                         first, second = (right, left) if y_first else (left, right)
                         yield join_formulas(operator, first, second)
 
 
 def solve(numbers, target: int) -> str | None:
-    """One formula of 3 to 6 positive numbers, each used once, that equals the target; None where
-    there is none."""
+    """One formula of 3 to 6 positive numbers, each used once, that equals the target, or None."""
     return _solve(tuple(sorted(numbers)), target)
 
 
 @lru_cache(maxsize=1 << 16)
 def _solve(numbers, target):
-    found = _formulas(numbers, (target, 1), len(numbers) - 2)
-    return next((formula.text for formula in found), None)
+    return next((formula.text for formula in _formulas(numbers, (target, 1))), None)
 
 
 def solutions(numbers, target: int) -> tuple[str, ...]:
-    """All distinct formulas of up to 4 positive numbers that equal the target, the simplest first.
+    """All distinct formulas of up to 4 positive numbers that equal the target, the simplest first;
+    of more numbers, which have too many, the one of `solve`.
 
-    Distinct up to commutativity, associativity and flipped signs (no partial result is negative).
-    ValueError for more numbers."""
-    if len(numbers) > 4:
-        raise ValueError(f"Solutions are listed for up to 4 numbers, not {len(numbers)}.")
+    Distinct up to commutativity, associativity, flipped signs (no partial result is negative)."""
     return _solutions(tuple(sorted(numbers)), target)
 
 
 @lru_cache(maxsize=1 << 13)
 def _solutions(numbers, target):
-    texts = {formula.text for formula in _formulas(numbers, (target, 1), len(numbers) - 2)}
-    return tuple(sorted(texts, key=_simplicity))
-
-
-def _simplicity(text):
-    """Few brackets first, then few - and /, then by the text: the order is the same everywhere."""
-    return text.count("("), text.count("-") + text.count("/"), text
+    def simplicity(text):  # few brackets first, then few - and /; never two alike
+        return text.count("("), text.count("-") + text.count("/"), text
+    found = islice(_formulas(numbers, (target, 1)), 1 if len(numbers) > 4 else None)
+    return tuple(sorted({formula.text for formula in found}, key=simplicity))
 
 
 # ---- 9. Looks ------------------------------------------------------------------------------------
 # How a picture of the cards may look, as data: one look is trained, the others are the test.
 
-def _one_of(*known, default=None):
-    """A field of Options: one of these values; the first is the default."""
-    return field(default=known[0] if default is None else default, metadata={"known": known})
-
-
 class Options:
-    """Choices as data: each field is _one_of some values. Its text is the first value, then every
-    other one that is not the default, as in "red/layout=grid". ValueError for other values."""
-
-    def __post_init__(self):
-        for name, known in self.options().items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} must be {any_of(known)}, not {printable(str(value))!r}.")
+    """Choices as data: each field is Literal[the known values]. Its text is the first value, then
+    every other one that is not the default, as in "red/layout=grid"."""
 
     def __str__(self):
         first, *others = vars(self).items()
@@ -823,39 +799,30 @@ class Options:
     @classmethod
     def options(cls):
         """{the name of a field: its known values}"""
-        return {each.name: each.metadata["known"] for each in fields(cls)}
+        return {name: get_args(known) for name, known in cls.__annotations__.items()}
 
     @classmethod
     def parse(cls, text, rng: random.Random | None = None):
         """Read a text, its options in any order; str() undoes it, an instance passes through. With
-        rng the wildcards of `fill` are drawn. ValueError, in one sentence, for other texts."""
-        if rng:
-            text = cls.fill(text, rng)
+        rng there are wildcards: * is drawn from all values but text, a|b from those named.
+        ValueError, in one sentence, for other texts, whatever would be drawn."""
         if isinstance(text, cls):
             return text
         options = cls.options()
-        first, given = split_options(text, [*options][1:])
-        for name, value in given.items():  # a number where there is one of this text
-            given[name] = next((each for each in options[name] if str(each) == value), value)
-        return cls(first, **given)
-
-    @classmethod
-    def fill(cls, text, rng: random.Random) -> str:
-        """The text with its wildcards drawn: * for any value but text, a|b for one of those named.
-        All of a list are read: a wrong one raises its ValueError at once, not when it is drawn."""
-        head, *_ = options = cls.options()
-        drawn = []
-        for part in str(text).split("/"):
-            name, equals, value = part.rpartition("=")
-            known = [each for each in options.get(name or head, ()) if each != "text"]
-            choices = known if value == "*" else value.split("|")
-            texts = [f"{name}{equals}{each}" for each in choices]
-            if len(texts) > 1:
-                for each in texts if value != "*" else ():
-                    cls.parse("/".join([*drawn, each]))
-                part = rng.choice(texts)
-            drawn.append(part)
-        return "/".join(drawn)
+        head, *others = options
+        first, given = split_options(text, others)
+        drawn = {}
+        for name, value in ({head: first} | given).items():
+            known = {str(each): each for each in options[name]}
+            texts = value.split("|") if rng else [value]
+            if rng and value == "*":
+                texts = [each for each in known if each != "text"]
+            for each in texts:
+                if each not in known:
+                    known = any_of(options[name])
+                    raise ValueError(f"{name} must be {known}, not {printable(each)!r}.")
+            drawn[name] = known[rng.choice(texts) if len(texts) > 1 else value]
+        return cls(**drawn)
 
 
 def any_of(known) -> str:
@@ -868,15 +835,15 @@ def any_of(known) -> str:
 @dataclass(frozen=True)
 class Look(Options):
     """How the cards look, as in "red/layout=grid/light=60"."""
-    suits: str = _one_of("black", "red", "both", "text")  # S and C only; H and D only; as dealt
-    layout: str = _one_of("row", "grid", "scattered", "shuffled")  # shuffled: not in dealt order
-    scheme: str = _one_of("index", "numbers", "words", "pips")  # K, 13, KING, or 13 suit signs
-    style: str = _one_of("plain", "framed", "dark")  # of a card
-    glyphs: str = _one_of("sans", "serif", "mono", "italic")  # the typeface
-    table: str = _one_of("green", "blue", "wood", "grey")
-    light: int = _one_of(*range(40, 141), default=100)  # brightness in percent
-    noise: int = _one_of(*range(41))  # standard deviation in grey levels
-    tiles: int = _one_of(4, 1)  # how many of the model's tiles the picture takes
+    suits: Literal["black", "red", "both", "text"] = "black"  # S and C; H and D; as dealt
+    layout: Literal["row", "grid", "scattered", "shuffled"] = "row"  # shuffled: not in dealt order
+    scheme: Literal["index", "numbers", "words", "pips"] = "index"  # K, 13, KING, or 13 suit signs
+    style: Literal["plain", "framed", "dark"] = "plain"  # of a card
+    glyphs: Literal["sans", "serif", "mono", "italic"] = "sans"  # the typeface
+    table: Literal["green", "blue", "wood", "grey"] = "green"
+    light: Literal[*range(40, 141)] = 100  # brightness in percent
+    noise: Literal[*range(41)] = 0  # standard deviation in grey levels
+    tiles: Literal[4, 1] = 4  # how many of the model's tiles the picture takes
 
     @classmethod
     def drawn(cls, visual, stream, cards, tile):
@@ -927,7 +894,8 @@ def picture(hand, look: Look, tile: int, stream: str) -> Image.Image:
     rng = random.Random(stream)
     noise_seed = rng.getrandbits(64)  # drawn even if not needed: noise does not change the places
     size, place = look.sizes(len(hand), tile)
-    dealt, columns = _shown(hand, look.suits), round(size[0] / place[0])
+    dealt = _shown(hand, look.suits)
+    columns = round(size[0] / place[0])
     cards = list(dealt)
     while look.layout == "shuffled" and cards == dealt:
         rng.shuffle(cards)
@@ -944,7 +912,8 @@ def _shown(hand, suits):
     C; a card that is there already takes the other one."""
     if suits == "both":
         return list(hand)
-    pair, shown = {"black": "SC", "red": "HD"}[suits], []
+    pair = {"black": "SC", "red": "HD"}[suits]
+    shown = []
     for rank, suit in hand:
         card = rank, pair[suit in "CD"]
         shown.append(card if card not in shown else (rank, pair[suit not in "CD"]))
@@ -956,7 +925,7 @@ def _table(name, width, height):
     """The background as an RGB image: one colour, and for wood some boards with a grain."""
     if name != "wood":
         return Image.new("RGB", (width, height), TABLE_COLOURS[name])
-    x, y = np.meshgrid(np.linspace(0, 2, width), np.linspace(0, 6, height))
+    x, y = np.linspace(0, 2, width), np.linspace(0, 6, height)[:, None]
     board = np.floor(y)
     grain = .05 * np.sin(13 * y + 3 * np.sin(2 * x + board))
     shade = 1 + grain + .05 * np.sin(7 * board) - .2 * (y - board < 9 / height)
@@ -966,7 +935,8 @@ def _table(name, width, height):
 def _lay(image, card, look, place, at, rng):
     """Put a card (rank, suit) into the place `at` (column, row), of `place` pixels: in its middle,
     or scattered anywhere in it."""
-    scattered, small = look.layout == "scattered", min(place) < LARGE
+    scattered = look.layout == "scattered"
+    small = min(place) < LARGE
     share, (across, down) = .84 if scattered else 1, place
     width = share * min(.84 * across, down if small else .63 * down)
     height = min(1.4 * width, .94 * share * down)
@@ -979,7 +949,8 @@ def _lay(image, card, look, place, at, rng):
 
 
 def _noisy(image, deviation, seed):
-    start, count = seed % GRAIN, image.width * image.height
+    start = seed % GRAIN
+    count = image.width * image.height
     grain = Image.frombytes("L", image.size, _grain(count)[start:start + count])
     grain = grain.point(lambda level: 128 + (level - 128) / 30 * deviation)
     return ImageChops.add(image, Image.merge("RGB", [grain] * 3), offset=-128)
@@ -1099,13 +1070,13 @@ def _sign(suit, size):
 
 def _draw_court(face, card, ink):
     """A frame with the figure of J, Q or K, or with its number, and the same upside down below."""
-    rank, width, height = str(card.rank), round(.58 * face.width), round(.37 * face.height)
+    width, height = round(.58 * face.width), round(.37 * face.height)
     half = Image.new("RGB", (width, height), STYLE_COLOURS[card.style][0])
     if card.scheme == "numbers":
         mask, place = _label(card, .4 * face.width, .2 * face.height), .5
     else:
         mask, place = _sign(card.suit, .12 * face.width), .14
-        for colour, shape in CARDS["behind"][rank] + CARDS["body"] + CARDS["before"][rank]:
+        for colour, shape in CARDS["courts"][str(card.rank)]:
             _draw_shape(half, shape, CARDS["colours"].get(colour, ink), width, height)
     _stamp(half, ink, mask, place, place)
     left, top = (face.width - width) // 2, face.height // 2 - height
@@ -1118,11 +1089,8 @@ def _draw_court(face, card, ink):
 # ---- 11. V-IRL: a walk ---------------------------------------------------------------------------
 # A walk through streets by instructions, one action at a time. Each answer has one outcome:
 # "correct" is the right stop() at the destination, "right_action" every right action before it.
-# LAST_ATTEMPT is added where the attempts at a position are used up, MISREAD where a picture is
-# not read rightly.
 
 WALK_REWARD = {"correct": 1, "right_action": 1, "wrong_action": -1, "illegal": -1}
-RIGHT = ("right_action", "correct")
 WORDING = VIRL["wording"]  # "full": for an instruct model; "short": few tokens, for the tiny model
 TILE = {"full": 560, "short": 32}  # pixels of an image tile, where none are given
 
@@ -1146,10 +1114,9 @@ class Navigation(Problem):
     drawn: dict = field(default_factory=dict)
     asks = "action"
     leads_on = True
-    attempt = 0
     verdict = None
-    SCORES, WORDS = VIRL["scores"], Words(**VIRL["report"])
-    MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of actions
+    SCORES = VIRL["scores"]
+    WORDS = Words(**VIRL["report"])
 
     def __post_init__(self):
         self.actions = tuple(here.action for here in self.route.rail)
@@ -1170,7 +1137,8 @@ class Navigation(Problem):
             known = released(str(data), bool(visual)).routes
         else:
             known = routes(f"{split}-{index // ROUTES}", style)
-        route, judged_by = known[index % len(known)], parse_turns(judged_by or rule)
+        route = known[index % len(known)]
+        judged_by = parse_turns(judged_by or rule)
         return cls(route, parse_turns(rule), attempts, style, judged_by, look, tile)
 
     @property
@@ -1188,7 +1156,8 @@ class Navigation(Problem):
     def picture(self, position: int):
         """The picture of a position of the route, None in text."""
         if self.look and position not in self.drawn:
-            here, folder = self.route.rail[position], self.route.folder
+            here = self.route.rail[position]
+            folder = self.route.folder
             shown = here.place, here.heading, self.look, self.tile
             self.drawn[position] = (panorama_grid(folder, *shown) if folder else
                                     draw_grid(self.route.city, self.style, *shown))
@@ -1197,7 +1166,8 @@ class Navigation(Problem):
     @property
     def prompt(self):
         """The first user turn: the rule, the instructions and, in text, the first observation."""
-        words, here = WORDING[self.style], self.route.rail[0]
+        words = WORDING[self.style]
+        here = self.route.rail[0]
         items = [words["item"].format(number=i, text=text) for i, text in enumerate(self.texts, 1)]
         return words["prompt"].format(
             instructions=words["listed"].join(items),
@@ -1211,30 +1181,24 @@ class Navigation(Problem):
         """Judge the next answer. A right action moves on, and the feedback has the next
         observation. A wrong action changes nothing. Done when stop() is right or the attempts at
         this position are used up; a RuntimeError after that."""
-        if self.done:
-            raise RuntimeError("This episode is over: make the problem anew.")
         verdict = self.verdict = judge_walk(response, self.here, self.judged_by, self.style)
-        self.attempt += 1
-        failed = verdict.why != "right" and self.attempt == self.attempts
-        self.done = failed or verdict.outcome == "correct"
-        if verdict.outcome == "right_action":
+        outcome = verdict.outcome
+        read = float(bool(verdict.observed))
+        words = WORDING[self.style]
+        reward = self.settle(outcome, WALK_REWARD[outcome], self.look is not None and not read)
+        if outcome == "right_action":
             self.position += 1
             self.attempt = 0
-        reward = WALK_REWARD[verdict.outcome] + (LAST_ATTEMPT if failed else 0)
-        if self.look and not verdict.observed:
-            reward += MISREAD
-        words = WORDING[self.style]
         seen = words["next"] if self.look else observation(self.here, self.style)
-        text = words["end"] if verdict.outcome == "correct" else words["why"][verdict.why]
-        feedback = text.format(fact=verdict.fact, seen=seen)
-        read = float(bool(verdict.observed))
-        return Step(float(reward), self.done, feedback, verdict.outcome, read)
+        text = words["end"] if outcome == "correct" else words["why"][verdict.why]
+        return Step(reward, self.done, text.format(fact=verdict.fact, seen=seen), outcome, read)
 
     def expert(self):
         return self.response(self.right_action())
 
     def advance(self):
-        response, judged_by = self.expert(), self.judged_by
+        response = self.expert()
+        judged_by = self.judged_by
         self.judged_by = self.rule
         step = self.step(response)
         self.judged_by = judged_by
@@ -1247,7 +1211,8 @@ class Navigation(Problem):
 
     def response(self, action: str) -> str:
         """A response with this action and the right observation and instruction."""
-        here, words = self.here, WORDING[self.style]
+        here = self.here
+        words = WORDING[self.style]
         text = self.texts[here.instruction]
         following = words["following"].format(number=here.instruction + 1, text=text)
         answer = dict(zip(words["keys"], (observation(here, self.style), following, action)))
@@ -1261,7 +1226,8 @@ class Navigation(Problem):
     def walk(self, rng, turn="turn"):
         """The demonstrator that takes the right action everywhere. turn: how it repeats the
         instruction to turn, a key of WORDING."""
-        walker, texts = self.restarted(), []
+        walker = self.restarted()
+        texts = []
         walker.texts = instructions(self.route, self.style, turn)
         while not walker.done:
             response, step = walker.advance()
@@ -1303,7 +1269,8 @@ class Navigation(Problem):
     def _marks(self, turns):
         marks = {}
         for turn in turns:
-            mark, right = self.actions[turn["position"]][0], turn["outcome"] in RIGHT
+            mark = self.actions[turn["position"]][0]
+            right = turn["outcome"] in RIGHT
             marks.setdefault(turn["position"], mark.upper() if right else mark)
         return "".join(marks.values())
 
@@ -1319,22 +1286,21 @@ class Navigation(Problem):
     def parsed(cls, response):
         """(label, text) for each key of a response of any content, in any style; a dash without
         it."""
-        try:
-            answer = parse_answer(str(response))
-        except Illegal:
-            answer = {}
         labels = VIRL["labels"]
-        said = {labels[key]: str(answer[key]) for key in labels if key in answer}
-        return [(label, said.get(label, "\u2013")) for label in dict.fromkeys(labels.values())]
+        answer = {}
+        with suppress(Illegal):
+            answer = parse_answer(str(response))
+        said = dict.fromkeys(labels.values(), "\u2013")
+        said |= {labels[key]: str(answer[key]) for key in labels if key in answer}
+        return [*said.items()]
 
 
 # ---- 12. V-IRL: words ----------------------------------------------------------------------------
 # Bearings are degrees clockwise from north.
 
-COMPASS = ("north", "northeast", "east", "southeast", "south", "southwest", "west", "northwest")
 SIDES = ("front", "right", "back", "left")  # of what is seen, and the order of the four views
-# The rule trained in the paper, and the one that is not; their words.
-TURNS = {"absolute": COMPASS, "relative": ("left", "right", "slightly left", "slightly right")}
+TURNS = VIRL["turns"]  # {the rule trained in the paper, the one that is not: their words}
+COMPASS = TURNS["absolute"]  # clockwise from north
 SLIGHT = 60  # a turn by up to so many degrees is a slight one
 
 
@@ -1387,7 +1353,8 @@ def observation(here: "Position", style: str) -> str:
 def instructions(route, style, turn="turn"):
     """The route's instructions as a list of texts: a turn (said as WORDING[style][turn]), a move to
     the next turn or to the destination, a turn, ..."""
-    words, texts = WORDING[style], []
+    words = WORDING[style]
+    texts = []
     for here in route.rail:
         if here.crossing or here.action == "stop":
             where = "".join(words["where"].format(*landmark) for landmark in here.landmarks)
@@ -1513,13 +1480,16 @@ class Route(NamedTuple):
 
 def make_rail(facing: float, stops: list[Stop]) -> tuple[Position, ...]:
     """The Positions of a walk with this first heading; its last stop is the destination."""
-    rail, heading, turns = [], facing, 0
+    rail = []
+    heading = facing
+    turns = 0
     for place, landmarks, towards in stops:
         if towards is None:
             rail.append(Position(place, heading, landmarks, False, "forward", None, 2 * turns - 1))
             continue
         rail.append(Position(place, heading, landmarks, turns > 0, "turn", towards, 2 * turns))
-        heading, turns = towards, turns + 1
+        heading = towards
+        turns += 1
     return *rail[:-1], rail[-1]._replace(action="stop")
 
 
@@ -1530,7 +1500,8 @@ def clear_bearing(angle):
 
 def clear_turn(heading, towards):
     """Whether the turn has one obvious word under both rules, by the margins above."""
-    angle, words = abs(wrap(towards - heading)), {compass_word(heading), compass_word(towards)}
+    angle = abs(wrap(towards - heading))
+    words = {compass_word(heading), compass_word(towards)}
     fits = any(low <= angle <= high for low, high in (SLIGHT_TURNS, PLAIN_TURNS))
     return fits and clear_bearing(towards) and len(words) == 2
 
@@ -1540,7 +1511,9 @@ def routes(name: str, style: str) -> tuple[Route, ...]:
     """The ROUTES distinct Routes of the city "SPLIT-N". A hash of their keys gives the same split,
     so that no problem of one split occurs in another ("base" shares with "train"). ValueError
     where there are too few."""
-    town, rng, found = city(name, style), random.Random(f"virl/{name}/{style}/routes"), {}
+    town = city(name, style)
+    rng = random.Random(f"virl/{name}/{style}/routes")
+    found = {}
     wanted = name.split("-")[0].replace("base", "train")
     for _ in range(TRIES):
         route = Route(name, _random_rail(town, rng, style))
@@ -1558,8 +1531,10 @@ def _random_rail(town, rng, style):
     streets = _random_streets(town, rng, rng.randint(*LEGS[style]))
     if not streets:
         return ()
-    first, stops = streets[0], _stops(town, streets)
-    start, facing = rng.randint(1, first.count - 1), random_facing(rng, first.heading)
+    first = streets[0]
+    stops = _stops(town, streets)
+    start = rng.randint(1, first.count - 1)
+    facing = random_facing(rng, first.heading)
     on_last = range(max(start, len(stops) - streets[-1].count), len(stops) - 1)
     ends = [i for i in on_last if stops[i].landmarks]
     begin = stops[start - 1]._replace(towards=first.heading)
@@ -1672,7 +1647,7 @@ class City:
     def __init__(self, name, style):
         self.name = name
         self.nodes = self._grid(random.Random(f"virl/{name}/grid"))
-        self._join_nodes(random.Random(f"virl/{name}/streets"))
+        self.arms = self._join_nodes(random.Random(f"virl/{name}/streets"))
         self.turns = {street: self._clear_turns(street)
                       for arms in self.arms.values() for street in arms}
         self.streets = [street for street in self.turns if street.a < street.b]
@@ -1706,18 +1681,18 @@ class City:
                      for n, m in north if n + GRID in self.nodes]
         pairs = [pair for pair in sorted(north + east) if rng.random() > 0.2]
         pairs += [pair for pair in diagonals if rng.random() < 0.3]
-        self.arms = {node: [] for node in self.nodes}
+        arms = {node: [] for node in self.nodes}
         for a, b in pairs:
             both = self._street(a, b), self._street(b, a)
             if all(abs(wrap(street.heading - other.heading)) >= 40
-                   for street in both for other in self.arms[street.a]):
+                   for street in both for other in arms[street.a]):
                 for street in both:
-                    self.arms[street.a].append(street)
-        while dead := [node for node, arms in self.arms.items() if len(arms) < 2]:
-            self.arms = {node: [street for street in arms if street.b not in dead]
-                         for node, arms in self.arms.items() if node not in dead}
-        for arms in self.arms.values():
-            arms.sort(key=lambda street: street.heading)
+                    arms[street.a].append(street)
+        while dead := [node for node, streets in arms.items() if len(streets) < 2]:
+            arms = {node: [street for street in streets if street.b not in dead]
+                    for node, streets in arms.items() if node not in dead}
+        return {node: sorted(streets, key=lambda street: street.heading)
+                for node, streets in arms.items()}
 
     def _street(self, a, b):
         start, end = self.nodes[a], self.nodes[b]
@@ -1769,9 +1744,10 @@ class City:
         else:
             known = [pattern.format(name) for pattern in VIRL["patterns"] for name in VIRL["names"]]
             names = rng.sample(known, len(angles))
-        self.landmarks = dict(zip(angles, zip(names, angles.values())))
+        self.landmarks = {}
         self.signs = []
         for (place, angle), name in zip(angles.items(), names):
+            self.landmarks[place] = name, angle
             off = 1.2 if place in self.nodes else 0.3  # from the front, which may bend at a node
             self.signs.append(Sign(name, angle, moved(self.points[place], angle, CURB - off)))
 
@@ -1788,15 +1764,15 @@ class City:
     @cached_property
     def walls(self):
         """All fronts, about 11 m wide each."""
-        walls, rng = [], random.Random(f"virl/{self.name}/walls")
+        walls = []
+        rng = random.Random(f"virl/{self.name}/walls")
         for street, side in product(self.streets, (1, -1)):
             start, end = self.front(street, side)
             count = max(round((end - start) / 11), 1)
             corners = [street.beside(start + (end - start) * i / count, side * CURB)
                        for i in range(count + 1)]
-            for left, right in pairwise(corners[::-side]):
-                height = rng.choice((7, 10, 13, 16, 22))
-                walls.append(Wall(left, right, height, rng.randrange(1000)))
+            walls += [Wall(*ends, rng.choice((7, 10, 13, 16, 22)), rng.randrange(1000))
+                      for ends in pairwise(corners[::-side])]
         return walls
 
     @cached_property
@@ -1809,12 +1785,10 @@ class City:
     def ground(self):
         """The corners of all roads, and of the white lines: along the middle of each street, and
         of the crosswalk at its start."""
-        roads, lines = [], []
+        roads = [street.strip(-4, street.length + 4, -5, 5) for street in self.streets]
+        lines = [street.strip(start, start + 2, -0.12, 0.12) for street in self.streets
+                 for start in range(16, int(street.length) - 16, 5)]
         for street in self.turns:
-            if street.a < street.b:
-                roads.append(street.strip(-4, street.length + 4, -5, 5))
-                starts = range(16, int(street.length) - 16, 5)
-                lines += [street.strip(start, start + 2, -0.12, 0.12) for start in starts]
             start = max(self._setback(street, 1), self._setback(street, -1), 5)
             start = min(start, street.along(1) - 3)  # the first place is beyond the intersection
             for left in (-4.2, -2.8, -1.4, 0, 1.4, 2.8):
@@ -1836,18 +1810,21 @@ HORIZON = 0.6  # share of the picture above it
 # white), the road and the windows (pane), and the brightness of walls. A weather has the share of
 # haze at FAR, and the number of drops or flakes. A palette has five colours of walls, a board its
 # ground and ink.
-LIGHTS, WEATHERS, PALETTES = VIRL["lights"], VIRL["weathers"], VIRL["palettes"]
-BOARDS, EMBLEMS = VIRL["boards"], VIRL["emblems"]
+LIGHTS = VIRL["lights"]
+WEATHERS = VIRL["weathers"]
+PALETTES = VIRL["palettes"]
+BOARDS = VIRL["boards"]
+EMBLEMS = VIRL["emblems"]
 
 
 @dataclass(frozen=True)
 class Scene(Options):
     """The look of a city, as in "dusk/weather=rain/palette=brick". With tiles=1 all four views are
     in one tile."""
-    light: str = _one_of(*LIGHTS)
-    weather: str = _one_of(*WEATHERS)
-    palette: str = _one_of(*PALETTES)
-    tiles: int = _one_of(4, 1)
+    light: Literal[*LIGHTS] = "day"
+    weather: Literal[*WEATHERS] = "clear"
+    palette: Literal[*PALETTES] = "stone"
+    tiles: Literal[4, 1] = 4
 
     def legible_from(self, style: str) -> int:
         """The smallest tile, in pixels, at which names (full) or emblems (short) can be read."""
@@ -1856,7 +1833,8 @@ class Scene(Options):
 
 def draw_grid(name, style, place, heading, look, tile):
     """The four views of a place in one picture, see four_views."""
-    town, size = city(name, style), tile if look.tiles == 4 else tile // 2
+    town = city(name, style)
+    size = tile if look.tiles == 4 else tile // 2
     fine = 4 if size < 100 else 2 if size < 400 else 1  # draw too large, then reduce: smooth edges
     reach = min(FAR, size * fine / 2)  # a small picture shows less of what is far
     point, (roads, lines) = town.points[place], town.ground
@@ -1888,9 +1866,14 @@ class View:
     `reach` metres."""
 
     def __init__(self, point, heading, look, size, reach):
-        self.point, self.look, self.size, self.reach = point, look, size, reach
-        self.sin, self.cos = sin(radians(heading)), cos(radians(heading))
-        self.light, self.weather = LIGHTS[look.light], WEATHERS[look.weather]
+        self.point = point
+        self.look = look
+        self.size = size
+        self.reach = reach
+        self.sin = sin(radians(heading))
+        self.cos = cos(radians(heading))
+        self.light = LIGHTS[look.light]
+        self.weather = WEATHERS[look.weather]
         self.image = _backdrop(look, size).copy()
         self.pen = ImageDraw.Draw(self.image)
 
@@ -1916,10 +1899,7 @@ class View:
 
     def fill(self, corners, colour):
         """A polygon of (x, z, height); the part behind the camera is cut off."""
-        depths = [z for _, z, _ in corners]
-        if min(depths) < NEAR:
-            corners = _clipped(corners)
-        if corners:
+        if corners := _clipped(corners):
             self.pen.polygon([self.pixel(*corner) for corner in corners], colour)
 
     def draw_ground(self, strips, colour):
@@ -1931,7 +1911,9 @@ class View:
         """Rain or snow in the air."""
         size = self.size
         for _ in range(self.weather["drops"] * size // 560):
-            x, y, long = rng.random() * size, rng.random() * size, rng.uniform(0.01, 0.05) * size
+            x = rng.random() * size
+            y = rng.random() * size
+            long = rng.uniform(0.01, 0.05) * size
             if self.look.weather == "rain":
                 self.pen.line((x, y, x - long / 4, y + long), "#b4bdca")
             else:
@@ -1942,7 +1924,8 @@ def _clipped(corners):
     """The part of a polygon of (x, z, height) that is ahead of the camera."""
     clipped = []
     for start, end in pairwise([*corners, corners[0]]):
-        z, w = start[1], end[1]
+        _, z, _ = start
+        _, w, _ = end
         if z >= NEAR:
             clipped.append(start)
         if (z >= NEAR) != (w >= NEAR):
@@ -1968,28 +1951,30 @@ class Wall(NamedTuple):
         if _hidden(left, right):
             return
         distance = hypot(left[0] + right[0], left[1] + right[1]) / 2
-        light, pane = view.light["walls"], view.light["pane"]
-        colour, shop = PALETTES[view.look.palette][self.number % 5], EMBLEMS[self.number % 4]
+        light = view.light["walls"]
+        pane = view.light["pane"]
+        colour = PALETTES[view.look.palette][self.number % 5]
+        shop = EMBLEMS[self.number % 4]
 
-        shade = partial(view.shade, distance)
-
-        def part(first, last, bottom, top, colour):
+        def part(first, last, bottom, top, colour, light):
             """A part between two shares of the width, from the left, and two heights."""
             (x, z), (u, w) = between(left, right, first), between(left, right, last)
-            view.fill([(x, z, bottom), (x, z, top), (u, w, top), (u, w, bottom)], colour)
+            corners = (x, z, bottom), (x, z, top), (u, w, top), (u, w, bottom)
+            view.fill(corners, view.shade(distance, colour, light))
 
-        part(0, 1, 0, self.height, shade(colour, light))
-        part(0, 1, self.height - 0.5, self.height, shade(colour, light * 0.75))
-        part(0.06, 0.94, 0, 2.6, shade(pane, 0.7))
-        part(0, 1, 2.6, 3.2, shade(shop, light * 0.6))
+        part(0, 1, 0, self.height, colour, light)
+        part(0, 1, self.height - 0.5, self.height, colour, light * 0.75)
+        part(0.06, 0.94, 0, 2.6, pane, 0.7)
+        part(0, 1, 2.6, 3.2, shop, light * 0.6)
         if distance >= view.reach / 2:  # no windows further off
             return
         columns = max(round(dist(left, right) / 2.7), 1)
-        lit, dark = shade(pane, 1), shade(LIGHTS["day"]["pane"], light)
+        lit = pane, 1
+        dark = LIGHTS["day"]["pane"], light
         for column, floor in product(range(columns), range(int(self.height - 3.5) // 3)):
             colour = lit if (self.number + floor * 5 + column * 3) % 4 < 2 else dark
             first, bottom = column + 0.25, 4.2 + 3 * floor
-            part(first / columns, (first + 0.5) / columns, bottom, 6 + 3 * floor, colour)
+            part(first / columns, (first + 0.5) / columns, bottom, 6 + 3 * floor, *colour)
 
 
 class Sign(NamedTuple):
@@ -2022,7 +2007,8 @@ class Sign(NamedTuple):
 @lru_cache
 def _backdrop(look, size):
     """Behind everything: the pavement, and a sky that turns into the colour at the horizon."""
-    light, horizon = LIGHTS[look.light], int(size * HORIZON)
+    light = LIGHTS[look.light]
+    horizon = int(size * HORIZON)
     sky = _mixed(light["sky"], light["low"], WEATHERS[look.weather]["haze"])
     ground = light["snow" if look.weather == "snow" else "pavement"]
     image = Image.new("RGB", (size, size), ground)
@@ -2048,7 +2034,8 @@ def quad_coefficients(corners, width, height):
     """The eight numbers with which pillow fills the quadrilateral `corners` (from the top left,
     clockwise) with a width x height picture: u = (a x + b y + c) / (g x + h y + 1),
     v = (d x + e y + f) / (g x + h y + 1)."""
-    rows, values = [], [(0, 0), (width, 0), (width, height), (0, height)]
+    rows = []
+    values = [(0, 0), (width, 0), (width, height), (0, height)]
     for (x, y), (u, v) in zip(corners, values):
         rows += [(x, y, 1, 0, 0, 0, -u * x, -u * y), (0, 0, 0, x, y, 1, -v * x, -v * y)]
     return np.linalg.solve(rows, np.ravel(values)).tolist()
@@ -2063,7 +2050,8 @@ def sign(name: str, palette: str) -> Image.Image:
         return Image.open(ASSETS / "emblems.png").crop((left, 0, left + 64, 64))
     back, ink = BOARDS[palette]
     image = Image.new("RGBA", (320, 160), back)
-    draw, lines = ImageDraw.Draw(image), name.split()
+    draw = ImageDraw.Draw(image)
+    lines = name.split()
     draw.rectangle((4, 4, 315, 155), outline=ink, width=4)
     longest = max(map(ImageFont.load_default(46).getlength, lines))
     font = ImageFont.load_default(min(int(46 * 300 / longest), 66))
@@ -2078,14 +2066,15 @@ def draw_map(problem: Navigation, size: int) -> Image.Image:
     town = city(problem.route.city, problem.style)
     points = np.array([town.points[here.place] for here in problem.route.rail])
     low, high = points.min(0), points.max(0)
-    middle, scale = (low + high) / 2, size / (max(high - low) + 70)
+    scale = size / (max(high - low) + 70)
 
     def pixel(point):
-        x, y = (point - middle) * scale
+        x, y = (point - (low + high) / 2) * scale
         return size / 2 + x, size / 2 - y
 
     image, font = Image.new("RGB", (size, size), "#ded6c8"), ImageFont.load_default(15)
-    draw, route = ImageDraw.Draw(image), [pixel(point) for point in points]
+    draw = ImageDraw.Draw(image)
+    route = [pixel(point) for point in points]
     red, blue, black = "#d62828", "#183e5c", "#1e1e28"
     for width, colour in ((2 * CURB * scale, "#bebab2"), (10 * scale, "#fafafa")):
         for street in town.turns:
@@ -2094,11 +2083,9 @@ def draw_map(problem: Navigation, size: int) -> Image.Image:
             draw.circle(start, width / 2, colour)
     draw.line(route, red, 5)
     for name, angle, spot in town.signs:
-        spot = pixel(spot)
-        draw.circle(spot, 5, blue)
-        x, y = moved((0, 0), angle, 10)  # away from the street
-        anchor = "lm" if x > 0 else "rm"
-        draw.text((spot[0] + x, spot[1] - y), name, blue, font, anchor)
+        draw.circle(pixel(spot), 5, blue)
+        beside = pixel(moved(spot, angle, 10 / scale))  # away from the street
+        draw.text(beside, name, blue, font, "lm" if angle < 180 else "rm")
     for number, spot in enumerate(route, 1):
         draw.circle(spot, 13, "white", red, 3)
         draw.text(spot, str(number), black, font, "mm")
@@ -2151,7 +2138,8 @@ def released(folder: str, pictures: bool) -> Released:
             raise ValueError("none can be used")
         return Released(routes, Path(data["street_views"]), rotations)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        path, reason = printable(str(path), 200), printable(f"{type(error).__name__}: {error}")
+        path = printable(str(path), 200)
+        reason = printable(f"{type(error).__name__}: {error}")
         raise ValueError(f"{path} does not hold released routes ({reason}).") from None
 
 
@@ -2175,7 +2163,8 @@ def panorama_grid(folder, name, heading, look, tile):
     _, street_views, rotations = released(folder, True)
     if name not in rotations:
         raise ValueError(f"{_quoted(name or '')} is no name of a panorama.")
-    photo, size = read_bytes(street_views / f"{name}.jpg"), tile if look.tiles == 4 else tile // 2
+    photo = read_bytes(street_views / f"{name}.jpg")
+    size = tile if look.tiles == 4 else tile // 2
     try:
         image = Image.open(io.BytesIO(photo), formats=("JPEG",))
         panorama = np.asarray(image.convert("RGB"))
@@ -2196,7 +2185,8 @@ def panorama_view(panorama: np.ndarray, yaw: float, size: int) -> np.ndarray:
     u = (np.arctan(across) / (2 * pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
     v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / pi) * high - 0.5  # (size, size)
     left, top = np.floor(u).astype(int), np.floor(v).astype(int)
-    share_u, share_v = np.float32(u - left)[:, None], (v - top)[..., None]
+    share_u = np.float32(u - left)[:, None]
+    share_v = (v - top)[..., None]
 
     def row(at):  # between two columns
         return (1 - share_u) * panorama[at, left % wide] + share_u * panorama[at, (left + 1) % wide]

@@ -21,7 +21,7 @@ import assets.habits  # noqa: E402, F401: adds its demonstrators
 import tasks  # noqa: E402
 from tasks import ID_RULE, OOD_RULE, Look, Rule, make, picture  # noqa: E402
 
-parse_look, fill_look, OPTIONS = Look.parse, Look.fill, Look.options()
+parse_look, OPTIONS = Look.parse, Look.options()
 VALUES = [(name, value) for name, known in OPTIONS.items() for value in (known if len(known) < 5 else (known[0], known[-1]))]
 ONE_CHANGE = [f"black/{name}={value}" if name != "suits" else value for name, value in VALUES if value != "text"]
 SUITE_LOOKS = [row.visual for row in tasks.suite_rows("gp-vl") if row.visual != "text"]
@@ -72,25 +72,29 @@ def test_unknown_looks_give_one_sentence(text):
 def test_a_wrong_choice_is_refused_whatever_is_drawn(text):
     for seed in range(20):
         with pytest.raises(ValueError):
-            parse_look(fill_look(text, random.Random(seed)))
+            parse_look(text, random.Random(seed))
 
 
 def test_wildcards_are_drawn():
     rng = random.Random(0)
-    drawn = [parse_look(fill_look("*/layout=*/glyphs=sans|serif/light=*/noise=10", rng)) for _ in range(2000)]
+    drawn = [parse_look("*/layout=*/glyphs=sans|serif/light=*/noise=10", rng) for _ in range(2000)]
     assert {look.suits for look in drawn} == {"black", "red", "both"} and {look.layout for look in drawn} == set(OPTIONS["layout"])
     assert {look.glyphs for look in drawn} == {"sans", "serif"} and {look.light for look in drawn} == set(range(40, 141))
     assert {look.noise for look in drawn} == {10} and {look.scheme for look in drawn} == {"index"}
-    assert {fill_look("black|text/layout=grid", rng) for _ in range(50)} == {"black/layout=grid", "text/layout=grid"}
-    for text in ("black", "red/noise=10/tiles=1", "text", "green", ""):  # nothing to draw: nothing is changed
-        state = rng.getstate()
-        assert fill_look(text, rng) == text and rng.getstate() == state
+    assert {parse_look("black|text/layout=grid", rng) for _ in range(50)} == {parse_look("black/layout=grid"), parse_look("text/layout=grid")}
+    state = rng.getstate()
+    for text in ("black", "red/noise=10/tiles=1", "text"):  # nothing to draw: nothing is changed
+        assert str(parse_look(text, rng)) == text and rng.getstate() == state
+    for text in ("green", ""):
+        with pytest.raises(ValueError):
+            parse_look(text, rng)
+        assert rng.getstate() == state
 
 
 def test_wildcards_are_a_function_of_split_and_index():
     text = "*/layout=grid|shuffled/style=*/noise=*"
     for split, index in product(("base", "train", "test"), range(20)):
-        expected = parse_look(fill_look(text, random.Random(f"gp/{split}/{index}/look")))
+        expected = parse_look(text, random.Random(f"gp/{split}/{index}/look"))
         assert make("gp-vl", "*,*,*", text, split, index, tile=64).look == make("gp-vl", "10", text, split, index, tile=64).look == expected
         shifted = index + (10**9 if split != "test" else 0)
         assert make("gp-vl", "10", text, split, index, seed=1, tile=64).look == make("gp-vl", "10", text, split, shifted, tile=64).look

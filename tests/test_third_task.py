@@ -14,7 +14,7 @@ import train_sft as SFT
 
 class Sums(tasks.Problem):
     """Two numbers are to be added; the rule "less" asks for one less than the sum."""
-    WORDS = tasks.Words("sums", "the sum", "one less", "sums of the same value", "")
+    WORDS = tasks.Words("sums", "the sum", "one less", "sums of the same value")
 
     def __init__(self, a, b, rule, judged_by, attempts):
         self.a, self.b, self.rule, self.judged_by, self.attempts = a, b, rule, judged_by, attempts
