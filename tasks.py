@@ -37,6 +37,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import accumulate, combinations, islice, pairwise, product, zip_longest
 from math import atan2, ceil, cos, degrees, dist, gcd, hypot, pi, radians, sin, tan
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -320,8 +321,7 @@ def write_prompt(hand, rule: Rule, style: str, look=None) -> str:
     return words["prompt"].format(cards=cards, faces=faces, target=rule.target, order=order)
 
 
-# The style of the demonstrator "sorted"; in all else its answers are the expert's.
-largest_first = partial(sorted, reverse=True)
+largest_first = partial(sorted, reverse=True)  # the style of the demonstrator "sorted"
 
 
 @dataclass(eq=False)
@@ -2265,6 +2265,8 @@ def suite_rows(suite: str) -> tuple[Row, ...]:
 
 # ---- 19. Command line ----------------------------------------------------------------------------
 
+AGAIN = " Please give another answer in the same JSON form."  # not said where none can follow
+
 def parse_args(argv=None):
     """Command line that shows problems."""
     cards, streets = ("; ".join(f"{name} {any_of(known)}" for name, known in each.options().items())
@@ -2280,7 +2282,8 @@ def parse_args(argv=None):
     which("--index", type=int, default=0, help="the first problem's index (default 0)")
     which("--n", type=int, default=3, help="number of problems (default 3)")
     which("--seed", type=int, default=0, help="shifts the training problems (default 0)")
-    which("--style", default="full", help="full or short prompts and feedback (default full)")
+    which("--style", default="full", help="full: the prompts of an instruct model; short: those of "
+          "the tiny model (default full)")
     which("--data", metavar="FOLDER", help="V-IRL: take released routes from this folder")
     pictures = parser.add_argument_group("pictures").add_argument
     pictures("--visual", metavar="LOOK", help="such as red/layout=grid or dusk/weather=rain; * for "
@@ -2288,7 +2291,8 @@ def parse_args(argv=None):
              f"day): {streets}")
     pictures("--tile", type=int, default=560, help="pixels of the model's tiles (default 560)")
     answers = parser.add_argument_group("answers").add_argument
-    answers("--answer", metavar="TEXT", help="judge this response (JSON) to the first problem")
+    answers("--answer", metavar="TEXT", help="judge this answer to the first problem: a response "
+            "(JSON), or a formula or action alone")
     answers("--ask", action="store_true", help="ask for answers, as is done at a terminal anyway")
     answers("--attempts", type=int, default=1, help="answers per question (default 1)")
     return parser.parse_args(argv)
@@ -2298,18 +2302,24 @@ def main(args) -> list[Step]:
     """Print the problems, ask for answers where asked to, and return the Steps that were judged."""
     if args.n < 1:
         raise ValueError("The number of problems must be 1 or more.")
+    reader = "an instruct model" if args.style == "full" else "the tiny model"
     steps = []
     for index in range(args.index, args.index + args.n):
         problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts,
                        args.style, seed=args.seed, tile=args.tile, data=args.data)
         shown = [f" | {name} {getattr(problem, name)}" for name in ("rule", "cls", "look")
                  if getattr(problem, name, None)]
-        _say(f"--- {args.task} | {args.split} {index}" + "".join(shown))
+        _say(f"--- {args.task} | {args.split} {index} | for {reader}" + "".join(shown))
         _say(problem.prompt + "\n")
-        for response in _responses(problem, args, index == args.index):
-            step = problem.step(response)
-            _say(f"Verdict: {step.outcome}, reward {step.reward:+g}. {step.feedback}\n")
+        _show_picture(problem)
+        for line in _answers(problem, args, index == args.index):
+            bare = problem.asks and "{" not in line  # a formula or an action alone
+            step = problem.step(json.dumps({problem.asks: line}) if bare else line)
+            said = step.feedback.replace(AGAIN, "") if step.done else step.feedback
+            _say(f"Verdict: {step.outcome}, reward {step.reward:+g}. {said}\n")
             steps.append(step)
+            if step.outcome == "right_action":
+                _show_picture(problem)
         _say("Expert: " + "\n        ".join(problem.demonstrate("expert", random.Random(0))))
         if isinstance(problem, GeneralPoints) and len(problem.hand) <= 4:
             _say(f"Distinct solutions: {len(solutions(problem.numbers, problem.rule.target))}")
@@ -2317,17 +2327,22 @@ def main(args) -> list[Step]:
     return steps
 
 
-def _responses(problem, args, first):
+def _answers(problem, args, first):
     """Yield --answer for the first problem, or else what a person types until all is answered."""
     if args.answer is not None:
         yield from [args.answer] * first
     elif args.ask or sys.stdin.isatty():
-        while not problem.done:
-            try:
-                line = input(f"Your {problem.asks}, or a whole response: ")
-            except EOFError:
-                return
-            yield line if "{" in line else json.dumps({problem.asks: line})
+        with suppress(EOFError):
+            while not problem.done:
+                yield input(f"Your {problem.asks}, or a whole response: ")
+
+
+def _show_picture(problem):
+    """Write the picture of the open question, where there is one, and say where."""
+    if problem.image:
+        with NamedTemporaryFile(suffix=".png", delete=False) as file:
+            problem.image.save(file)
+        _say(f"Picture: {file.name}\n")
 
 
 def _say(text):

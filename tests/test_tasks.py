@@ -13,6 +13,7 @@ from itertools import combinations, combinations_with_replacement, permutations,
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -828,6 +829,48 @@ def test_cli_asks():
     asked = cli("--ask", "--n", "1", "--attempts", "2", "--style", "short", stdin=f"1+1\n{right}\n")
     assert "wrong_numbers, reward -2" in asked.stdout and "correct, reward +5" in asked.stdout
     assert cli("--ask", "--n", "2").returncode == 0  # no answer comes
+
+
+def test_cli_asks_for_no_other_answer_after_the_last():
+    for task, wrong in (("gp-l", "1+1"), ("gp-l", '{"formula": 3}'), ("virl-l", "stop()"), ("gp-vl", "1+1")):
+        for attempts in (1, 2):
+            shown = cli("--task", task, "--n", "1", "--ask", "--attempts", str(attempts), stdin=f"{wrong}\n" * 3).stdout
+            assert shown.count("Verdict: ") == attempts and shown.count("another answer") == attempts - 1, shown
+            assert shown.count("Your answer does not list the cards in the picture rightly.") == attempts * (task == "gp-vl")
+    problem = make("gp-l", split="test", attempts=1)  # the trainers' and the report's words stay
+    assert problem.step("").feedback.endswith(tasks.AGAIN) and problem.done
+    texts = [text for words in (tasks.CARDS["wording"]["full"], tasks.VIRL["wording"]["full"]["why"]) for text in words.values()]
+    assert all(text.endswith(tasks.AGAIN) for text in texts if "another" in text) and sum("another" in text for text in texts) == 10
+
+
+def test_cli_takes_a_bare_answer_wherever_one_is_given():
+    for task, bare, key in (("gp-l", "12+12", "formula"), ("virl-l", "stop()", "action"), ("gp-l", "", "formula")):
+        whole = json.dumps({key: bare})
+        asked, *given = (cli("--task", task, "--n", "1", *args, stdin=stdin).stdout.partition("Verdict: ")[2] for args, stdin in (
+            (("--ask",), f"{bare}\n"), (("--answer", bare), ""), (("--answer", whole), "")))
+        assert asked and given == [asked] * 2
+    assert "Verdict: correct" in cli("--n", "1", "--answer", json.loads(make("gp-l", split="test").expert())["formula"]).stdout
+
+
+def test_cli_names_a_file_with_each_picture():
+    def pictures(shown):
+        for path in map(Path, re.findall(r"^Picture: (.*\.png)$", shown, re.M)):
+            with Image.open(path) as image:
+                yield image.tobytes()
+            path.unlink()
+
+    cards = make("gp-vl", visual="red", split="test", index=3, tile=64)
+    shown = cli("--task", "gp-vl", "--visual", "red", "--index", "3", "--n", "1", "--tile", "64").stdout
+    assert list(pictures(shown)) == [cards.image.tobytes()] and cards.prompt in shown
+    walk = make("virl-vl", split="test", index=2, style="short", tile=32)
+    first = walk.right_action()
+    shown = cli("--task", "virl-vl", "--index", "2", "--n", "1", "--style", "short", "--tile", "32", "--ask", stdin=f"{first}\n").stdout
+    assert list(pictures(shown)) == [walk.picture(0).tobytes(), walk.picture(1).tobytes()]
+    assert "Picture" not in cli("--n", "1").stdout + cli("--task", "gp-vl", "--visual", "text", "--n", "1").stdout
+
+
+def test_cli_says_whose_prompts_it_shows():
+    assert " | for an instruct model | " in cli("--n", "1").stdout and " | for the tiny model | " in cli("--n", "1", "--style", "short").stdout
 
 
 @pytest.mark.parametrize("args", [("--n", "200"), ("--n", "1"), ("--help",)])
