@@ -1338,11 +1338,17 @@ def right_word(here: "Position", words: str) -> str:
     return turn_word(words, here.heading, here.towards) if here.action == "turn" else ""
 
 
+def landmark_texts(here: "Position", style: str) -> list[str]:
+    """The landmarks at a Position; a released one without a side is its own text."""
+    return [WORDING[style]["seen"].format(name, side) if side else name
+            for name, side in here.landmarks]
+
+
 def observation(here: "Position", style: str) -> str:
     """The things at a Position, in words: "Cafe Opal is on your left; You observe an
     intersection"."""
     words = WORDING[style]
-    parts = [words["seen"].format(*landmark) for landmark in here.landmarks]
+    parts = landmark_texts(here, style)
     if not parts and (style == "full" or not here.crossing):  # short: "crossing" alone
         parts = [words["none"]]
     if here.crossing:
@@ -1357,7 +1363,7 @@ def instructions(route, style, turn="turn"):
     texts = []
     for here in route.rail:
         if here.crossing or here.action == "stop":
-            where = "".join(words["where"].format(*landmark) for landmark in here.landmarks)
+            where = "".join(map(words["where"].format, landmark_texts(here, style)))
             texts.append(words["moves"][here.action].format(where=where))
         if here.action == "turn":
             turns = {name: right_word(here, name) for name in TURNS}

@@ -14,7 +14,7 @@ never executed. Routes that cannot be used are left out and named.
 Contents
     1. Plain pickles         read_plain_pickle
     2. Points                metres, nearest
-    3. Routes                route_stops, read_rotation
+    3. Routes                read_milestones, read_landmarks, route_stops, read_rotation
     4. A folder              convert, read_folder, add_rotations
     5. Command line
 """
@@ -28,7 +28,8 @@ import re
 import sys
 from pathlib import Path
 
-from tasks import PANORAMA, Stop, between, parse_answer, printable, random_facing, read_bytes
+from tasks import (NOTHING, PANORAMA, Stop, between, parse_answer, printable, random_facing,
+                   read_bytes)
 
 # ---- 1. Plain pickles ----------------------------------------------------------------------------
 # gps_pano_mapping.pkl is a dict {(latitude, longitude): name}. Python's own reader would run
@@ -110,9 +111,35 @@ def nearest(point, panoramas) -> str | None:
 
 # ---- 3. Routes -----------------------------------------------------------------------------------
 
-LANDMARK = re.compile("(?:The destination )?([^;]+?) is on your ([a-z ]+)")
+MAX_LANDMARK = 120  # characters of a milestone's landmark, as in tasks.py
 HEADING = re.compile(r"\d{1,3}(\.\d+)?\b")  # as in "298 (northwest)"
 ODD = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError)
+
+
+def read_milestones(text: str) -> list[dict]:
+    """The blocks { "key": "value", ... } of a route as dicts of text: by line, as the authors read
+    them, so that a name may have quotation marks; a block on one line as an answer is read."""
+    milestones = []
+    for block in re.findall(r"\{[^{}]*\}", text):
+        lines = block.strip("{} \n").split("\n")
+        pairs = [line.strip().rstrip(",").partition(":")[::2] for line in lines if ":" in line]
+        milestones.append(parse_answer(block) if len(lines) == 1 else {
+            key.strip(" \"'"): value.strip(" \"'") for key, value in pairs})
+    return milestones
+
+
+def read_landmarks(milestone: dict) -> tuple[tuple[str, str], ...]:
+    """((name, side),) of a milestone, () where it has none or "No landmark nearby". As the authors
+    do, all of its text is taken for one landmark, whatever marks are in it; the last "is on your"
+    parts name and side, and a text without one is a name with an empty side."""
+    text = " ".join(milestone.get("landmarks", "").split()).removeprefix("The destination ")
+    if text.lower() in NOTHING:
+        return ()
+    if len(text) > MAX_LANDMARK or not text.isprintable():
+        raise ValueError(f"has a landmark that is not printable or of more than {MAX_LANDMARK} "
+                         "characters")
+    name, on, side = text.rpartition(" is on your ")
+    return ((name, side) if on else (text, ""),)
 
 
 def route_stops(info: dict, number: int, panoramas) -> tuple[float, list[Stop]]:
@@ -122,21 +149,20 @@ def route_stops(info: dict, number: int, panoramas) -> tuple[float, list[Stop]]:
     rng = random.Random(f"virl/released/{number}")
     places = info["start_place"]["relocated_geocode"], *info["route_results"]["geocode_list"]
     points = [tuple(map(float, place)) for place in places]
-    blocks = [parse_answer(block) for block in re.findall(r"\{[^{}]*\}", info["milestone_info"])]
+    blocks = read_milestones(info["milestone_info"])
     if len(blocks) != len(points) - 1 or not blocks:
         raise ValueError(f"has {len(points) - 1} points but {len(blocks)} milestones")
-    stated = [HEADING.match(block["to_next_intersection_heading"].strip()) for block in blocks]
+    stated = [HEADING.match(block.get("to_next_intersection_heading", "").strip())
+              for block in blocks]
     if not all(stated):
         raise ValueError("has a milestone without a heading in degrees")
     headings = [float(match[0]) for match in stated]
-    facing = round(float(info["init_heading"])) % 360
-    facing = facing or random_facing(rng, headings[0])  # 0 stands for unknown
+    facing = round(float(info.get("init_heading", 0))) % 360
+    facing = facing or random_facing(rng, headings[0])  # 0, or none, stands for unknown
     stops = [Stop(nearest(points[0], panoramas), (), headings[0])]
     for start, end, block, after in zip(points, points[1:], blocks, [*headings[1:], None]):
         stops += _on_the_way(rng, start, end, panoramas)
-        found = LANDMARK.findall(block["landmarks"])
-        landmarks = [(printable(name.strip()), printable(side)) for name, side in found]
-        stops.append(Stop(nearest(end, panoramas), tuple(landmarks), after))
+        stops.append(Stop(nearest(end, panoramas), read_landmarks(block), after))
     return facing, stops
 
 

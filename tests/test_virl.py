@@ -778,7 +778,7 @@ def test_routes_that_cannot_be_used_are_left_out_and_named(released, capsys):
     (route,), cursor = json.loads((released / "route_infos.json").read_text())
     far = street(60, 500)  # no panorama within 20 m
     away = route | {"route_results": {"geocode_list": [route["route_results"]["geocode_list"][0], far]}}
-    bad = [route | {"milestone_info": "{}"}, {key: route[key] for key in route if key != "init_heading"}, 7, away,
+    bad = [route | {"milestone_info": "{}"}, {key: route[key] for key in route if key != "route_results"}, 7, away,
            route | {"milestone_info": route["milestone_info"].replace("90 (east)", "east")}]
     (released / "route_infos.json").write_text(json.dumps([[*bad, route], cursor]))
     capsys.readouterr(), converted(released)
@@ -788,7 +788,7 @@ def test_routes_that_cannot_be_used_are_left_out_and_named(released, capsys):
         walks = [make(name, data=released, index=i) for i in range(count)]
         assert make(name, data=released, index=count).route == walks[0].route and len({walk.route for walk in walks}) == count
         where = "" if count == 2 else " of walks in pictures"
-        assert line.startswith(f"{6 - count} of 6 routes in {released} are left out{where}: 0 has 2 points but 1 milestones; 1 lacks 'init_heading'; 2 ")
+        assert line.startswith(f"{6 - count} of 6 routes in {released} are left out{where}: 0 has 2 points but 1 milestones; 1 lacks 'route_results'; 2 ")
         assert line.endswith("4 has a milestone without a heading in degrees.") and ("3 has no panorama within 20 m" in line) == (count == 1)
     panoramas, _ = convert_routes.read_folder(released)
     assert walks[-1].route.rail == tasks.make_rail(*convert_routes.route_stops(route, 5, panoramas))
@@ -799,6 +799,57 @@ def test_routes_that_cannot_be_used_are_left_out_and_named(released, capsys):
     with pytest.raises(ValueError, match="none can be used"):
         make("virl-vl", data=converted(released))
     assert make("virl-l", data=released).route.rail[-1].place is None
+
+
+BLOCK = '{{\n"intersection_idx": "{}",\n{}"distance": "60 meters",\n"to_next_intersection_heading": "{}",\n}}\n'  # one entry a line, as released
+
+
+@pytest.mark.parametrize("landmarks, seen, where", [
+    ("Prince St is on your right behind", "Prince St is on your right behind; ", " where Prince St is on your right behind"),
+    (None, "", ""), ("No landmark nearby", "", ""),
+    ("Ben; Jerry's is on your left", "Ben; Jerry's is on your left; ", " where Ben; Jerry's is on your left"),
+    ("A is on your left; B is on your right", "A is on your left; B is on your right; ", " where A is on your left; B is on your right"),
+    ('Joe "The Man" Bar: Grill is on your front', 'Joe "The Man" Bar: Grill is on your front; ', ' where Joe "The Man" Bar: Grill is on your front'),
+    ("Prince St ahead, left.", "Prince St ahead, left.; ", " where Prince St ahead, left."),
+    ("Caf\u00e9\u00a0Nu is on your left", "Caf\u00e9 Nu is on your left; ", " where Caf\u00e9 Nu is on your left"),
+    ("a" * 104 + " is on your left", "a" * 104 + " is on your left; ", " where " + "a" * 104 + " is on your left")])
+def test_landmarks_are_read_as_the_authors_read_them(released, capsys, landmarks, seen, where):
+    """Their environment takes the text of a milestone whole, "No landmark nearby" where there is none."""
+    (route,), cursor = json.loads((released / "route_infos.json").read_text())
+    entries = "" if landmarks is None else f'"landmarks": "{landmarks}",\n'
+    blocks = BLOCK.format(1, entries, "2 (north)") + BLOCK.format(2, '"landmarks": "The destination Shuka is on your left",\n', "90 (east)")
+    (released / "route_infos.json").write_text(json.dumps([[route | {"milestone_info": blocks}], cursor]))
+    capsys.readouterr()
+    walk = make("virl-l", "absolute", data=converted(released), attempts=2)
+    assert capsys.readouterr().err == "" and walk.texts == [
+        "Turn right to face north.", f"Move forward until you reach the next intersection{where}.",
+        "Turn right to face east.", "Move forward until you reach the destination where Shuka is on your left."]
+    here = next(here for here in walk.route.rail if here.crossing)
+    assert tasks.observation(here, "full") == (seen or "No landmarks nearby; ") + "You observe an intersection"
+    while not walk.done:
+        step = walk.step(walk.expert())
+        assert step.read == 1 and step.reward == 1, walk.verdict
+
+
+@pytest.mark.parametrize("landmarks", ["a" * 105 + " is on your left", "a\x1b[31m is on your left"])
+def test_a_landmark_that_cannot_be_shown_is_named(released, capsys, landmarks):
+    (route,), cursor = json.loads((released / "route_infos.json").read_text())
+    blocks = BLOCK.format(1, f'"landmarks": "{landmarks}",\n', "2 (north)") + BLOCK.format(2, "", "90 (east)")
+    (released / "route_infos.json").write_text(json.dumps([[route | {"milestone_info": blocks}, route], cursor]))
+    capsys.readouterr(), converted(released)
+    assert "0 has a landmark that is not printable or of more than 120 characters." in capsys.readouterr().err
+
+
+def test_a_route_without_a_first_heading_begins_at_a_drawn_one(released):
+    """As one of 0 does: the authors draw it too."""
+    (route,), cursor = json.loads((released / "route_infos.json").read_text())
+    facings = []
+    for changed in ({key: route[key] for key in route if key != "init_heading"}, route | {"init_heading": 0}):
+        (released / "route_infos.json").write_text(json.dumps([[changed] * 5, cursor]))
+        rails = [make("virl-l", data=converted(released), index=i).route.rail for i in range(5)]
+        facings.append([rail[0].heading for rail in rails])
+        assert all(tasks.clear_turn(rail[0].heading, 2) for rail in rails)
+    assert facings[0] == facings[1] and len(set(facings[0])) > 1
 
 
 class Bomb:
