@@ -983,7 +983,8 @@ def _draw_card(card, size, scale):
     face = Image.new("RGB", (card.width * scale, card.height * scale), paper)
     _paint(face, card, inks[card.suit in "HD"], CARDS["layouts"][size])
     outline = Image.new("L", face.size)
-    box, radius = (0, 0, face.width - 1, face.height - 1), .09 * face.width
+    box = (0, 0, face.width - 1, face.height - 1)
+    radius = .09 * face.width
     ImageDraw.Draw(outline).rounded_rectangle(box, radius, 255)
     line = max(scale, round(.025 * face.width)) if card.style == "framed" else scale
     ImageDraw.Draw(face).rounded_rectangle(box, radius, None, edge, line)
@@ -1009,7 +1010,8 @@ def _paint(face, card, ink, layouts):
     shares of the card, x and y of its centre, whether it is upside down]."""
     scheme = "index" if card.scheme == "numbers" else card.scheme
     for kind, across, down, *place in layouts.get(f"{scheme} {card.rank}", layouts[scheme]):
-        across, down = across * face.width, down * face.height
+        across *= face.width
+        down *= face.height
         if kind == "court":
             _draw_court(face, card, ink)
             continue
@@ -1021,7 +1023,8 @@ def _paint(face, card, ink, layouts):
 def _stamp(image, ink, mask, x, y, upside_down=False):
     """Paint a mask in ink with its centre at (x, y), in shares of the image."""
     mask = mask.transpose(Image.Transpose.ROTATE_180) if upside_down else mask
-    left, top = x * image.width - mask.width / 2, y * image.height - mask.height / 2
+    left = x * image.width - mask.width / 2
+    top = y * image.height - mask.height / 2
     image.paste(ink, (round(left), round(top)), mask)
 
 
@@ -1035,9 +1038,11 @@ def _pips(rank, left, top):
 def _label(card, width, height):
     """A rank's text as a mask, `height` pixels tall in all, narrowed to `width` if it is wider."""
     text = RANK_TEXTS[card.scheme][card.rank - 1]
-    size, stroke = round(height * 1.37), 0
+    size = round(height * 1.37)
+    stroke = 0
     if card.glyphs == "sans":  # pillow's own typeface is thin
-        font, stroke = ImageFont.load_default(size), height / 18
+        font = ImageFont.load_default(size)
+        stroke = height / 18
     else:
         # pyftsubset FILE --text=ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 --layout-features=
         # --no-hinting --name-IDs=0,1,2,13
@@ -1070,16 +1075,20 @@ def _sign(suit, size):
 
 def _draw_court(face, card, ink):
     """A frame with the figure of J, Q or K, or with its number, and the same upside down below."""
-    width, height = round(.58 * face.width), round(.37 * face.height)
+    width = round(.58 * face.width)
+    height = round(.37 * face.height)
     half = Image.new("RGB", (width, height), STYLE_COLOURS[card.style][0])
     if card.scheme == "numbers":
-        mask, place = _label(card, .4 * face.width, .2 * face.height), .5
+        mask = _label(card, .4 * face.width, .2 * face.height)
+        place = .5
     else:
-        mask, place = _sign(card.suit, .12 * face.width), .14
+        mask = _sign(card.suit, .12 * face.width)
+        place = .14
         for colour, shape in CARDS["courts"][str(card.rank)]:
             _draw_shape(half, shape, CARDS["colours"].get(colour, ink), width, height)
     _stamp(half, ink, mask, place, place)
-    left, top = (face.width - width) // 2, face.height // 2 - height
+    left = (face.width - width) // 2
+    top = face.height // 2 - height
     face.paste(half, (left, top))
     face.paste(half.transpose(Image.Transpose.ROTATE_180), (left, top + height))
     frame = left, top, left + width, top + 2 * height
@@ -1133,10 +1142,8 @@ class Navigation(Problem):
         if look and not (least := look.legible_from(style)) <= tile <= 1120:
             raise ValueError(f"Views of the look {str(look)!r} in style {style} need tiles of "
                              f"{least} to 1120 pixels, not {tile}.")
-        if data:
-            known = released(str(data), bool(visual)).routes
-        else:
-            known = routes(f"{split}-{index // ROUTES}", style)
+        known = (released(str(data), bool(visual)).routes if data else
+                 routes(f"{split}-{index // ROUTES}", style))
         route = known[index % len(known)]
         judged_by = parse_turns(judged_by or rule)
         return cls(route, parse_turns(rule), attempts, style, judged_by, look, tile)
@@ -1669,7 +1676,8 @@ class City:
                   for _ in "xy")
         bends = [rng.uniform(-6, 6), rng.choice((1, -1)) * rng.uniform(37, 43)]
         slope_x, slope_y = (tan(radians(angle)) for angle in rng.sample(bends, 2))
-        bend_x, bend_y = rng.choice(xs[1:-2]), rng.choice(ys[1:-2])
+        bend_x = rng.choice(xs[1:-2])
+        bend_y = rng.choice(ys[1:-2])
         turned = rng.choice((0, 45)) + rng.uniform(-8, 8)
         nodes = {}
         for i, j in product(range(GRID), repeat=2):
@@ -1701,7 +1709,8 @@ class City:
                 for node, streets in arms.items()}
 
     def _street(self, a, b):
-        start, end = self.nodes[a], self.nodes[b]
+        start = self.nodes[a]
+        end = self.nodes[b]
         length = dist(start, end)
         return Street(a, b, start, bearing(start, end), length, max(round(length / SPACING), 1))
 
@@ -1953,7 +1962,8 @@ class Wall(NamedTuple):
 
     def draw(self, view):
         """Its wall, the edge of its roof, its shop and its windows."""
-        left, right = view.ahead(self.left), view.ahead(self.right)
+        left = view.ahead(self.left)
+        right = view.ahead(self.right)
         if _hidden(left, right):
             return
         distance = hypot(left[0] + right[0], left[1] + right[1]) / 2
@@ -1979,7 +1989,8 @@ class Wall(NamedTuple):
         dark = LIGHTS["day"]["pane"], light
         for column, floor in product(range(columns), range(int(self.height - 3.5) // 3)):
             colour = lit if (self.number + floor * 5 + column * 3) % 4 < 2 else dark
-            first, bottom = column + 0.25, 4.2 + 3 * floor
+            first = column + 0.25
+            bottom = 4.2 + 3 * floor
             part(first / columns, (first + 0.5) / columns, bottom, 6 + 3 * floor, *colour)
 
 
@@ -2071,7 +2082,8 @@ def draw_map(problem: Navigation, size: int) -> Image.Image:
     red, its positions numbered from 1, the landmarks by name."""
     town = city(problem.route.city, problem.style)
     points = np.array([town.points[here.place] for here in problem.route.rail])
-    low, high = points.min(0), points.max(0)
+    low = points.min(0)
+    high = points.max(0)
     scale = size / (max(high - low) + 70)
 
     def pixel(point):
@@ -2084,7 +2096,8 @@ def draw_map(problem: Navigation, size: int) -> Image.Image:
     red, blue, black = "#d62828", "#183e5c", "#1e1e28"
     for width, colour in ((2 * CURB * scale, "#bebab2"), (10 * scale, "#fafafa")):
         for street in town.turns:
-            start, end = pixel(street.start), pixel(town.nodes[street.b])
+            start = pixel(street.start)
+            end = pixel(town.nodes[street.b])
             draw.line((start, end), colour, int(width))
             draw.circle(start, width / 2, colour)
     draw.line(route, red, 5)
@@ -2190,7 +2203,8 @@ def panorama_view(panorama: np.ndarray, yaw: float, size: int) -> np.ndarray:
     across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # -1 to 1, one unit ahead
     u = (np.arctan(across) / (2 * pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
     v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / pi) * high - 0.5  # (size, size)
-    left, top = np.floor(u).astype(int), np.floor(v).astype(int)
+    left = np.floor(u).astype(int)
+    top = np.floor(v).astype(int)
     share_u = np.float32(u - left)[:, None]
     share_v = (v - top)[..., None]
 
