@@ -325,6 +325,8 @@ class EvalSettings:
     batch: int = 256  # episodes computed side by side
     rows: tuple | None = None  # only these rows of the suite
     teacher: str | None = None  # the demonstrator whose answers are scored
+    rule: str | None = None  # that was trained, as the row "id" has it; None: the task's own
+    visual: str | None = None  # the look that was trained
 
 
 def evaluate(model, tokenizer, settings: EvalSettings, moved=None) -> dict:
@@ -341,6 +343,7 @@ def evaluate(model, tokenizer, settings: EvalSettings, moved=None) -> dict:
     """
     began, turns, truncations, samples = time.time(), {}, [], []
     classes, scores, nats, different = {}, {}, {}, []
+    task = tasks.task_of(settings.suite)
     for row in legible_rows(model, settings):
         problems = suite_problems(model, tokenizer, settings, row)
         different.append(len({(each.cls, each.prompt, each.expert()) for each in problems}))
@@ -372,10 +375,10 @@ def evaluate(model, tokenizer, settings: EvalSettings, moved=None) -> dict:
             scores[row.name][mode] = as_lists(
                 [problem.scores(*played) for problem, *played in zip(problems, answers, forced)])
     return {
-        "suite": settings.suite,
-        "split": settings.split,
-        "n": settings.n,
-        "attempts": settings.attempts,
+        "suite": settings.suite, "split": settings.split,
+        "n": settings.n, "attempts": settings.attempts,
+        "rule": settings.rule if settings.rule != task.rule else None,
+        "visual": settings.visual if settings.visual != task.visual else None,
         "classes": any_of(classes),
         "row_classes": classes,
         "different": max(different),  # problems; of some tasks there are not many
@@ -390,8 +393,35 @@ def evaluate(model, tokenizer, settings: EvalSettings, moved=None) -> dict:
 def legible_rows(model, settings):
     """The rows of the suite, or those asked for, whose pictures this model's tiles can show."""
     problem, tile = tasks.task_of(settings.suite).problem, model.config.vision.image_size
-    return [row for row in tasks.suite_rows(settings.suite)
+    return [row for row in rows_of(settings.suite, settings.rule, settings.visual)
             if problem.legible(row, tile) and row.name in (settings.rows or [row.name])]
+
+
+def rows_of(suite: str, rule: str | None, visual: str | None) -> list[tasks.Row]:
+    """The rows of a suite for a model that was trained on a rule and a look (None: the task's own).
+
+    Row "id" has both. The others change them as the table's rows change the task's own: where
+    "7/target=36" was trained "11,12,13" becomes "11,12,13/target=36", and where "11,12,13" was
+    trained it becomes "10". A change that was trained itself makes no row."""
+    task = tasks.task_of(suite)
+    first = task.suite[0]
+
+    def now(row):
+        return tasks.Row(row.name, changed(row.rule, task.rule, rule),
+                         changed(row.judged_by, task.rule, rule),
+                         changed(row.visual or task.visual, task.visual, visual))
+    return [now(row) for row in tasks.suite_rows(suite)
+            if (row[1:] == first[1:]) == (now(row)[1:] == now(first)[1:])]
+
+
+def changed(text, own, trained):
+    """The change that `text` makes to a task's own rule or look, made to the trained one: texts
+    such as "10" and "red/style=dark"."""
+    if not (text and trained):
+        return text
+    (head, *options), (now, *kept) = text.split("/"), trained.split("/")
+    options = {each.partition("=")[0]: each for each in kept + options}
+    return "/".join([{own: now, now: own}.get(head, head), *options.values()])
 
 
 def suite_problems(model, tokenizer, settings, row):
@@ -506,8 +536,8 @@ def teacher_nats(model, tokenizer, settings: EvalSettings, row: tasks.Row) -> tu
 
     def log_probs(part, ids, chosen, images):
         return model.log_probs(ids, chosen, image=images)
-    micro_batch = default_micro_batch(tokenizer)
-    sums = response_log_probs(model, log_probs, episodes, tokenizer.pad, micro_batch)
+    sums = response_log_probs(model, log_probs, episodes, tokenizer.pad,
+                              default_micro_batch(tokenizer))
     return [-value for value in sums], [episode.response_tokens for episode in episodes]
 
 
@@ -576,12 +606,11 @@ def latest_checkpoint(run) -> Path:
     """The checkpoint directory that the run's file `latest` names; ValueError if it names none.
     Says so on stderr when the run is not finished."""
     run = Path(run)
-    with open(run / "latest", "rb") as file:
-        name = file.read(100).decode("utf-8", "replace").strip()
+    name = (run / "latest").read_text("utf-8", "replace").strip()
     if not re.fullmatch(r"step-\d{6,9}", name) or not (run / name).is_dir():
         raise ValueError(f"{run}/latest does not name a checkpoint of this run; give one of its "
                          "step-NNNNNN directories.")
-    with suppress(OSError, ValueError, TypeError, AttributeError, IndexError):  # none, or damaged
+    with suppress(Exception):  # there is none yet, or it is damaged
         *_, last = (run / "metrics.jsonl").read_text("utf-8", "replace").splitlines()
         if left := unfinished(read_json(run / "args.json"), json.loads(last)):
             print(clean(f"note: {run} is not finished: {left}."), file=sys.stderr)
@@ -789,6 +818,8 @@ def pass_at_k(n, c, k):
 # A study is {arm: {seed: [evaluation, ...] by step}}. A score is named by its mode and its part,
 # such as ("greedy", "first"). An evaluation has, beside what its file holds,
 #   args      the flags of its run
+#   self      (name of the study, name of the run, step-NNNNNN): its checkpoint
+#   start     the same of the checkpoint that its run began from
 #   scores    {(row, mode, part): (n,) float} of the parts in SCORES and those made by `add_scores`,
 #             and {(row, "nats", kind): (n,) float}
 #   episodes  [(row, its HTML)] of the samples
@@ -801,6 +832,7 @@ NATS = {"teacher": "nats of a teacher's answer, -log p: how foreign it is to the
 MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of right actions
 
 
+STAGES = ("base", "warmup", "sft", "rl")  # in the order of training
 MAX_FILE = 1 << 28  # bytes of an evaluation
 
 
@@ -818,7 +850,7 @@ def _read(path, check):
 
 def _flags(args):
     """The flags in an args.json, if those that are counted with are numbers."""
-    for name in ("steps", "flops", "lr"):
+    for name in ("steps", "flops", "lr", "attempts"):
         if not isinstance(args.get(name, 0), (int, float)):
             raise ValueError(f"{name} is no number")
     return args
@@ -854,6 +886,12 @@ def add_scores(evaluation):
     return evaluation | {"scores": scores}
 
 
+def row_title(evaluation, row):
+    """The title of a row, such as "ID", or "ID (7/target=36)" where that was trained."""
+    title, own = ROWS.get(row, row), (evaluation.get("rule"), evaluation.get("visual"))
+    return f"{title} ({', '.join(filter(None, own))})" if any(own) and row == "id" else title
+
+
 def numbers(values, n, name, low, high):
     """A list of n numbers from low to high as an array; ValueError for anything else."""
     array = np.asarray(values, float)
@@ -885,33 +923,36 @@ def task_class(evaluation):
     return tasks.task_of(evaluation["suite"]).problem
 
 
-def load_study(study_dir):
-    """The study in a directory, from `RUN/evals/NNNNNN.json` and `RUN/args.json`.
+def load_study(directory):
+    """A list of the studies in a directory, one for each set of problems, or that of a single run,
+    from `RUN/evals/NNNNNN.json` and `RUN/args.json`.
 
     RUN is an arm's name with `-sN` for seed N, or without for seed 0. ValueError, one sentence,
-    when there is nothing, a file is malformed, or two files did not score the same problems.
+    when there is nothing, or a file is malformed.
     """
-    study, first = {}, None
-    for run in sorted({path.parent.parent for path in Path(study_dir).glob("*/evals/*.json")}):
+    studies = {}
+    files = [*Path(directory).glob("evals/*.json"), *Path(directory).glob("*/evals/*.json")]
+    for file in sorted(files, key=lambda file: (file.parent, len(file.name), file.name)):
+        run = file.absolute().parent.parent
         arm, seed = re.fullmatch(r"(.+?)(?:-s(\d{1,9}))?", run.name, re.DOTALL).groups()
-        seed, seeds = int(seed or 0), study.setdefault(arm, {})
-        if seed in seeds:
+        seed = int(seed or 0)
+        args = _read(run / "args.json", _flags) if (run / "args.json").exists() else {}
+        start = Path(str(args.get("init_path") or f"unknown-s{seed}/start")).parts[-3:]
+        evaluation = _read(file, _check) | {"args": args, "start": start}
+        evaluation["self"] = *run.parts[-2:], f"step-{evaluation['step']:06d}"
+        problems = map(evaluation.get, ("suite", "split", "rule", "visual", "classes"))
+        study = studies.setdefault(json.dumps([*problems]), {})
+        evals = study.setdefault(arm, {}).setdefault(seed, [])
+        evals.append(evaluation)
+        if evals[0]["self"][1] != run.name:
             raise ValueError(f"{run} is a second run of arm {arm} with seed {seed}: rename one of "
                              "the two.")
-        args = _read(run / "args.json", _flags) if (run / "args.json").exists() else {}
-        evals = [_read(path, _check) | {"args": args} for path in (run / "evals").glob("*.json")]
-        seeds[seed] = sorted(evals, key=lambda evaluation: evaluation["step"])
-        first = first or evals[0]
-        if any(evaluation[key] != first[key]
-               for evaluation in evals for key in ("suite", "split", "classes")):
-            raise ValueError(f"{run} scored other problems than the runs before it: evaluate every "
-                             "run on the same suite, split and number of problems.")
-    if not study:
-        raise ValueError(f"There is no evaluation in {study_dir}: train an arm first, or name a "
+    if not studies:
+        raise ValueError(f"There is no evaluation in {directory}: train an arm first, or name a "
                          "study directory.")
     # In tables and figures the stages come in the order of training, then other arms by name.
-    order = ["base", "warmup", "sft", "rl", *sorted(study)]
-    return {arm: study[arm] for arm in sorted(study, key=order.index)}
+    return [{arm: study[arm] for arm in dict.fromkeys([*STAGES, *sorted(study)]) if arm in study}
+            for study in studies.values()]
 
 
 def any_of(mapping):
@@ -926,7 +967,14 @@ def any_eval(study):
 
 def arms_of(study):
     """The arms that are compared, SFT and RL first."""
-    return [arm for arm in study if arm not in ("base", "warmup")]
+    return ([arm for arm in study if arm not in ("base", "warmup")] or
+            [arm for arm in study if arm == "warmup"])
+
+
+def shown_rows(study):
+    """The rows of most tables: all where they are few, else ROWS."""
+    rows = any_eval(study)["rows"]
+    return rows if len(rows) < 8 else ROWS
 
 
 def name_of(arm):
@@ -955,15 +1003,15 @@ class Stage(NamedTuple):
     """Evaluations that are reported together, one of each seed."""
     label: str
     evals: dict  # {seed: evaluation}
+    name: str = ""  # a shorter label, in differences
+    minus: list = []  # the keys of the stages that are subtracted from it
 
-    def has(self, row, score=FIRST):
-        """Whether all hold the score: on the way only ROWS are evaluated, and nats not always."""
-        return all((row, *score) in evaluation["scores"] for evaluation in self.evals.values())
-
-    def numbers(self, row, score, seeds=None):
-        """The score of each problem under each seed: (S, n)."""
-        return np.stack([self.evals[seed]["scores"][row, *score]
-                         for seed in seeds or sorted(self.evals)])
+    def numbers(self, row, score, seeds):
+        """The score of each problem under each seed: (S, n); NaN where it was not measured, for on
+        the way only ROWS are evaluated, and nats not always."""
+        unknown = np.full(len(any_of(self.evals)["classes"]), math.nan)
+        return np.stack([self.evals[seed]["scores"].get((row, *score), unknown)
+                         for seed in seeds])
 
     def interval(self, row, score, minus=None, other_row=None, among=None):
         """(mean, low, high) of a score over problems and seeds; NaN where it was not measured.
@@ -973,7 +1021,7 @@ class Stage(NamedTuple):
         """
         other, other_row = minus or self, other_row or row
         seeds = sorted(self.evals.keys() & other.evals.keys())
-        if not (seeds and self.has(row, score) and other.has(other_row, score)):
+        if not seeds:
             return UNKNOWN
         some, values = self.evals[seeds[0]], self.numbers(row, score, seeds)
         classes = some.get("row_classes", {}).get(row, some["classes"])
@@ -981,59 +1029,51 @@ class Stage(NamedTuple):
             return paired(values, minus.numbers(other_row, score, seeds), classes)
         if score[0] == "nats":
             return t_interval(values, classes)
-        return interval(values, classes, self.numbers(row, among) if among else 1)
+        return interval(values, classes, self.numbers(row, among, seeds) if among else 1)
 
 
 def stages(study, score):
-    """{"base", "start", "sft end", "sft best", "rl end", ...: Stage}, as far as there are any. The
-    start of a seed is the last evaluation of the warm-up, if the arms began from that very
-    checkpoint, or else step 0 of SFT, or of RL."""
-    arms = [study[arm] for arm in ("rl", "sft") if arm in study]
-    start = {seed: evals[0] for seeds in arms for seed, evals in seeds.items()
-             if evals[0]["step"] == 0}
-    for seed, evals in study.get("warmup", {}).items():
-        paths = [str(seeds[seed][0]["args"].get("init_path")) for seeds in arms if seed in seeds]
-        begun = {int(path[-6:]) for path in paths if re.search(r"/step-\d{6}$", path)}
-        if begun <= {evals[-1]["step"]}:
-            start[seed] = evals[-1]
-    last = {arm: {seed: evals[-1] for seed, evals in seeds.items()} for arm, seeds in study.items()}
-    found = {"base": Stage("base", last.get("base")),
-             "start": Stage("start", start)}
-    for arm in arms_of(study):
-        left = [unfinished(evaluation["args"], evaluation) for evaluation in last[arm].values()]
-        label = f"{max(left)} (not finished)" if any(left) else "end"
-        found[f"{arm} end"] = Stage(f"{name_of(arm)}, {label}", last[arm])
+    """{"base", "start", "sft end", "sft best", "rl end", ...: Stage}, as far as there are any. An
+    arm with another start than those before it has a stage for it, such as "start of RL"."""
+    every = [*chain(*(evals for seeds in study.values() for evals in seeds.values()))]
+    # The evaluation of a checkpoint: of a run after so many steps, or at step 0 of a run from it.
+    known = {each["start"]: each for each in reversed(every) if each["args"] and not each["step"]}
+    known |= {each["self"]: each for each in every}
+    origins, ends = {}, {}
+    starts = {arm: Stage(arm, {seed: evals[-1] for seed, evals in seeds.items()})
+              for arm, seeds in study.items() if arm == "base"}
+    spent = {arm: np.mean([evals[-1]["flops"] for evals in study[arm].values()])
+             for arm in arms_of(study)}
+    for arm in spent:
+        seeds, name, minus = study[arm], name_of(arm), []
+        last = {seed: evals[-1] for seed, evals in seeds.items()}
+        for seed, (first, *_) in seeds.items():
+            if (at := first["start"]) in known:
+                origin = re.sub(r"-s\d+/", "/", "/".join(at))  # but for the seed
+                start = origins.setdefault(origin, f"start of {name}" if origins else "start")
+                starts.setdefault(start, Stage(start, {})).evals[seed] = known[at]
+                minus = [start]
+        left = max(unfinished(end["args"], end) for end in last.values())
+        label = f"{name}, {f'{left} (not finished)' if left else 'end'}"
+        if max(spent.values()) > 1.05 * min(spent.values()):
+            label += f" ({si(spent[arm])})"
+        ends[f"{arm} end"] = Stage(label, last, name, [*minus, *[*ends][:3]])
         if arm == "sft":
-            best = {seed: best_checkpoint(study[arm][seed], score) for seed in sorted(last[arm])}
+            best = {seed: best_checkpoint(evals, score) for seed, evals in seeds.items()}
             steps = ", ".join(str(evaluation["step"]) for evaluation in best.values())
-            found["sft best"] = Stage(f"SFT at its best OOD (step {steps}) in hindsight", best)
-    return {key: stage for key, stage in found.items() if stage.evals}
-
-
-STAGES = {"sft end": "SFT", "rl end": "RL", "start": "start", "sft best": "best SFT checkpoint"}
-COMPARED = [  # stage, the stage that is subtracted, row
-    ("sft end", "start", "id"),
-    ("rl end", "start", "id"),
-    ("sft end", "start", "rule"),  # does SFT lose the other rule?
-    ("rl end", "start", "rule"),
-    ("rl end", "sft end", "rule"),
-    ("rl end", "sft best", "rule"),  # is SFT only trained too long?
-    ("sft end", "start", "fake"),  # does it take the new rule for the old one?
-]
+            ends["sft best"] = Stage(f"SFT at its best OOD (step {steps}) in hindsight", best,
+                                     "best SFT checkpoint")
+    return starts | ends
 
 
 def differences(study, score):
-    """{(stage, other stage, row): interval of their difference} of COMPARED, paired by problem and
-    by seed, as far as both stages are there."""
-    found, stage = {}, stages(study, score)
-    for a, b, row in COMPARED:
-        if a in stage and b in stage:
-            left, right = stage[a], stage[b]
-            if b == "start" and len(right.evals) == 1:  # one start serves all seeds
-                right = Stage(b, dict.fromkeys(left.evals, any_of(right.evals)))
-            if left.evals.keys() & right.evals.keys():
-                found[a, b, row] = left.interval(row, score, minus=right)
-    return found
+    """{(stage, other stage, row): interval of their difference}, paired by problem and by seed, as
+    far as both are there: of an arm and its start, and of an arm and the first ones before it."""
+    found = stages(study, score)
+    differ = {(key, other, row): stage.interval(row, score, minus=found[other])
+              for key, stage in found.items() for other in stage.minus
+              for row in shown_rows(study)}
+    return {key: interval for key, interval in differ.items() if not math.isnan(interval[0])}
 
 
 # ---- 7. Tables -----------------------------------------------------------------------------------
@@ -1078,22 +1118,24 @@ def score_table(title, lines, columns, **every):
 
 
 def stage_table(title, study, score, best=None):
-    """A line for each stage, a column for each of ROWS, or for every row where problems lead on, as
-    far as it was measured; best: the score that chooses the best checkpoint (default: this one)."""
-    last, found = any_eval(study), stages(study, best or score).values()
-    rows = [row for row in (last["rows"] if task_class(last).leads_on else ROWS)
-            if any(stage.has(row, score) for stage in found)]
+    """A line for each stage, a column for each of the shown rows, as far as it was measured; best:
+    the score that chooses the best checkpoint (default: this one)."""
+    found = stages(study, best or score).values()
+    rows = [row for row in shown_rows(study)
+            if not np.isnan([stage.interval(row, score)[0] for stage in found]).all()]
     lines = [(stage.label, {"stage": stage}) for stage in found if rows]
-    columns = [(ROWS.get(row, row), {"row": row}) for row in rows]
+    columns = [(row_title(any_eval(study), row), {"row": row}) for row in rows]
     return score_table(title, lines, columns, score=score)
 
 
-def pair_table(title, study, score, rows=ROWS):
-    """A line for each paired difference in one of the rows."""
+def pair_table(title, study, score, rows=None):
+    """A line for each paired difference, in one of the rows (default: all)."""
     said = "no clear difference", "clearly higher", "clearly lower"  # 0, 1, -1
-    lines = [[f"{STAGES[a]} - {STAGES[b]}, {ROWS[row]}", percent(difference, "+"),
-              said[sign_of(difference)]]
-             for (a, b, row), difference in differences(study, score).items() if row in rows]
+    stage = stages(study, score)
+    lines = [[f"{stage[a].name} - {stage[b].name or b}, {row_title(any_eval(study), row)}",
+              percent(difference, "+"), said[sign_of(difference)]]
+             for (a, b, row), difference in differences(study, score).items()
+             if row in (rows or [row])]
     return Table(title, ["", "points", ""], lines)
 
 
@@ -1102,7 +1144,7 @@ def look_tables(study, score):
     RL - SFT where both are averaged over the same problems."""
     stage, last, all_read = stages(study, score), any_eval(study), (score[0], "all read")
     read = task_class(last).SCORES["read"]
-    lines = [(ROWS.get(row, row), {"row": row}) for row in last["rows"] if row != "fake"]
+    lines = [(row_title(last, row), {"row": row}) for row in last["rows"] if row != "fake"]
     columns = [(each.label, {"stage": each}) for key, each in stage.items() if key != "sft best"]
     pair = {"stage": stage.get("rl end"), "minus": stage.get("sft end")}
     both = columns + [("RL - SFT", pair)] * all(pair.values())
@@ -1125,23 +1167,16 @@ def step_tables(study, score):
     lines = [(f"{stage.label}: {ROWS[row]}", {"stage": stage, "row": row})
              for row in ("id", "rule")
              for key, stage in stages(study, score).items() if key != "sft best"]
-    return tables + failure_tables(lines, mode)
-
-
-def failure_tables(lines, mode, most=6):
-    """For each line, (name, {"stage": Stage, "row": row}): where the first wrong answer is; then
-    right first answers by kind of action."""
-    # Positions from the last column on are counted together; None is a walk without a wrong answer.
-    where = []
+    # Where the first wrong answer is: None is a walk without any.
+    where, places = [], [*map(str, range(1, 7)), "later", "nowhere"]
     for name, line in lines:
-        failed = [at if at is None else min(at, most) for evaluation in line["stage"].evals.values()
+        failed = ["nowhere" if at is None else places[min(at, 6)]
+                  for evaluation in line["stage"].evals.values()
                   for at in evaluation["rows"][line["row"]][mode]["failed_at"]]
-        where.append([name, *(f"{100 * failed.count(at) / len(failed):.1f}"
-                              for at in (*range(most + 1), None))])
-    head = ["", *map(str, range(1, most + 1)), "later", "nowhere"]
+        where.append([name, *(f"{100 * failed.count(each) / len(failed):.1f}" for each in places)])
     kinds = [kind + how for how in ("", ", forced") for kind in MARKS.values()]
     columns = [(kind, {"score": (mode, kind), "among": (mode, f"{kind} count")}) for kind in kinds]
-    return [Table("where walks fail first, by position, in %", head, where),
+    return [*tables, Table("where walks fail first, by position, in %", ["", *places], where),
             score_table("right first answers by kind of action, in %", lines, columns)]
 
 
@@ -1150,11 +1185,10 @@ def score_tables(study, score, measures=None):
     of walks, or of pictures (so many measures)."""
     last = any_eval(study)
     task = tasks.task_of(last["suite"])
-    title = f"success in % [95 % interval], {len(last['classes'])} problems"
+    title = f"{score_name(score)}: success in % [95 % interval], {len(last['classes'])} problems"
     tables = [stage_table(title, study, score),
               pair_table("paired differences on the same problems", study, score)]
-    for kind, title in NATS.items():
-        tables.append(stage_table(title, study, ("nats", kind), score))
+    tables += [stage_table(title, study, ("nats", kind), score) for kind, title in NATS.items()]
     if task.problem.leads_on:
         return tables + step_tables(study, score)
     if listed := task.problem.SCORES.get("listed"):
@@ -1162,7 +1196,7 @@ def score_tables(study, score, measures=None):
     if task.pictures:
         title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
         lines = [(each.label, {"stage": each, "minus": each})
-                 for each in stages(study, score).values() if each.has("text")]
+                 for each in stages(study, score).values()]
         tables.append(score_table(title, lines, [("points", {})], score=score, row="text",
                                   other_row="id"))
         tables += look_tables(study, score)[:measures]
@@ -1182,41 +1216,17 @@ def table_text(study):
     has those of the others, and more of reading."""
     shown = []
     for score in reported(study):
-        first, *tables = score_tables(study, score, measures=2)[: 2 if shown else None]
-        first = first._replace(title=f"{score_name(score)}: {first.title}")
-        shown += [table for table in (first, *tables) if table.lines]
-    return text_of(shown) + "\n"
+        tables = score_tables(study, score, measures=2)[: 2 if shown else None]
+        shown += [table for table in tables if table.lines]
+    return "\n".join(f"{table.title[:1].upper()}{table.title[1:]}\n\n{markdown(table)}\n"
+                     for table in shown)
 
 
-def text_of(tables):
-    """Tables below their titles, as markdown."""
-    return "\n\n".join(f"{table.title[:1].upper()}{table.title[1:]}\n\n{markdown(table)}".lstrip()
-                       for table in tables)
-
-
-def result_table(result):
-    """Success of one evaluation, as markdown; of walks also per step, and where they fail."""
-    stage, problem = Stage("", {0: add_scores(result)}), task_class(result)
-    lines = [(row, {"stage": stage, "row": row}) for row in result["rows"]]
-    columns = [(score_name(score), {"score": score}) for score in product(MODES, PARTS)]
-    columns += [(f"greedy, {title}", {"score": ("greedy", part)})
-                for part, title in problem.SCORES.items() if part not in PARTS]
-    tables = [score_table("", lines, columns)]
-    if problem.leads_on:
-        tables += [table._replace(title=f"{table.title}, greedy")
-                   for table in failure_tables(lines, "greedy")]
-    return text_of(tables)
-
-
-def compare_table(results, names):
-    """The scores of two evaluations on the same problems, and the paired differences."""
-    first, second = (Stage("", {0: add_scores(result)}) for result in results)
-    scores = task_class(results[0]).SCORES
-    lines = [(f"{row}, {MODES[mode]}, {scores[part]}", {"row": row, "score": (mode, part)})
-             for row, mode, part in product(results[0]["rows"], MODES, scores)]
-    columns = [(clean(names[0]), {"stage": first}), (clean(names[1]), {"stage": second}),
-               ("second - first", {"stage": second, "minus": first})]
-    return markdown(score_table("", lines, columns))
+def study_of(results, names):
+    """A study of one evaluation of each model."""
+    alone = {"args": {}, "self": "", "start": (), "step": 0, "flops": 0}
+    return {f"model {name}": {0: [add_scores(result) | alone]}
+            for name, result in zip(names, results)}
 
 
 # ---- 8. Figures ----------------------------------------------------------------------------------
@@ -1298,27 +1308,30 @@ def named(ends):
     return svg
 
 
-def line_style(arm):
-    """(name in a figure, colour) of an arm: of "sft-lr3e-05" the rate, and the colour of SFT."""
-    css = "c0" if arm.startswith("sft") else "c1" if arm.startswith("rl") else "c2"
-    return name_of(arm).rpartition("-lr")[2][:9], css
+def line_styles(study):
+    """{arm: (name in a figure, colour)}: of "sft-lr3e-05" the rate, and the colour of SFT."""
+    usual = {"sft": "c0", "rl": "c1"}
+    return {arm: (name_of(arm).rpartition("-lr")[2][:9],
+                  usual.get(arm.partition("-")[0], f"c{2 + i % 2}"))
+            for i, arm in enumerate(arms_of(study))}
 
 
 def _curves_panel(study, row, score):
     """One panel: success in `row` along training FLOPs; with several seeds a thin line for each."""
-    curves = {arm: curve(study[arm], row, score) for arm in arms_of(study)}
-    top, lines = max([points[-1, 0] for points in curves.values()], default=0) or 1, []
-    if "base" in study:
-        mean = stages(study, score)["base"].numbers(row, score).mean()
-        lines.append((f"base {100 * mean:.0f}", "base muted", np.array([[0, mean], [top, mean]])))
-    for arm, points in curves.items():
-        name, css = line_style(arm)
+    lines = []
+    for arm, (name, css) in line_styles(study).items():
+        points = curve(study[arm], row, score)
         lines.append((f"{name} {100 * points[-1, 1]:.0f}", css, points))
-        for seed in study[arm].items():
-            lines.append(("", f"thin {css}", curve(dict([seed]), row, score)[:, :2]))
+        lines += [("", f"thin {css}", curve({seed: evals}, row, score)[:, :2])
+                  for seed, evals in study[arm].items()]
+    top = max((points[-1, 0] for name, _, points in lines if name), default=0) or 1
+    if "base" in study:
+        mean, *_ = stages(study, score)["base"].interval(row, score)
+        line = np.array([[0, mean], [top, mean]])
+        lines.insert(0, (f"base {100 * mean:.0f}", "base muted", line))
     ticks = [(0, "start"), (top / 2, si(top / 2)), (top, si(top))]
-    return panel(f"{ROWS[row]}: success", "training compute, counted from the start", ticks, lines,
-                 top)
+    return panel(f"{row_title(any_eval(study), row)}: success",
+                 "training compute, counted from the start", ticks, lines, top)
 
 
 def _svg(title, study, score, panels):
@@ -1344,9 +1357,9 @@ def svg_path(study, score=FIRST):
     """SVG, without its style: rule OOD against ID, each arm's evaluations as a path from the start
     to its name."""
     lines = []
-    for arm in arms_of(study):
+    for arm, style in line_styles(study).items():
         path = np.stack([curve(study[arm], row, score)[:, 1] for row in ("id", "rule")], 1)
-        lines.append((*line_style(arm), path))
+        lines.append((*style, path))
     if lines:
         lines.append(("start", "start", path[:1]))
     return _svg("Rule OOD against ID along training", study, score,
@@ -1388,30 +1401,39 @@ def verdict(sft, rl, gap, rl_id):
                                    "either, so it may just have changed little.")
 
 
+PUBLISHED = [("sft end", "start", "rule"), ("rl end", "start", "rule"),  # stage, other stage, row
+             ("rl end", "sft end", "rule"), ("rl end", "start", "id")]
+
+
 def story(study, score=FIRST):
     """What happened, in sentences made from the numbers; the first is the verdict."""
-    words, n = task_class(any_eval(study)).WORDS, len(any_eval(study)["classes"])
-    signs = [sign_of(difference) for difference in differences(study, score).values()]
-    if len(signs) < len(COMPARED):
-        return ["This study does not hold both arms and their start yet."]
-    _, rl_id, sft, rl, gap, _, fake = signs
-    told = [verdict(sft, rl, gap, rl_id),
-            f"Scores are the share of {n} held-out {words.things} that are solved "
-            f"({score_name(score)}) under the rule of training (ID: {words.trained}) and under one "
-            f"that only the prompt states (rule OOD: {words.other})."]
-    stage = stages(study, score)
-    if open_runs := [each.label for each in stage.values() if "not finished" in each.label]:
-        told[0] = f"This is no result yet: {', '.join(open_runs)}. So far: {told[0]}"
-    if len({any_of(study[arm])[-1]["args"].get("lr") for arm in ("sft", "rl")}) > 1:
+    last, stage, words = any_eval(study), stages(study, score), task_class(any_eval(study)).WORDS
+    signs = {key: sign_of(differ) for key, differ in differences(study, score).items()}
+    lines = pair_table("", study, score, ["id", "rule"]).lines[:6]
+    told = ["; ".join(f"{name}: {points} points, {said}" for name, points, said in lines) + "."
+            if lines else "There is no second arm and no start to compare with yet."]
+    if signs.keys() >= {*PUBLISHED}:
+        told = [verdict(*(signs[key] for key in PUBLISHED))]
+    rule = last.get("rule")
+    _, other, *_ = rows_of(last["suite"], rule, None)
+    told.append(f"Scores are the share of {len(last['classes'])} held-out {words.things} that are "
+                f"solved ({score_name(score)}) under the rule of training (ID: "
+                f"{rule or words.trained}) and under one that only the prompt states (rule OOD: "
+                f"{other.rule if rule else words.other}).")
+    if notes := [each.label for each in stage.values() if each.label.endswith(")")]:
+        told[0] = ("This is no result yet, as runs are not finished or had unequal compute: "
+                   f"{', '.join(notes)}. So far: {told[0]}")
+    if len({str(any_of(study[arm])[-1]["args"].get("lr")) for arm in arms_of(study)}) > 1:
         told[0] += " The arms' learning rates differ: see below."
-    nats = [stage["start"].interval(row, ("nats", "teacher"))[0] for row in ("id", "rule")]
+    start = stage.get("start", Stage("", {}))
+    nats = [start.interval(row, ("nats", "teacher"))[0] for row in ("id", "rule")]
     if not math.isnan(sum(nats)):
-        told.insert(1, "An answer of SFT's teacher has {:.1f} nats under the start (ID), {:.1f} "
+        told.insert(1, "An answer of the teacher has {:.1f} nats under the start (ID), {:.1f} "
                     "under the other rule: so foreign is it to the model.".format(*nats))
-    if sft < 0:
+    if signs.get(("sft end", "start", "rule"), 0) < 0:
         told.append("Judged by the old rule, SFT's answers to prompts that state the other one "
                     "score higher than at the start: it goes on using the rule it was trained on."
-                    if fake > 0 else
+                    if signs["sft end", "start", "fake"] > 0 else
                     "Judged by the old rule, SFT's answers do not score higher than at the start: "
                     "what it lost is not simply replaced by the old rule.")
     return told
@@ -1438,13 +1460,6 @@ def _table(table):
     title = f"<h3>{esc(table.title)}</h3>" if table.title else ""
     body = re.sub(r"\[.*?\]", r"<i>\g<0></i>", "".join(lines))
     return f"{title}<div class=wide><table><tr>{head}</tr>{body}</table></div>"
-
-
-def _results(study, score):
-    """Figures and tables of one score."""
-    figures = [svg_curves(study, score, [row]) for row in ("id", "rule")] + [svg_path(study, score)]
-    tables = [_table(table) for table in score_tables(study, score) if table.lines]
-    return f"<div class=figures>{''.join(figures)}</div>{''.join(tables)}"
 
 
 def _picture(png, css, alt):
@@ -1491,23 +1506,37 @@ def _episodes(study, arm):
     last, shown = found[-1], []
     for row in last["rows"]:
         pages = [page for name, page in last["episodes"] if name == row]
-        shown += pages[: None if task_class(last).leads_on else 3 if row in ROWS else 1]
+        shown += pages if task_class(last).leads_on else pages[: 3 if row in ROWS else 1]
     title = esc(f"Sample episodes: {name_of(arm)}, seed {seed}, step {last['step']}")
     return f"<details><summary>{title}</summary>{''.join(shown)}</details>"
 
 
 def report_html(study_dir):
-    """The report of a study directory: one HTML page that loads nothing and runs nothing. Errors as
-    in `load_study`. Everything that a model or a file wrote is escaped."""
-    study = load_study(study_dir)
-    last, name, told = any_eval(study), Path(study_dir).resolve().name, story(study)
-    results = "".join(f"<details><summary>{score_name(score)}</summary>{_results(study, score)}"
-                      "</details>" for score in reported(study))
-    return Template(page_template()).substitute(
-        title=esc(f"SFT and RL from one start: {last['suite']}, {name}"), verdict=esc(told[0]),
-        story=esc(" ".join(told[1:])), results=results.replace("<details>", "<details open>", 1),
-        alike=task_class(last).WORDS.alike, classes=len(set(last["classes"])),
-        arms=_table(arm_table(study)), episodes="".join(_episodes(study, arm) for arm in study))
+    """The report of a directory: one HTML page that loads nothing and runs nothing, with a part for
+    each study. Errors as in `load_study`. Everything that a model or a file wrote is escaped."""
+    head, part, foot = page_template().split("<!-- study -->")
+    parts = [Template(part).substitute(page_part(study)) for study in load_study(study_dir)]
+    title = esc(f"Report: {Path(study_dir).resolve().name}")
+    return Template(head).substitute(title=title) + "".join(parts) + foot
+
+
+def page_part(study):
+    """The $names of a study's part of the page."""
+    verdict, *told = story(study)
+    results = ""
+    for score in reported(study):
+        figures = svg_curves(study, score, ["id"]), svg_curves(study, score, ["rule"])
+        tables = "".join(_table(table) for table in score_tables(study, score) if table.lines)
+        results += (f"<details><summary>{score_name(score)}</summary><div class=figures>"
+                    f"{''.join(figures)}{svg_path(study, score)}</div>{tables}</details>")
+    last = any_eval(study)
+    arms = ", ".join(map(name_of, arms_of(study) or study))
+    name = f"{arms}: {last['suite']}, {len(last['classes'])} {last['split']} problems"
+    return {"name": esc(name), "verdict": esc(verdict), "story": esc(" ".join(told)),
+            "results": results.replace("<details>", "<details open>", 1),
+            "alike": task_class(last).WORDS.alike, "classes": len(set(last["classes"])),
+            "arms": _table(arm_table(study)),
+            "episodes": "".join(_episodes(study, arm) for arm in study)}
 
 
 def write_text(path, text):
@@ -1534,9 +1563,13 @@ def parse_args(argv=None):
     add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models and their difference")
     add("--distance", metavar="DEMONSTRATOR", help="print how foreign its answers are to the "
         "model: their -log p in nats")
-    add("--suite", default="gp-l", choices=tasks.suite_names(), help="problems to evaluate on")
+    add("--suite", choices=tasks.suite_names(), help="problems to evaluate on (default: the run's, "
+        "else gp-l)")
+    add("--rule", help="the rule of row ID (default: the run's, else the task's)")
+    add("--visual", help="the look of row ID (default: the run's, else the task's)")
     number(parser, "--n", 500, 1, 1e5, "held-out problems per row")
-    number(parser, "--attempts", 1, 1, 100, "answers per question")
+    add("--attempts", type=between(int, 1, 100), help="answers per question (default: the run's, "
+        "else 1)")
     add("--split", choices=("val", "test"), default="test", help="val to choose, test for claims")
     number(parser, "--k", 0, 0, 1000, "sample K answers too: pass@1 .. pass@K")
     add("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer (default: 64 for "
@@ -1553,7 +1586,15 @@ def parse_args(argv=None):
     if sum(map(bool, (args.model, args.report, args.compare))) != 1:
         raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
                          "a study directory.")
-    known = tasks.task_of(args.suite).problem.DEMONSTRATORS
+    stored = run_flags(args.model or (args.compare or [""])[0])
+    args.suite = args.suite or stored.get("eval_suite") or stored.get("task", "gp-l")
+    args.attempts = args.attempts or stored.get("attempts", 1)
+    task = args.suite.removesuffix("-probes")
+    if stored.get("task") == task:
+        args.rule = args.rule or stored.get("rule")
+        args.visual = args.visual or stored.get("visual")
+    known = tasks.make(task, args.rule, args.visual, attempts=args.attempts,
+                       tile=1120).DEMONSTRATORS  # draws nothing
     if args.distance and args.distance not in known:
         raise ValueError(f"--distance {args.distance}: choose from {', '.join(known)}.")
     if args.image and not args.ask:
@@ -1561,14 +1602,12 @@ def parse_args(argv=None):
     return args
 
 
-class Question(tasks.Problem):
-    """Any question, perhaps about a picture; one answer ends it, and none is right."""
-
-    def __init__(self, prompt, image):
-        self.prompt, self.image = prompt, image and open_image(image)
-
-    def step(self, response):
-        return tasks.Step(0.0, True, "", "asked")
+def run_flags(name):
+    """The flags of the run that a name means, or whose checkpoint it is; {} of other models."""
+    for path in (Path(name, "args.json"), Path(name, "..", "args.json")):
+        if name and path.is_file():
+            return _read(path, _flags)
+    return {}
 
 
 EVALUATION = "evals/000000.json"
@@ -1582,10 +1621,10 @@ def evaluated(args):
         return None
     if not (args.or_resume and path.is_file()):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
-    kept = _read(path, dict)
-    differ = [f"{name} {kept.get(name)}, not {getattr(args, name)}"
-              for name in ("model", "suite", "n", "attempts", "split", "k")
-              if kept.get(name) != getattr(args, name)]
+    kept, asked, own = _read(path, dict), vars(args), tasks.task_of(args.suite)._asdict()
+    differ = [f"{name} {kept.get(name)}, not {asked[name]}"
+              for name in ("model", "suite", "n", "attempts", "split", "k", "rule", "visual")
+              if (kept.get(name) or own.get(name)) != (asked[name] or own.get(name))]
     if differ:
         raise ValueError(f"{args.out} holds an evaluation of other settings ({'; '.join(differ)}): "
                          "take another directory, or remove that one.")
@@ -1594,13 +1633,15 @@ def evaluated(args):
 
 
 def write_study(directory):
-    """Print the tables of a study and write its report and the figures as files for a README."""
-    study = load_study(directory)
-    print(table_text(study))
-    for name, svg in (("curves", svg_curves(study)), ("path", svg_path(study))):
-        write_text(Path(directory) / f"{name}.svg", svg_standalone(svg))
-    print(f"report: {write_report(directory)}")
-    return study
+    """Write the report of a directory, and the figures of its first study as files for a README.
+    Only then print its tables: whoever reads them may leave early. Returns its studies."""
+    path, studies = write_report(directory), load_study(directory)
+    for name, draw in (("curves", svg_curves), ("path", svg_path)):
+        write_text(Path(directory) / f"{name}.svg", svg_standalone(draw(studies[0])))
+    for study in studies:
+        print(f"{clean(' '.join(story(study)[:2]))}\n\n{table_text(study)}")
+    print(f"report: {path}")
+    return studies
 
 
 def load(name, args):
@@ -1608,9 +1649,10 @@ def load(name, args):
     directory = find_model(name, args.suite.removesuffix("-probes"))
     device, dtype = device_and_dtype(args.device)
     model, tokenizer = load_model(directory, dtype, device)
-    max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
-    return model, tokenizer, EvalSettings(args.suite, args.n, args.attempts, args.split,
-                                          max_new_tokens, args.rollout_batch, None, args.distance)
+    return model, tokenizer, EvalSettings(
+        args.suite, args.n, args.attempts, args.split,
+        args.max_new_tokens or default_max_new_tokens(tokenizer), args.rollout_batch, None,
+        args.distance, args.rule, args.visual)
 
 
 def distance_table(model, tokenizer, settings):
@@ -1622,8 +1664,8 @@ def distance_table(model, tokenizer, settings):
         classes = [each.cls for each in suite_problems(model, tokenizer, settings, row)]
         lines.append([ROWS[row.name], brackets(t_interval(nats, classes)),
                       f"{nats.sum() / tokens.sum():.4f}", f"{tokens.mean():.1f}"])
-    head = ["", "nats a demonstration [95 % interval]", "nats a token", "tokens"]
-    return markdown(Table("", head, lines))
+    return markdown(Table("", ["", "nats a demonstration [95 % interval]", "nats a token",
+                               "tokens"], lines))
 
 
 def report_result(model, tokenizer, settings, args):
@@ -1635,17 +1677,17 @@ def report_result(model, tokenizer, settings, args):
     print(f"{clean(args.model)} on {args.suite}, {args.n} {args.split} problems "
           f"({result['different']:,} different ones in {len(set(result['classes'])):,} classes), "
           "success in % [95 % interval]")
-    names = [row.name for row in tasks.suite_rows(args.suite) if row.name not in result["rows"]]
+    names = [row.name for row in rows_of(args.suite, args.rule, args.visual)
+             if row.name not in result["rows"]]
     if names:
         print(f"left out, since tiles of {model.config.vision.image_size} pixels are too small to "
               f"show it: {', '.join(names)}")
-    print(result_table(result))
+    print(f"\n{table_text(study_of([result], [args.model]))}")
     if args.k:
         result["pass_at_k"] = pass_at_1_to_k(model, tokenizer, settings, args.k)
-        head = ["row", *(f"pass@{j}" for j in range(1, args.k + 1))]
         lines = [[name, *(f"{100 * share:.1f}" for share in shares)]
                  for name, shares in result["pass_at_k"].items()]
-        print("\n" + markdown(Table("", head, lines)))
+        print(markdown(Table("", ["row", *(f"pass@{j + 1}" for j in range(args.k))], lines)))
     if args.out:
         result |= {"model": args.model, "k": args.k}
         write_json(path, result | {"step": 0, "flops": 0, "seconds": 0.0})
@@ -1658,9 +1700,10 @@ def main(argv=None):
     if args.report:
         return write_study(args.report)
     if args.compare:  # one after the other in memory
+        for name in args.compare:
+            find_model(name, args.suite.removesuffix("-probes"))  # before the first one's minutes
         results = [evaluate(*load(name, args)) for name in args.compare]
-        print(f"{args.suite}, {args.n} {args.split} problems, scores in % [95 % interval]")
-        print(compare_table(results, args.compare))
+        print(table_text(study_of(results, args.compare)))
         return results
     if args.out and (kept := evaluated(args)):
         return kept
@@ -1672,8 +1715,10 @@ def main(argv=None):
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")
     elif args.ask:
-        greedy = Sampling(settings.max_new_tokens, temperature=0.0)
-        ((episode,),) = rollout(model, tokenizer, [Question(args.ask, args.image)], 1, greedy)
+        problem, greedy = tasks.Problem(), Sampling(settings.max_new_tokens, temperature=0.0)
+        problem.prompt, problem.image = args.ask, args.image and open_image(args.image)
+        problem.step = lambda response: tasks.Step(0.0, True, "", "asked")  # the first one ends it
+        ((episode,),) = rollout(model, tokenizer, [problem], 1, greedy)
         print(clean(episode.turns[0]["response"]))
     else:
         return report_result(model, tokenizer, settings, args)

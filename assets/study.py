@@ -14,6 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import (FIRST, NONE, Parser, Table, any_of, estimate, load_study, markdown, name_of, percent, run_main,  # noqa: E402
                       stages, unfinished, write_text)
 
+
+def only_study(directory):
+    """The only study in a directory. ValueError where its runs did not score the same problems."""
+    study, *others = load_study(directory)
+    if others:
+        raise ValueError(f"The runs in {directory} scored other problems than each other: evaluate every run on the same suite, "
+                         "split, rule and number of problems.")
+    return study
+
+
 # ---- 1. Learning rates ---------------------------------------------------------------------------
 
 RATES = [float(f"{digit}e{power}") for power in range(-7, 0) for digit in (1, 3)][:-1]  # to 0.1
@@ -27,7 +37,7 @@ def choose_rates(directory):
     Prints tables; writes for make GRID/chosen, a line of all smallest and one of all best, and
     GRID/next: a line for each run, such as "sft 0.001", without which a choice lies at an edge."""
     grid, chosen, missing = {}, {}, []
-    for name, seeds in load_study(directory).items():
+    for name, seeds in only_study(directory).items():
         arm, found, rate = name.partition("-lr")
         if found and re.fullmatch(r"\d[\d.e+-]*", rate):
             last = any_of(seeds)[-1]
@@ -67,7 +77,7 @@ def nats(stage, kind, row):
 
 def line(directory):
     """The cells of a set: distance of the teacher, success of the stages, their difference, movement."""
-    stage = stages(load_study(directory), FIRST)
+    stage = stages(only_study(directory), FIRST)
     start, sft, rl = stage["start"], stage["sft end"], stage["rl end"]
 
     def success(of):

@@ -50,6 +50,12 @@ def evaluation(step, flops, rates, classes, ease, rng, attempts=1, pictures=Fals
             "attempts": attempts, "classes": classes, "rows": rows, "samples": samples}
 
 
+def load_study(directory):
+    """The only study in a directory."""
+    study, = report.load_study(directory)
+    return study
+
+
 def make(directory, seeds=1, attempts=1, kind="published", n=500, base=True):
     """Write a study directory in the trainers' format."""
     directory, rng = Path(directory), np.random.default_rng(1)
@@ -70,7 +76,7 @@ def make(directory, seeds=1, attempts=1, kind="published", n=500, base=True):
         for (arm, shapes), rate in product(SHAPES[kind].items(), (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)):
             pace = math.log10(rate / 1e-6) / 3
             put(f"{arm}-lr{rate:g}", [evaluation(t, t * 1e10, {row: np.clip(f(t / 100 * pace), 0, 1) for row, f in shapes.items()}, classes, ease, rng)
-                                      for t in (0, 25, 50, 75, 100)], lr=rate, steps=100)
+                                      for t in (0, 25, 50, 75, 100)], lr=rate, steps=100, init_path="/elsewhere/warmup/step-000006")
         return directory
     for seed in range(seeds):
         end = f"-s{seed}" if seeds > 1 else ""
@@ -84,14 +90,15 @@ def make(directory, seeds=1, attempts=1, kind="published", n=500, base=True):
                                                   for r, f in shapes[arm].items()}, classes, ease, rng, attempts, pictures,
                                  "no nats" if kind in ("single", "tie") else s == steps) for s in marks]
             evals[0]["rows"] = {row: warm["rows"][row] for row in evals[0]["rows"]}
-            put(arm + end, evals, model="tiny", lr=(1e-4, 5e-5)[k], steps=steps, seed=seed, **({"group": 8} if arm == "rl" else {}))
+            put(arm + end, evals, model="tiny", lr=(1e-4, 5e-5)[k], steps=steps, seed=seed, **({"group": 8} if arm == "rl" else {}),
+                init_path=str(directory.absolute() / f"warmup{end}" / "step-000200"))
     return directory
 
 
 if __name__ == "__main__":
     directory, seeds, attempts, kind = (sys.argv[1:] + ["1", "1", "published"][len(sys.argv) - 2:])[:4]
     study = make(directory, int(seeds), int(attempts), kind)
-    print(report.table_text(report.load_study(study)))
-    (study / "curves.svg").write_text(report.svg_standalone(report.svg_curves(report.load_study(study))))
-    (study / "path.svg").write_text(report.svg_standalone(report.svg_path(report.load_study(study))))
+    print(report.table_text(load_study(study)))
+    (study / "curves.svg").write_text(report.svg_standalone(report.svg_curves(load_study(study))))
+    (study / "path.svg").write_text(report.svg_standalone(report.svg_path(load_study(study))))
     print(report.write_report(study))

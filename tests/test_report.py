@@ -1,9 +1,14 @@
 """Intervals, studies, tables, figures and the report of evaluate.py, on synthetic studies: seconds on a CPU."""
+import copy
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,10 @@ import pytest
 import fake_runs
 import evaluate as report
 import tasks
+import test_walks
+from assets import study as studies
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def bernoulli(n, p, seed=0):
@@ -181,7 +190,7 @@ def test_pass_at_k_refuses(n, c, k):
 # a study
 
 def test_load_study_sorts_arms_seeds_and_steps(tmp_path):
-    study = report.load_study(fake_runs.make(tmp_path, seeds=2, n=30))
+    study = fake_runs.load_study(fake_runs.make(tmp_path, seeds=2, n=30))
     assert list(study) == ["base", "warmup", "sft", "rl"] and list(study["rl"]) == [0, 1]
     steps = [e["step"] for e in study["sft"][1]]
     assert steps == sorted(steps) and len(steps) == 11 and study["sft"][1][0]["args"]["lr"] == 1e-4
@@ -190,7 +199,7 @@ def test_load_study_sorts_arms_seeds_and_steps(tmp_path):
 def test_nothing_there(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match="There is no evaluation in"):
-            report.load_study(path)
+            fake_runs.load_study(path)
 
 
 @pytest.mark.parametrize("change", [
@@ -202,26 +211,28 @@ def test_nothing_there(tmp_path):
 def test_a_malformed_file_is_named(small_dir, change):
     edit(small_dir / "rl/evals/000000.json", change)
     with pytest.raises(ValueError, match=r"rl/evals/000000\.json cannot be used \(.+\): write it again"):
-        report.load_study(small_dir)
+        fake_runs.load_study(small_dir)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", "[" * 100000, "\x1b[31m", '{"step": 1e999}'])
 def test_text_that_is_no_evaluation_is_named(small_dir, text):
     (small_dir / "rl/evals/000000.json").write_text(text)
     with pytest.raises(ValueError, match=r"000000\.json cannot be used"):
-        report.load_study(small_dir)
+        fake_runs.load_study(small_dir)
 
 
 def test_other_hands_twice_the_same_run_and_bad_args_are_refused(small_dir):
     edit(small_dir / "rl/evals/000000.json", lambda e: e["classes"].reverse())
+    assert [*map(list, report.load_study(small_dir))] == [["base", "warmup", "sft"], ["rl"]]    # grouped
     with pytest.raises(ValueError, match="scored other problems"):
-        report.load_study(small_dir)
+        studies.only_study(small_dir)
+    edit(small_dir / "rl/evals/000000.json", lambda e: e["classes"].reverse())
     (small_dir / "rl").rename(small_dir / "sft-s0")
     with pytest.raises(ValueError, match="a second run of arm sft with seed 0"):
-        report.load_study(small_dir)
+        fake_runs.load_study(small_dir)
     (small_dir / "base/args.json").write_text("[1]")
     with pytest.raises(ValueError, match="base/args.json cannot be used"):
-        report.load_study(small_dir)
+        fake_runs.load_study(small_dir)
 
 
 def evaluation(step, score, n=10):
@@ -235,7 +246,7 @@ def test_best_checkpoint_is_the_earliest_of_the_highest():
 
 
 def test_best_checkpoint_is_chosen_in_the_view_of_its_table(study_dir):
-    study = report.load_study(study_dir)
+    study = fake_runs.load_study(study_dir)
     study["sft"][0][4]["scores"]["rule", "sampled", "first"][:] = 1
     assert "(step 400)" in report.stages(study, ("sampled", "first"))["sft best"][0]
     assert "(step 400)" not in report.stages(study, ("greedy", "first"))["sft best"][0]
@@ -244,7 +255,7 @@ def test_best_checkpoint_is_chosen_in_the_view_of_its_table(study_dir):
 # the table
 
 def test_table_holds_every_stage_and_difference(study_dir):
-    study = report.load_study(study_dir)
+    study = fake_runs.load_study(study_dir)
     text = report.table_text(study)
     assert text.count("success in %") == 2 and "Temperature 1, first attempt" in text
     for word in ("| base ", "| start ", "| SFT, end ", "| SFT at its best OOD (step ", "| RL, end ", "| RL - best SFT checkpoint, rule OOD "):
@@ -255,13 +266,13 @@ def test_table_holds_every_stage_and_difference(study_dir):
 
 
 def test_the_episode_has_a_table_when_there_are_attempts(tmp_path):
-    study = report.load_study(fake_runs.make(tmp_path, n=40, attempts=5))
+    study = fake_runs.load_study(fake_runs.make(tmp_path, n=40, attempts=5))
     assert report.table_text(study).count("whole episode: success") == 2
     assert report.table_text(study).count("success in %") == 4
 
 
 def test_what_was_listed_has_a_table(study_dir):
-    study = report.load_study(study_dir)
+    study = fake_runs.load_study(study_dir)
     title, head, lines = report.score_tables(study, report.FIRST)[4]
     assert title == "numbers listed rightly, in %" and head == ["", "ID", "rule OOD", "fake rule"]
     cells = {name: [cell.split()[0] for cell in line] for name, *line in lines}
@@ -271,7 +282,7 @@ def test_what_was_listed_has_a_table(study_dir):
 
 
 def test_nats_have_tables_and_a_sentence(study_dir):
-    study = report.load_study(study_dir)
+    study = fake_runs.load_study(study_dir)
     teacher, moved = report.score_tables(study, report.FIRST)[2:4]
     for table, kind in ((teacher, "teacher"), (moved, "moved")):
         assert table.head == ["", "ID", "rule OOD"]
@@ -289,12 +300,12 @@ def test_studies_without_distances_say_nothing_of_them(small_dir):
     for path in small_dir.glob("*/evals/*.json"):                   # of earlier versions, and of runs without a teacher
         edit(path, lambda e: e.pop("nats") and None)
     for _ in range(2):
-        study = report.load_study(small_dir)
+        study = fake_runs.load_study(small_dir)
         assert "nats" not in report.table_text(study) + report.report_html(small_dir) + " ".join(report.story(study))
         for path in small_dir.glob("*/evals/*.json"):
             edit(path, lambda e: e.update(nats={}))
     edit(small_dir / "sft/evals/000000.json", lambda e: e.update(nats={"teacher": {"id": [1.5] * 60}}))   # one arm, one row
-    text = report.table_text(report.load_study(small_dir))
+    text = report.table_text(fake_runs.load_study(small_dir))
     assert "1.50 [1.50, 1.50]" in text and "how foreign" in text and "has moved" not in text
 
 
@@ -303,11 +314,11 @@ def test_studies_without_distances_say_nothing_of_them(small_dir):
 def test_damaged_nats_are_refused_in_a_sentence(small_dir, nats):
     edit(small_dir / "rl/evals/000000.json", lambda e: e.update(nats=nats))
     with pytest.raises(ValueError, match=r"rl/evals/000000.json cannot be used \(.*\): write it again with this version\.$"):
-        report.load_study(small_dir)
+        fake_runs.load_study(small_dir)
 
 
 def test_differences_are_paired_with_each_seeds_own_start(tmp_path):
-    study = report.load_study(fake_runs.make(tmp_path, seeds=3, n=80))
+    study = fake_runs.load_study(fake_runs.make(tmp_path, seeds=3, n=80))
     view = ("greedy", "first")
     mean, low, high = report.differences(study, view)["rl end", "start", "id"]
     own = [study["rl"][s][-1]["scores"][("id", *view)].mean() - study["sft"][s][0]["scores"][("id", *view)].mean() for s in range(3)]
@@ -320,7 +331,7 @@ def test_an_unfinished_study_has_a_report(tmp_path, gone):
     for arm in gone:
         (tmp_path / arm).rename(tmp_path / f"_{arm}")
         (tmp_path / f"_{arm}" / "evals").rename(tmp_path / f"_{arm}" / "gone")
-    study = report.load_study(tmp_path)
+    study = fake_runs.load_study(tmp_path)
     assert report.table_text(study) and "nan" not in report.report_html(tmp_path)
     for svg in (report.svg_curves(study), report.svg_path(study)):
         ElementTree.fromstring(svg)
@@ -332,11 +343,13 @@ def test_one_start_serves_several_seeds(tmp_path, seeds):
     for arm in ("sft", "rl"):
         for s in range(3):
             (tmp_path / f"{arm}-s{s}/evals/000000.json").unlink()
+            if seeds == 1:
+                edit(tmp_path / f"{arm}-s{s}/args.json", lambda a: a.update(init_path=str(tmp_path / "warmup-s0/step-000200")))
     for s in range(seeds, 3):                                   # one start for three seeds, or two with a start of their own
         (tmp_path / f"warmup-s{s}/evals").rename(tmp_path / f"warmup-s{s}/gone")
-    study, view = report.load_study(tmp_path), ("greedy", "first")
+    study, view = fake_runs.load_study(tmp_path), ("greedy", "first")
     d = report.differences(study, view)
-    assert len(d) == len(report.COMPARED)
+    assert len(d) == 4 * 3                                     # SFT and RL minus the start, RL minus SFT and its best, in three rows
     serve = {s: study["warmup"][s if seeds > 1 else 0][-1]["scores"][("id", *view)].mean() for s in range(3 if seeds == 1 else 2)}
     own = [study["rl"][s][-1]["scores"][("id", *view)].mean() - start for s, start in serve.items()]
     assert d["rl end", "start", "id"][0] == pytest.approx(np.mean(own))
@@ -361,7 +374,7 @@ def test_mean_over_some_of_the_hands():
 
 
 def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_path):
-    study, view = report.load_study(fake_runs.make(tmp_path, kind="pictures", n=90)), ("greedy", "first")
+    study, view = fake_runs.load_study(fake_runs.make(tmp_path, kind="pictures", n=90)), ("greedy", "first")
     cost, *tables = report.score_tables(study, view)[5:]
     assert tables == report.look_tables(study, view)
     tables = {table.title.removeprefix("row by row: ").removesuffix(" in %"): table[1:] for table in tables}
@@ -386,20 +399,22 @@ def test_the_report_shows_the_pictures(tmp_path):
     assert page.count(f'src="data:image/png;base64,{fake_runs.PIXEL}"') == 4 * 9  # 4 arms, 3 of ID and rule OOD, 1 of the others
     edit(tmp_path / "rl/evals/000000.json", lambda e: e["samples"][0].update(picture='"><script>'))
     with pytest.raises(ValueError, match="cannot be used"):
-        report.load_study(tmp_path)
+        fake_runs.load_study(tmp_path)
 
 
 def test_two_models_compared():
     rows = [{"id": {mode: dict.fromkeys(tasks.GeneralPoints.SCORES, [0, 1, 1, right]) for mode in report.MODES}} for right in (0, 1)]
-    table = report.compare_table([{"suite": "gp-l", "rows": r, "classes": list("abcd")} for r in rows], ["one", "two"])
-    assert "| id, greedy, whole episode " in table and "50.0 " in table and "75.0 " in table and "+25.0 [-66.9, +100.0]" in table
+    results = [{"suite": "gp-l", "rows": r, "classes": list("abcd"), "attempts": 2} for r in rows]
+    table = report.table_text(report.study_of(results, ["one", "two"]))
+    assert table.count("| model one, end ") == 5 and "\nGreedy, whole episode: paired" not in table and "| model two - model one, ID | +25.0 [-66.9, +100.0] |" in table
+    assert table.count("50.0 ") == 5 and table.count("75.0 ") == 5 and table.count("+25.0 [-66.9, +100.0]") == 4
 
 
 # figures
 
 @pytest.mark.parametrize("kind, seeds", [("published", 1), ("published", 3), ("tie", 1), ("single", 1), ("single", 2)])
 def test_figures_are_xml_of_finite_numbers_inside_the_panel(tmp_path, kind, seeds):
-    study = report.load_study(fake_runs.make(tmp_path, seeds=seeds, kind=kind, n=50))
+    study = fake_runs.load_study(fake_runs.make(tmp_path, seeds=seeds, kind=kind, n=50))
     for svg in (report.svg_curves(study), report.svg_path(study), report.svg_standalone(report.svg_curves(study))):
         root = ElementTree.fromstring(svg)
         assert root.get("role") == "img" and not re.search(r"\b(nan|inf)\b", svg, re.I)
@@ -411,7 +426,7 @@ def test_figures_are_xml_of_finite_numbers_inside_the_panel(tmp_path, kind, seed
 
 
 def test_ends_of_the_mean_curve_are_the_ends_of_the_table(tmp_path):
-    study = report.load_study(fake_runs.make(tmp_path, seeds=3, n=60))
+    study = fake_runs.load_study(fake_runs.make(tmp_path, seeds=3, n=60))
     for row in ("id", "rule"):
         c, view = report.curve(study["rl"], row, ("greedy", "first")), ("greedy", "first")
         ends = [np.mean([e[i]["scores"][(row, *view)].mean() for e in study["rl"].values()]) for i in (0, -1)]
@@ -423,7 +438,7 @@ def test_seeds_with_other_numbers_of_evaluations_meet(tmp_path):
     fake_runs.make(tmp_path, seeds=2, n=60)
     for step in (20, 60, 100):
         (tmp_path / f"rl-s1/evals/{step:06d}.json").unlink()
-    assert np.isfinite(report.curve(report.load_study(tmp_path)["rl"], "id", ("greedy", "first"))).all()
+    assert np.isfinite(report.curve(fake_runs.load_study(tmp_path)["rl"], "id", ("greedy", "first"))).all()
 
 
 def test_names_at_line_ends_do_not_collide():
@@ -435,7 +450,7 @@ def test_names_at_line_ends_do_not_collide():
 
 
 def test_a_grid_is_a_readable_figure(tmp_path):
-    study = report.load_study(fake_runs.make(tmp_path, kind="grid", base=False))
+    study = fake_runs.load_study(fake_runs.make(tmp_path, kind="grid", base=False))
     for svg in (report.svg_path(study), report.svg_curves(study)):
         names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="name (c[01])">(\d\S+?)( \d+)?</text>', svg)
         for panel in [names] if len(names) == 10 else [names[:10], names[10:]]:
@@ -449,7 +464,7 @@ def test_a_grid_is_a_readable_figure(tmp_path):
 def test_flops_and_ticks(study_dir):
     assert [report.si(x) for x in (0, 999, 2e12, 1.5e15, 3.14159e9)] == ["0 FLOP", "999 FLOP", "2 TFLOP", "1.5 PFLOP", "3.14 GFLOP"]
     assert report.si(1e30) == "1e+09 ZFLOP" and report.si(0.5) == "0.5 FLOP"
-    study = report.load_study(study_dir)
+    study = fake_runs.load_study(study_dir)
     top = report.curve(study["sft"], "id", report.FIRST)[-1, 0]
     assert top == study["sft"][0][-1]["flops"] == 3.1e12
     for label in ("start", "1.55 TFLOP", "3.1 TFLOP"):
@@ -457,7 +472,7 @@ def test_flops_and_ticks(study_dir):
 
 
 def test_standalone_brings_its_style(study_dir):
-    svg = report.svg_standalone(report.svg_curves(report.load_study(study_dir)))
+    svg = report.svg_standalone(report.svg_curves(fake_runs.load_study(study_dir)))
     assert "prefers-color-scheme:dark" in svg and 'width="860"' in svg and "max-width:100%" in svg
     assert not re.search(r"(href|url\(|<script|@import)", svg)
 
@@ -497,7 +512,7 @@ def test_write_report_is_whole_or_nothing(small_dir):
 
 @pytest.mark.parametrize("kind, says", [("published", "the published picture"), ("reverse", "the opposite of the published"), ("tie", "without a clear difference")])
 def test_the_story_follows_the_numbers(tmp_path, kind, says):
-    told = report.story(report.load_study(fake_runs.make(tmp_path, kind=kind, n=400)))
+    told = report.story(fake_runs.load_study(fake_runs.make(tmp_path, kind=kind, n=400)))
     assert says in told[0] and ("goes on using the rule" in " ".join(told)) == (kind == "published")
 
 
@@ -510,7 +525,7 @@ def test_every_verdict_is_a_sentence():
 
 
 def test_seeds_and_unequal_compute_are_said(tmp_path):
-    study = report.load_study(fake_runs.make(tmp_path, seeds=3, n=40))
+    study = fake_runs.load_study(fake_runs.make(tmp_path, seeds=3, n=40))
     arms = {name: cells for name, *cells in report.arm_table(study).lines}
     assert arms["seeds"] == ["1", "3", "3", "3"] and arms["compute"][2:] == ["3.1 TFLOP", "3.1 TFLOP"]
     study["rl"][0][-1]["flops"] *= 2
@@ -559,3 +574,179 @@ def test_colours_have_contrast():
         for name in ("ink", "muted", "c0", "c1", "c2", "c3"):
             low, high = sorted((colour["paper"], colour[name]))
             assert (high + .05) / (low + .05) >= 4.5, name
+
+
+# suites follow the run
+
+@pytest.mark.parametrize("suite, rule, visual, rows", [
+    ("gp-l", None, None, {"id": ("10", None, None), "rule": ("11,12,13", None, None), "fake": ("11,12,13", "10", None)}),
+    ("gp-l", "7,8,9/target=36", None, {"id": ("7,8,9/target=36", None, None), "rule": ("11,12,13/target=36", None, None),
+                                       "fake": ("11,12,13/target=36", "7,8,9/target=36", None)}),
+    ("gp-l", "11,12,13", None, {"id": ("11,12,13", None, None), "rule": ("10", None, None), "fake": ("10", "11,12,13", None)}),
+    ("gp-l-probes", "7/target=36", None, {"faces-5": ("5/target=36", None, None), "faces-7": ("10/target=36", None, None),
+                                          "faces-12": ("12/target=36", None, None), "five-cards": ("7/target=36/cards=5", None, None)}),
+    ("gp-vl", None, "red/style=dark", {
+        "id": ("10", None, "red/style=dark"), "rule": ("11,12,13", None, "red/style=dark"), "red": ("10", None, "black/style=dark"),
+        "grid": ("10", None, "red/style=dark/layout=grid"), "dark": None, "text": ("10", None, "text/style=dark"),
+        "shuffled": ("10", None, "red/style=dark")}),
+    ("virl-l", "relative", None, {"id": ("relative", None, None), "rule": ("absolute", None, None), "fake": ("absolute", "relative", None)})])
+def test_rows_are_changes_of_the_trained_rule_and_look(suite, rule, visual, rows):
+    found = {row.name: row[1:] for row in report.rows_of(suite, rule, visual)}
+    assert {name: found.get(name) for name in rows} == rows
+    assert visual or found.keys() == rows.keys()
+    for asked, judged_by, look in found.values():
+        tasks.make(suite.removesuffix("-probes"), asked, look, "test", 0, judged_by=judged_by, tile=560)
+
+
+def test_the_rows_of_the_table_are_those_of_a_run_with_the_tasks_own_rule():
+    for suite in tasks.suite_names():
+        task = tasks.task_of(suite)
+        for trained in ((None, None), (task.rule, task.visual)):
+            assert report.rows_of(suite, *trained) == [row._replace(visual=row.visual or task.visual) for row in tasks.suite_rows(suite)]
+
+
+def test_what_was_trained_is_what_id_asks(monkeypatch):
+    asked = {}
+
+    def rollout(model, tokenizer, problems, group, sampling, forced=False):
+        asked.setdefault(str(problems[0].rule), []).append(problems[0].prompt)
+        episodes = [report.Episode(copy.copy(problem), ids=[0]) for problem in problems]
+        for episode in episodes:
+            episode.record(episode.problem, episode.problem.expert())
+        return [[episode] for episode in episodes]
+    monkeypatch.setattr(report, "rollout", rollout)
+    result = report.evaluate(test_walks.MODEL, test_walks.TOKENIZER, report.EvalSettings("gp-l", 4, rule="7,8,9/target=36"))
+    assert list(asked) == ["7,8,9/target=36", "11,12,13/target=36"] and all("36" in prompt for prompt in asked["7,8,9/target=36"])
+    assert (result["rule"], result["visual"]) == ("7,8,9/target=36", None)
+    assert result["rows"]["id"]["greedy"]["first"] == result["rows"]["rule"]["greedy"]["first"] == [1] * 4
+    own = report.evaluate(test_walks.MODEL, test_walks.TOKENIZER, report.EvalSettings("gp-l", 4, rule="10"))
+    assert own["rule"] is None
+
+
+def test_tables_figures_and_sentences_name_the_trained_rule(tmp_path):
+    fake_runs.make(tmp_path, n=40)
+    for path in tmp_path.glob("*/evals/*.json"):
+        edit(path, lambda e: e.update(rule="7/target=36"))
+    study, page = fake_runs.load_study(tmp_path), report.report_html(tmp_path)
+    assert report.score_tables(study, report.FIRST)[0].head == ["", "ID (7/target=36)", "rule OOD", "fake rule"]
+    assert "RL - SFT, ID (7/target=36) " in report.table_text(study) and "ID (7/target=36): success" in report.svg_curves(study)
+    told = " ".join(report.story(study))
+    assert "(ID: 7/target=36)" in told and "(rule OOD: 11,12,13/target=36)" in told and "J = Q = K" not in told + page
+    edit(tmp_path / "rl/evals/000200.json", lambda e: e.pop("rule"))
+    assert len(report.load_study(tmp_path)) == 2                # asked by the task's own rule: not the same problems
+
+
+def run_of(path, **flags):
+    path.mkdir(parents=True)
+    (path / "args.json").write_text(json.dumps({"task": "gp-l", "rule": "10", "visual": None, "attempts": 1, "eval_suite": None} | flags))
+    (path / "step-000003").mkdir()
+    return str(path)
+
+
+def test_a_run_says_what_it_is_evaluated_on(tmp_path):
+    walk = run_of(tmp_path / "walk", task="virl-l", rule="relative", attempts=2)
+    red = run_of(tmp_path / "red", task="gp-vl", rule="7/target=36", visual="red/style=dark")
+    asked = {name: report.parse_args(argv.split()) for name, argv in {
+        "walk": walk, "checkpoint": f"{walk}/step-000003", "given": f"{walk} --attempts 1 --rule absolute", "red": red, "probes": f"{red} --suite gp-vl-probes",
+        "other": f"{red} --suite gp-l", "tiny": "tiny", "compared": f"--compare {walk} tiny", "report": "--report x"}.items()}
+    assert {name: (a.suite, a.rule, a.visual, a.attempts) for name, a in asked.items()} == {
+        "walk": ("virl-l", "relative", None, 2), "checkpoint": ("virl-l", "relative", None, 2), "given": ("virl-l", "absolute", None, 1),
+        "red": ("gp-vl", "7/target=36", "red/style=dark", 1), "probes": ("gp-vl-probes", "7/target=36", "red/style=dark", 1),
+        "other": ("gp-l", None, None, 1), "tiny": ("gp-l", None, None, 1), "compared": ("virl-l", "relative", None, 2), "report": ("gp-l", None, None, 1)}
+    with pytest.raises(ValueError, match="absolute or relative|relative"):
+        report.parse_args([walk, "--rule", "10"])
+    (tmp_path / "walk/args.json").write_text("[1]")
+    with pytest.raises(ValueError, match="walk/args.json cannot be used"):
+        report.parse_args([walk])
+
+
+# any arms
+
+def rename(directory, **names):
+    for old, new in names.items():
+        (directory / old).rename(directory / new)
+    return directory
+
+
+def test_a_run_that_is_not_finished_and_unequal_compute_are_said_in_row_and_first_sentence(tmp_path):
+    fake_runs.make(tmp_path, n=60)
+    assert "no result yet" not in report.story(fake_runs.load_study(tmp_path))[0]
+    edit(tmp_path / "sft/args.json", lambda a: a.update(steps=60000))
+    study = fake_runs.load_study(tmp_path)
+    assert report.stages(study, report.FIRST)["sft end"].label == "SFT, step 1000 of 60000 (not finished)"
+    assert re.match("This is no result yet, .*SFT, step 1000 of 60000", report.story(study)[0]) and "| SFT, step 1000 of 60000 (not finished) " in report.table_text(study)
+    edit(tmp_path / "sft/args.json", lambda a: a.update(steps=1000))
+    edit(tmp_path / "rl/evals/000200.json", lambda e: e.update(flops=e["flops"] / 2))
+    study = fake_runs.load_study(tmp_path)
+    assert [report.stages(study, report.FIRST)[arm].label for arm in ("sft end", "rl end")] == ["SFT, end (3.1 TFLOP)", "RL, end (1.54 TFLOP)"]
+    assert re.match(r"This is no result yet, .*unequal compute: SFT, end \(3.1 TFLOP\), RL, end \(1.54 TFLOP\)\. So far: ", report.story(study)[0])
+    assert "<strong>This is no result yet, " in report.report_html(tmp_path)
+
+
+def test_the_page_says_what_the_study_at_chosen_rates_found(study_dir):
+    found = re.search(r"</strong>[^<]*</p>\n<p class=found>(.*?)</p>", report.report_html(study_dir), re.DOTALL)[1]
+    table = re.search(r"\| SFT's teacher .*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    pairs = [(line[3].split(" / ")[1], line[4].split(" / ")[1]) for line in lines[:4]]
+    told = re.findall(r"\d+\.\d", found)
+    assert [*zip(told[::2], told[1::2])] == [pairs[0], pairs[3]] and "`expert`, the base's own" in table and "not the loss" in found
+
+
+def test_arms_of_any_name_have_a_start_differences_and_colours(tmp_path):
+    study = fake_runs.load_study(rename(fake_runs.make(tmp_path, n=80), sft="rloo", rl="grpo"))
+    stages, differ = report.stages(study, report.FIRST), report.differences(study, report.FIRST)
+    assert list(stages) == ["base", "start", "grpo end", "rloo end"] and stages["start"].evals[0]["step"] == 200  # the warm-up's end
+    means = {key: stages[key].interval("rule", report.FIRST)[0] for key in stages}
+    for a, b in (("grpo end", "start"), ("rloo end", "start"), ("rloo end", "grpo end")):
+        assert differ[a, b, "rule"][0] == pytest.approx(means[a] - means[b])
+    text = report.table_text(study)
+    for word in ("| start ", "| grpo, end ", "| grpo - start, ID ", "| rloo - start, fake rule ", "| rloo - grpo, rule OOD "):
+        assert text.count(word) in (2, 5)
+    assert re.match(r"grpo - start, ID: \+\S+ \[.*\] points, clearly higher; ", report.story(study)[0]) and "published" not in report.report_html(tmp_path)
+    assert len({css for _, css in report.line_styles(study).values()}) == 2
+    assert report.line_styles({"sft-lr1e-05": 0, "rl-lr1e-05": 0, "rloo": 0}) == {"sft-lr1e-05": ("1e-05", "c0"), "rl-lr1e-05": ("1e-05", "c1"), "rloo": ("rloo", "c2")}
+
+
+def test_starts_are_the_checkpoints_that_the_runs_began_from(tmp_path):
+    fake_runs.make(tmp_path, seeds=2, n=60)
+    fake_runs.make(tmp_path / "more", n=60)
+    (tmp_path / "more/rl").rename(tmp_path / "rl-late")
+    edit(tmp_path / "rl-late/args.json", lambda a: a.update(init_path=str(tmp_path / "sft-s0/step-001000")))
+    (tmp_path / "more/sft").rename(tmp_path / "rl-cold")
+    edit(tmp_path / "rl-cold/args.json", lambda a: a.update(init_path="/far/away/model"))
+    stages = report.stages(fake_runs.load_study(tmp_path), report.FIRST)
+    assert [*stages] == ["base", "start", "start of rl-cold", "start of rl-late", "sft end", "sft best", "rl end", "rl-cold end", "rl-late end"]
+    assert sorted(stages["start"].evals) == [0, 1] and stages["rl-late end"].minus[0] == "start of rl-late"
+    assert stages["start of rl-late"].evals[0]["self"] == (tmp_path.name, "sft-s0", "step-001000")
+    assert stages["start of rl-cold"].evals[0]["step"] == 0 and stages["sft end"].minus == ["start"]
+    assert "start of rl-late - " not in report.table_text(fake_runs.load_study(tmp_path))
+
+
+def test_one_run_alone_has_its_own_report(tmp_path, capsys):
+    run = fake_runs.make(tmp_path, n=60) / "rl"
+    report.main(["--report", str(run)])
+    text, page = capsys.readouterr().out, (run / "report.html").read_text()
+    assert "| RL - start, rule OOD " in text and "| start " in text and "SFT" not in text and (run / "curves.svg").is_file()
+    assert text.startswith("RL - start, ID: +") and "<h2>RL: gp-l, 60 test problems</h2>" in page
+
+
+def test_runs_on_other_problems_are_grouped(tmp_path, capsys):
+    fake_runs.make(tmp_path, n=40)
+    other = fake_runs.make(tmp_path / "other", n=30, kind="pictures")
+    for arm in ("sft", "rl"):
+        (other / arm).rename(tmp_path / f"{arm}-vl")
+    report.main(["--report", str(tmp_path)])
+    text, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
+    assert text.count("Greedy, first attempt: success in %") == 2 and "40 problems" in text and "30 problems" in text
+    assert "<h2>SFT, RL: gp-l, 40 test problems</h2>" in page and "<h2>rl-vl, sft-vl: gp-vl, 30 test problems</h2>" in page
+    assert page.count("<svg ") == 12 and page.count("</html>") == page.count("<!doctype") == 1
+    assert "vl - SFT" not in text and "| sft-vl - rl-vl, ID " in text
+
+
+def test_who_stops_reading_the_tables_still_has_the_report(tmp_path):
+    fake_runs.make(tmp_path, n=40)
+    command = [sys.executable, "-c", f"import evaluate\nevaluate.run_main(lambda: evaluate.main(['--report', {str(tmp_path)!r}]))"]
+    reader, writer = os.pipe()
+    os.close(reader)                                            # as `| head -0` leaves it
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    assert (tmp_path / "report.html").read_text().endswith("</html>\n") and (tmp_path / "path.svg").is_file() and not done.stderr

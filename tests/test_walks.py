@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import evaluate as E
+import fake_runs
 import tasks
 from conftest import standing
 
@@ -75,7 +76,7 @@ def study_of(directory, suite):
     put(directory, "base", 0, ends[lost], model="tiny")
     for arm, end in (("sft", by_compass), ("rl", expert)):
         put(directory, arm, 0, ends[lost])
-        put(directory, arm, 10, ends[end])
+        put(directory, arm, 10, ends[end], init_path="/elsewhere/warmup/step-000006")
     return directory
 
 
@@ -140,7 +141,7 @@ def test_a_malformed_score_is_named(tmp_path, monkeypatch, change, says):
     change(result["rows"]["rule"]["greedy"])
     put(tmp_path, "rl", 0, result)
     with pytest.raises(ValueError, match=r"rl/evals/000000\.json cannot be used \(.*" + says):
-        E.load_study(tmp_path)
+        fake_runs.load_study(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"map": '"><script>'}, {"pictures": [3]}, {"pictures": "x"}, {"turns": [{"response": "", "position": []}]},
@@ -150,13 +151,13 @@ def test_a_malformed_sample_is_named(tmp_path, monkeypatch, change):
     result["samples"][0] |= change
     put(tmp_path, "rl", 0, result)
     with pytest.raises(ValueError, match="cannot be used"):
-        E.load_study(tmp_path)
+        fake_runs.load_study(tmp_path)
 
 
 # tables and words
 
 def test_tables_of_a_study(study_dir):
-    study, suite = E.load_study(study_dir), study_dir.name
+    study, suite = fake_runs.load_study(study_dir), study_dir.name
     tables = E.step_tables(study, E.FIRST)
     alone, alone_pairs, forced, forced_pairs, read, where, kinds = (table[1:] for table in tables)
     assert alone[0] == forced[0] == ["", "ID", "rule OOD", "fake rule"] + ["visual"] * (suite == "virl-vl")
@@ -175,7 +176,7 @@ def test_tables_of_a_study(study_dir):
 
 
 def test_the_story_of_walks(study_dir):
-    study = E.load_study(study_dir)
+    study = fake_runs.load_study(study_dir)
     told = " ".join(E.story(study))
     assert "8 held-out routes" in told and "ID: absolute turns" in told and "rule OOD: relative turns" in told
     assert "routes with the same turns in one city" in E.report_html(study_dir)
@@ -183,16 +184,17 @@ def test_the_story_of_walks(study_dir):
 
 def test_one_evaluation_and_two_compared(monkeypatch):
     one, two = evaluation(monkeypatch, by_compass), evaluation(monkeypatch, expert)
-    text = E.result_table(one)
-    assert "greedy, per step, teacher-forced" in text and "\n| rule " in text and "Where walks fail first" in text and "cards" not in text
-    table = E.compare_table([one, two], ["one", "two"])
-    assert "| rule, greedy, per step, until the first failure " in table and "+100.0 [" in table
+    text = E.table_text(E.study_of([one], ["one"]))
+    assert "\nPer step, teacher-forced, in %" in text and "\n| model one, end: rule OOD " in text and "Where walks fail first" in text and "cards" not in text
+    table = E.table_text(E.study_of([one, two], ["one", "two"]))
+    assert "\nPer step, until the first failure: paired differences on the same routes\n\n|" in table
+    assert re.search(r"\| model two - model one, rule OOD \| \+100.0 \[", table)
 
 
 # the report
 
 def test_a_route_can_be_followed_on_its_map(study_dir):
-    page, study = E.report_html(study_dir), E.load_study(study_dir)
+    page, study = E.report_html(study_dir), fake_runs.load_study(study_dir)
     samples = [s for arm in ("base", "sft", "rl") for s in study[arm][0][-1]["samples"]]
     assert page.count("<img class=map ") == len(samples) and "<b>position 3</b>: observed <b>" in page
     assert page.count("<img class=cards ") == sum(len(s.get("pictures", ())) for s in samples)
