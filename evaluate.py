@@ -1035,9 +1035,10 @@ class Stage(NamedTuple):
 def stages(study, score):
     """{"base", "start", "sft end", "sft best", "rl end", ...: Stage}, as far as there are any. An
     arm with another start than those before it has a stage for it, such as "start of RL"."""
-    every = [*chain(*(evals for seeds in study.values() for evals in seeds.values()))]
+    every = [*chain(*(evals for arm, seeds in study.items() if arm != "base"
+                      for evals in seeds.values()))]
     # The evaluation of a checkpoint: of a run after so many steps, or at step 0 of a run from it.
-    known = {each["start"]: each for each in reversed(every) if each["args"] and not each["step"]}
+    known = {each["start"]: each for each in reversed(every) if each["start"] and not each["step"]}
     known |= {each["self"]: each for each in every}
     origins, ends = {}, {}
     starts = {arm: Stage(arm, {seed: evals[-1] for seed, evals in seeds.items()})

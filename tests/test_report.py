@@ -750,3 +750,12 @@ def test_who_stops_reading_the_tables_still_has_the_report(tmp_path):
     os.close(reader)                                            # as `| head -0` leaves it
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     assert (tmp_path / "report.html").read_text().endswith("</html>\n") and (tmp_path / "path.svg").is_file() and not done.stderr
+
+
+def test_runs_that_do_not_say_where_they_began_start_at_their_own_step_0(tmp_path):
+    fake_runs.make(tmp_path, seeds=2, n=60)
+    for path in tmp_path.glob("*/args.json"):
+        edit(path, lambda a: a.pop("init_path", None))
+    stages = report.stages(fake_runs.load_study(tmp_path), report.FIRST)
+    assert [*stages] == ["base", "start", "sft end", "sft best", "rl end"]
+    assert {seed: e["self"] for seed, e in stages["start"].evals.items()} == {s: (tmp_path.name, f"sft-s{s}", "step-000000") for s in (0, 1)}
