@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import evaluate as report
+from assets import report as page_of
 
 SHAPES = {  # kind -> arm -> row -> success at progress t
     "published": {"sft": {"id": lambda t: .61 + .25 * (1 - np.exp(-4 * t)), "rule": lambda t: max(0, .17 + .5 * t - .95 * t ** .9), "fake": lambda t: .15 + .5 * t},
@@ -52,7 +53,7 @@ def evaluation(step, flops, rates, classes, ease, rng, attempts=1, pictures=Fals
 
 def load_study(directory):
     """The only study in a directory."""
-    study, = report.load_study(directory)
+    study, = report.load_study(directory, page_of._episode)
     return study
 
 
@@ -99,6 +100,6 @@ if __name__ == "__main__":
     directory, seeds, attempts, kind = (sys.argv[1:] + ["1", "1", "published"][len(sys.argv) - 2:])[:4]
     study = make(directory, int(seeds), int(attempts), kind)
     print(report.table_text(load_study(study)))
-    (study / "curves.svg").write_text(report.svg_standalone(report.svg_curves(load_study(study))))
-    (study / "path.svg").write_text(report.svg_standalone(report.svg_path(load_study(study))))
-    print(report.write_report(study))
+    (study / "curves.svg").write_text(page_of.svg_standalone(page_of.svg_curves(load_study(study))))
+    (study / "path.svg").write_text(page_of.svg_standalone(page_of.svg_path(load_study(study))))
+    print(page_of.write_report(study))

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import evaluate as E  # noqa: E402
 import train_rl as RL  # noqa: E402
 import train_sft as SFT  # noqa: E402
+from assets import report  # noqa: E402
 
 
 def child(study):
@@ -30,7 +31,7 @@ def child(study):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
             E.main(["tiny", "--n", "6", "--max-new-tokens", "8", "--out", str(study / "base"), "--or-resume"])
-            E.main(["--report", str(study)])
+            report.main([str(study)])
         except BaseException as error:
             print(f"failed: {error!r}", file=sys.stderr, flush=True)
             os._exit(1)

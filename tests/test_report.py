@@ -17,6 +17,7 @@ import fake_runs
 import evaluate as report
 import tasks
 import test_walks
+from assets import report as page_of
 from assets import study as studies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,7 +279,7 @@ def test_what_was_listed_has_a_table(study_dir):
     cells = {name: [cell.split()[0] for cell in line] for name, *line in lines}
     end = study["sft"][0][-1]["scores"]
     assert cells["SFT, end"] == [f"{100 * end[row, 'greedy', 'listed'].mean():.1f}" for row in report.ROWS]
-    assert "Numbers listed rightly, in %" in report.table_text(study) and report.report_html(study_dir).count("numbers listed rightly") == 2
+    assert "Numbers listed rightly, in %" in report.table_text(study) and page_of.report_html(study_dir).count("numbers listed rightly") == 2
 
 
 def test_nats_have_tables_and_a_sentence(study_dir):
@@ -292,8 +293,8 @@ def test_nats_have_tables_and_a_sentence(study_dir):
         mean, low, high = map(float, re.findall(r"[\d.]+", cells["RL, end"][1]))
         assert mean == pytest.approx(values.mean(), abs=.006) and low < mean < high < mean + 4 * values.std() / math.sqrt(len(values))
     start = [study["warmup"][0][-1]["scores"][row, "nats", "teacher"].mean() for row in ("id", "rule")]
-    assert f"has {start[0]:.1f} nats under the start (ID), {start[1]:.1f} under the other rule" in report.story(study)[1]
-    assert "foreign" in report.table_text(study) and report.report_html(study_dir).count("how foreign") == 2
+    assert f"has {start[0]:.1f} nats under the start (ID), {start[1]:.1f} under the other rule" in page_of.story(study)[1]
+    assert "foreign" in report.table_text(study) and page_of.report_html(study_dir).count("how foreign") == 2
 
 
 def test_studies_without_distances_say_nothing_of_them(small_dir):
@@ -301,7 +302,7 @@ def test_studies_without_distances_say_nothing_of_them(small_dir):
         edit(path, lambda e: e.pop("nats") and None)
     for _ in range(2):
         study = fake_runs.load_study(small_dir)
-        assert "nats" not in report.table_text(study) + report.report_html(small_dir) + " ".join(report.story(study))
+        assert "nats" not in report.table_text(study) + page_of.report_html(small_dir) + " ".join(page_of.story(study))
         for path in small_dir.glob("*/evals/*.json"):
             edit(path, lambda e: e.update(nats={}))
     edit(small_dir / "sft/evals/000000.json", lambda e: e.update(nats={"teacher": {"id": [1.5] * 60}}))   # one arm, one row
@@ -332,8 +333,8 @@ def test_an_unfinished_study_has_a_report(tmp_path, gone):
         (tmp_path / arm).rename(tmp_path / f"_{arm}")
         (tmp_path / f"_{arm}" / "evals").rename(tmp_path / f"_{arm}" / "gone")
     study = fake_runs.load_study(tmp_path)
-    assert report.table_text(study) and "nan" not in report.report_html(tmp_path)
-    for svg in (report.svg_curves(study), report.svg_path(study)):
+    assert report.table_text(study) and "nan" not in page_of.report_html(tmp_path)
+    for svg in (page_of.svg_curves(study), page_of.svg_path(study)):
         ElementTree.fromstring(svg)
 
 
@@ -391,11 +392,11 @@ def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_pa
     assert among[1][2][4].split()[0] == f"{100 * red[read == 1].mean():.1f}" and "RL - SFT" not in among[0]
     cost = dict((label, cell.split()[0]) for label, cell in cost.lines)
     assert cost["RL, end"] == f"{100 * (end['scores'][('text', *view)] - end['scores'][('id', *view)]).mean():+.1f}"
-    assert report.table_text(study).count("Row by row: ") == 2 and report.report_html(tmp_path).count("row by row: ") == 8
+    assert report.table_text(study).count("Row by row: ") == 2 and page_of.report_html(tmp_path).count("row by row: ") == 8
 
 
 def test_the_report_shows_the_pictures(tmp_path):
-    page = report.report_html(fake_runs.make(tmp_path, kind="pictures", n=40))
+    page = page_of.report_html(fake_runs.make(tmp_path, kind="pictures", n=40))
     assert page.count(f'src="data:image/png;base64,{fake_runs.PIXEL}"') == 4 * 9  # 4 arms, 3 of ID and rule OOD, 1 of the others
     edit(tmp_path / "rl/evals/000000.json", lambda e: e["samples"][0].update(picture='"><script>'))
     with pytest.raises(ValueError, match="cannot be used"):
@@ -415,20 +416,20 @@ def test_two_models_compared():
 @pytest.mark.parametrize("kind, seeds", [("published", 1), ("published", 3), ("tie", 1), ("single", 1), ("single", 2)])
 def test_figures_are_xml_of_finite_numbers_inside_the_panel(tmp_path, kind, seeds):
     study = fake_runs.load_study(fake_runs.make(tmp_path, seeds=seeds, kind=kind, n=50))
-    for svg in (report.svg_curves(study), report.svg_path(study), report.svg_standalone(report.svg_curves(study))):
+    for svg in (page_of.svg_curves(study), page_of.svg_path(study), page_of.svg_standalone(page_of.svg_curves(study))):
         root = ElementTree.fromstring(svg)
         assert root.get("role") == "img" and not re.search(r"\b(nan|inf)\b", svg, re.I)
         assert [child.tag.rpartition("}")[2] for child in root if "style" not in child.tag][:2] == ["title", "desc"]
         for group in root.iter("{http://www.w3.org/2000/svg}g"):
             drawn = " ".join(p.get("d") for p in group.iter("{http://www.w3.org/2000/svg}path"))
             numbers = np.array(re.findall(r"(-?[\d.]+),(-?[\d.]+)", drawn), float)
-            assert numbers.min() >= 0 and numbers[:, 0].max() <= report.WIDTH and numbers[:, 1].max() <= report.HEIGHT
+            assert numbers.min() >= 0 and numbers[:, 0].max() <= page_of.WIDTH and numbers[:, 1].max() <= page_of.HEIGHT
 
 
 def test_ends_of_the_mean_curve_are_the_ends_of_the_table(tmp_path):
     study = fake_runs.load_study(fake_runs.make(tmp_path, seeds=3, n=60))
     for row in ("id", "rule"):
-        c, view = report.curve(study["rl"], row, ("greedy", "first")), ("greedy", "first")
+        c, view = page_of.curve(study["rl"], row, ("greedy", "first")), ("greedy", "first")
         ends = [np.mean([e[i]["scores"][(row, *view)].mean() for e in study["rl"].values()]) for i in (0, -1)]
         assert c[[0, -1], 1] == pytest.approx(ends)
         assert (c[:, 2] <= c[:, 1]).all() and (c[:, 1] <= c[:, 3]).all() and c[0, 0] == 0
@@ -438,41 +439,41 @@ def test_seeds_with_other_numbers_of_evaluations_meet(tmp_path):
     fake_runs.make(tmp_path, seeds=2, n=60)
     for step in (20, 60, 100):
         (tmp_path / f"rl-s1/evals/{step:06d}.json").unlink()
-    assert np.isfinite(report.curve(fake_runs.load_study(tmp_path)["rl"], "id", ("greedy", "first"))).all()
+    assert np.isfinite(page_of.curve(fake_runs.load_study(tmp_path)["rl"], "id", ("greedy", "first"))).all()
 
 
 def test_names_at_line_ends_do_not_collide():
     for heights in ([100, 100, 100], [270, 275, 278], [50, 60, 200], [278], [], [36] * 15, [60, 40, 36, 278]):
         ends = [(np.array([300.0, h]), "SFT 80", "c0") for h in heights]
-        at = sorted(float(re.search(r' y="([\d.]+)"', t)[1]) - 4 for t in report.named(ends) if t.startswith("<text"))
-        assert len(at) == len(heights) and (np.diff(at) > 15.5).all() and max(at, default=0) <= report.BOTTOM + .1
-        assert min(at, default=report.TOP) >= report.TOP - .1
+        at = sorted(float(re.search(r' y="([\d.]+)"', t)[1]) - 4 for t in page_of.named(ends) if t.startswith("<text"))
+        assert len(at) == len(heights) and (np.diff(at) > 15.5).all() and max(at, default=0) <= page_of.BOTTOM + .1
+        assert min(at, default=page_of.TOP) >= page_of.TOP - .1
 
 
 def test_a_grid_is_a_readable_figure(tmp_path):
     study = fake_runs.load_study(fake_runs.make(tmp_path, kind="grid", base=False))
-    for svg in (report.svg_path(study), report.svg_curves(study)):
+    for svg in (page_of.svg_path(study), page_of.svg_curves(study)):
         names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" class="name (c[01])">(\d\S+?)( \d+)?</text>', svg)
         for panel in [names] if len(names) == 10 else [names[:10], names[10:]]:
             assert len(panel) == 10 and {(css, rate) for _, _, css, rate, _ in panel} == {
                 (css, rate) for css in ("c0", "c1") for rate in ("1e-05", "3e-05", "0.0001", "0.0003", "0.001")}
             heights = sorted(float(y) for _, y, *_ in panel)
-            assert (np.diff(heights) > 15.5).all() and report.TOP < heights[0] and heights[-1] < report.BOTTOM + 5
-    assert "sft-lr0.001" in report.table_text(study) and "sft-lr0.001" in report.report_html(tmp_path)
+            assert (np.diff(heights) > 15.5).all() and page_of.TOP < heights[0] and heights[-1] < page_of.BOTTOM + 5
+    assert "sft-lr0.001" in report.table_text(study) and "sft-lr0.001" in page_of.report_html(tmp_path)
 
 
 def test_flops_and_ticks(study_dir):
     assert [report.si(x) for x in (0, 999, 2e12, 1.5e15, 3.14159e9)] == ["0 FLOP", "999 FLOP", "2 TFLOP", "1.5 PFLOP", "3.14 GFLOP"]
-    assert report.si(1e30) == "1e+09 ZFLOP" and report.si(0.5) == "0.5 FLOP"
+    assert report.si(1e30) == "1e+09 ZFLOP" and page_of.si(0.5) == "0.5 FLOP"
     study = fake_runs.load_study(study_dir)
-    top = report.curve(study["sft"], "id", report.FIRST)[-1, 0]
+    top = page_of.curve(study["sft"], "id", report.FIRST)[-1, 0]
     assert top == study["sft"][0][-1]["flops"] == 3.1e12
     for label in ("start", "1.55 TFLOP", "3.1 TFLOP"):
-        assert report.svg_curves(study).count(f">{label}</text>") == 2
+        assert page_of.svg_curves(study).count(f">{label}</text>") == 2
 
 
 def test_standalone_brings_its_style(study_dir):
-    svg = report.svg_standalone(report.svg_curves(fake_runs.load_study(study_dir)))
+    svg = page_of.svg_standalone(page_of.svg_curves(fake_runs.load_study(study_dir)))
     assert "prefers-color-scheme:dark" in svg and 'width="860"' in svg and "max-width:100%" in svg
     assert not re.search(r"(href|url\(|<script|@import)", svg)
 
@@ -485,7 +486,7 @@ def test_everything_from_files_is_escaped(tmp_path):
     edit(tmp_path / "<b>&/rl/evals/000200.json", lambda e: e["samples"][0]["turns"][0].update(feedback="</pre><script>", outcome="\ud800\x00&", reward="<u>"))
     fake_runs.make(tmp_path / "more", n=40)
     (tmp_path / "more/sft").rename(tmp_path / "<b>&/<u>arm|")
-    page = report.report_html(tmp_path / "<b>&")
+    page = page_of.report_html(tmp_path / "<b>&")
     for bad in ("<script", "<b>", "<i>&", "<u>", "\x1b", "\x00", "\x07", "\u202e", "\ud800", "</pre><s"):
         assert bad not in page, bad
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; [31m7" in page and "&lt;u&gt;arm" in page
@@ -494,31 +495,31 @@ def test_everything_from_files_is_escaped(tmp_path):
 
 
 def test_report_loads_and_runs_nothing(study_dir):
-    page = report.report_html(study_dir)
+    page = page_of.report_html(study_dir)
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page
     assert not re.search(r"<(script|link|iframe|img|object|form|base)\b|\b(src|href|action)=|@import|url\(", page)
     assert page.count("<svg ") == 6 and "<th scope=row>seeds</th><td>1<td>1<td>1<td>1" in page and "Sample episodes: RL, seed 0, step 200" in page
 
 
 def test_write_report_is_whole_or_nothing(small_dir):
-    path = report.write_report(small_dir)
+    path = page_of.write_report(small_dir)
     before = path.read_text()
     assert path.name == "report.html" and before.endswith("</html>\n")
     (small_dir / "rl/evals/000000.json").write_text("{")
     with pytest.raises(ValueError):
-        report.write_report(small_dir)
+        page_of.write_report(small_dir)
     assert path.read_text() == before and not list(small_dir.glob(".report*"))
 
 
 @pytest.mark.parametrize("kind, says", [("published", "the published picture"), ("reverse", "the opposite of the published"), ("tie", "without a clear difference")])
 def test_the_story_follows_the_numbers(tmp_path, kind, says):
-    told = report.story(fake_runs.load_study(fake_runs.make(tmp_path, kind=kind, n=400)))
+    told = page_of.story(fake_runs.load_study(fake_runs.make(tmp_path, kind=kind, n=400)))
     assert says in told[0] and ("goes on using the rule" in " ".join(told)) == (kind == "published")
 
 
 def test_every_verdict_is_a_sentence():
     signs = (-1, 0, 1)
-    told = {(s, r, g, i): report.verdict(s, r, g, i) for s in signs for r in signs for g in signs for i in signs}
+    told = {(s, r, g, i): page_of.verdict(s, r, g, i) for s in signs for r in signs for g in signs for i in signs}
     assert all(t.endswith(".") for t in told.values())
     assert all(("generalizes" in t) == (g > 0 and s < 0 and r >= 0) for (s, r, g, i), t in told.items())
     assert "changed little" in told[-1, 0, 1, 0] and "changed little" not in told[-1, 0, 1, 1] and "both lost" in told[-1, -1, 1, 1]
@@ -526,18 +527,18 @@ def test_every_verdict_is_a_sentence():
 
 def test_seeds_and_unequal_compute_are_said(tmp_path):
     study = fake_runs.load_study(fake_runs.make(tmp_path, seeds=3, n=40))
-    arms = {name: cells for name, *cells in report.arm_table(study).lines}
+    arms = {name: cells for name, *cells in page_of.arm_table(study).lines}
     assert arms["seeds"] == ["1", "3", "3", "3"] and arms["compute"][2:] == ["3.1 TFLOP", "3.1 TFLOP"]
     study["rl"][0][-1]["flops"] *= 2
-    assert report.arm_table(study).lines[1][3:] == ["3.1 TFLOP", "4.13 TFLOP"]
-    page = report.report_html(tmp_path)
+    assert page_of.arm_table(study).lines[1][3:] == ["3.1 TFLOP", "4.13 TFLOP"]
+    page = page_of.report_html(tmp_path)
     assert "Where compute differs" in page and "compare the curves, not the ends" in page
     for arm, lr, paper in (("sft", 3e-4, 1e12), ("rl", 3e-5, 4e12)):
         for evals in study[arm].values():
             evals[-1] |= {"args": {"lr": lr}, "flops_paper": paper}
-    arms = {name: cells for name, *cells in report.arm_table(study).lines}
+    arms = {name: cells for name, *cells in page_of.arm_table(study).lines}
     assert arms["lr"][2:] == ["0.0003", "3e-05"] and arms["compute by the paper's formula"][2:] == ["1 TFLOP", "4 TFLOP"]
-    assert "learning rates differ" in report.story(study)[0]
+    assert "learning rates differ" in page_of.story(study)[0]
 
 
 @pytest.mark.parametrize("text, says", [("11", "--lr 11 must lie from 1e-12 to 10;"), ("nan", "--lr nan must lie"), ("0", "must lie"),
@@ -562,14 +563,14 @@ def test_help_shows_every_default_once_and_none_that_says_nothing(capsys):
 
 def test_clean_keeps_text_and_drops_control():
     assert report.clean("a\x1b[2J\u202eb\r\n\tc\x85\ufffe é 中") == "a[2Jb\n\tc é 中"
-    assert report.esc("<'\">&") == "&lt;&#x27;&quot;&gt;&amp;"
+    assert page_of.esc("<'\">&") == "&lt;&#x27;&quot;&gt;&amp;"
 
 
 def test_colours_have_contrast():
     def light(colour):
         parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
         return np.dot([.2126, .7152, .0722], [c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in parts])
-    for scheme in report.figure_style().replace("#fff;", "#ffffff;").partition("/* Figures")[0].split("@media"):
+    for scheme in page_of.figure_style().replace("#fff;", "#ffffff;").partition("/* Figures")[0].split("@media"):
         colour = {name: light(value) for name, value in re.findall(r"--(\w+):(#\w{6})", scheme)}
         for name in ("ink", "muted", "c0", "c1", "c2", "c3"):
             low, high = sorted((colour["paper"], colour[name]))
@@ -627,10 +628,10 @@ def test_tables_figures_and_sentences_name_the_trained_rule(tmp_path):
     fake_runs.make(tmp_path, n=40)
     for path in tmp_path.glob("*/evals/*.json"):
         edit(path, lambda e: e.update(rule="7/target=36"))
-    study, page = fake_runs.load_study(tmp_path), report.report_html(tmp_path)
+    study, page = fake_runs.load_study(tmp_path), page_of.report_html(tmp_path)
     assert report.score_tables(study, report.FIRST)[0].head == ["", "ID (7/target=36)", "rule OOD", "fake rule"]
-    assert "RL - SFT, ID (7/target=36) " in report.table_text(study) and "ID (7/target=36): success" in report.svg_curves(study)
-    told = " ".join(report.story(study))
+    assert "RL - SFT, ID (7/target=36) " in report.table_text(study) and "ID (7/target=36): success" in page_of.svg_curves(study)
+    told = " ".join(page_of.story(study))
     assert "(ID: 7/target=36)" in told and "(rule OOD: 11,12,13/target=36)" in told and "J = Q = K" not in told + page
     edit(tmp_path / "rl/evals/000200.json", lambda e: e.pop("rule"))
     assert len(report.load_study(tmp_path)) == 2                # asked by the task's own rule: not the same problems
@@ -670,21 +671,21 @@ def rename(directory, **names):
 
 def test_a_run_that_is_not_finished_and_unequal_compute_are_said_in_row_and_first_sentence(tmp_path):
     fake_runs.make(tmp_path, n=60)
-    assert "no result yet" not in report.story(fake_runs.load_study(tmp_path))[0]
+    assert "no result yet" not in page_of.story(fake_runs.load_study(tmp_path))[0]
     edit(tmp_path / "sft/args.json", lambda a: a.update(steps=60000))
     study = fake_runs.load_study(tmp_path)
     assert report.stages(study, report.FIRST)["sft end"].label == "SFT, step 1000 of 60000 (not finished)"
-    assert re.match("This is no result yet, .*SFT, step 1000 of 60000", report.story(study)[0]) and "| SFT, step 1000 of 60000 (not finished) " in report.table_text(study)
+    assert re.match("This is no result yet, .*SFT, step 1000 of 60000", page_of.story(study)[0]) and "| SFT, step 1000 of 60000 (not finished) " in report.table_text(study)
     edit(tmp_path / "sft/args.json", lambda a: a.update(steps=1000))
     edit(tmp_path / "rl/evals/000200.json", lambda e: e.update(flops=e["flops"] / 2))
     study = fake_runs.load_study(tmp_path)
     assert [report.stages(study, report.FIRST)[arm].label for arm in ("sft end", "rl end")] == ["SFT, end (3.1 TFLOP)", "RL, end (1.54 TFLOP)"]
-    assert re.match(r"This is no result yet, .*unequal compute: SFT, end \(3.1 TFLOP\), RL, end \(1.54 TFLOP\)\. So far: ", report.story(study)[0])
-    assert "<strong>This is no result yet, " in report.report_html(tmp_path)
+    assert re.match(r"This is no result yet, .*unequal compute: SFT, end \(3.1 TFLOP\), RL, end \(1.54 TFLOP\)\. So far: ", page_of.story(study)[0])
+    assert "<strong>This is no result yet, " in page_of.report_html(tmp_path)
 
 
 def test_the_page_says_what_the_study_at_chosen_rates_found(study_dir):
-    found = re.search(r"</strong>[^<]*</p>\n<p class=found>(.*?)</p>", report.report_html(study_dir), re.DOTALL)[1]
+    found = re.search(r"</strong>[^<]*</p>\n<p class=found>(.*?)</p>", page_of.report_html(study_dir), re.DOTALL)[1]
     table = re.search(r"\| SFT's teacher .*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
     pairs = [(line[3].split(" / ")[1], line[4].split(" / ")[1]) for line in lines[:4]]
@@ -702,9 +703,9 @@ def test_arms_of_any_name_have_a_start_differences_and_colours(tmp_path):
     text = report.table_text(study)
     for word in ("| start ", "| grpo, end ", "| grpo - start, ID ", "| rloo - start, fake rule ", "| rloo - grpo, rule OOD "):
         assert text.count(word) in (2, 5)
-    assert re.match(r"grpo - start, ID: \+\S+ \[.*\] points, clearly higher; ", report.story(study)[0]) and "published" not in report.report_html(tmp_path)
-    assert len({css for _, css in report.line_styles(study).values()}) == 2
-    assert report.line_styles({"sft-lr1e-05": 0, "rl-lr1e-05": 0, "rloo": 0}) == {"sft-lr1e-05": ("1e-05", "c0"), "rl-lr1e-05": ("1e-05", "c1"), "rloo": ("rloo", "c2")}
+    assert re.match(r"grpo - start, ID: \+\S+ \[.*\] points, clearly higher; ", page_of.story(study)[0]) and "published" not in page_of.report_html(tmp_path)
+    assert len({css for _, css in page_of.line_styles(study).values()}) == 2
+    assert page_of.line_styles({"sft-lr1e-05": 0, "rl-lr1e-05": 0, "rloo": 0}) == {"sft-lr1e-05": ("1e-05", "c0"), "rl-lr1e-05": ("1e-05", "c1"), "rloo": ("rloo", "c2")}
 
 
 def test_starts_are_the_checkpoints_that_the_runs_began_from(tmp_path):
@@ -724,7 +725,7 @@ def test_starts_are_the_checkpoints_that_the_runs_began_from(tmp_path):
 
 def test_one_run_alone_has_its_own_report(tmp_path, capsys):
     run = fake_runs.make(tmp_path, n=60) / "rl"
-    report.main(["--report", str(run)])
+    page_of.main([str(run)])
     text, page = capsys.readouterr().out, (run / "report.html").read_text()
     assert "| RL - start, rule OOD " in text and "| start " in text and "SFT" not in text and (run / "curves.svg").is_file()
     assert text.startswith("RL - start, ID: +") and "<h2>RL: gp-l, 60 test problems</h2>" in page
@@ -735,7 +736,7 @@ def test_runs_on_other_problems_are_grouped(tmp_path, capsys):
     other = fake_runs.make(tmp_path / "other", n=30, kind="pictures")
     for arm in ("sft", "rl"):
         (other / arm).rename(tmp_path / f"{arm}-vl")
-    report.main(["--report", str(tmp_path)])
+    page_of.main([str(tmp_path)])
     text, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
     assert text.count("Greedy, first attempt: success in %") == 2 and "40 problems" in text and "30 problems" in text
     assert "<h2>SFT, RL: gp-l, 40 test problems</h2>" in page and "<h2>rl-vl, sft-vl: gp-vl, 30 test problems</h2>" in page

@@ -21,7 +21,7 @@ import model as M
 import tasks
 import train_rl as RL
 import train_sft as SFT
-from assets import make_base, study as studies
+from assets import make_base, report, study as studies
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -143,8 +143,8 @@ BAD = [  # script, flags, words of the sentence
     (E, [], "give one of"),
     (E, ["run", "--suite", "poker"], "--suite"),
     *[(E, ["run", flag, value], flag) for flag, value in (("--n", "0"), ("--k", "-1"), ("--attempts", "0"), ("--max-new-tokens", "0"))],
-    (E, ["--report", "empty"], "no evaluation in empty"),
-    (E, ["--report", "absent"], "absent"),
+    (report, ["empty"], "no evaluation in empty"),
+    (report, ["absent"], "absent"),
     (studies, ["--choose", "empty"], "empty"), (studies, ["empty"], "empty"), (studies, [], "give one of"),
 ]
 
@@ -457,7 +457,7 @@ def test_a_hostile_evaluation_stays_text_in_the_report_and_on_the_terminal(tiny_
             path.write_text(json.dumps(data))
         args = json.loads((study / arm / "args.json").read_text()) | {"rule": HOSTILE, HOSTILE: arm}
         (study / arm / "args.json").write_text(json.dumps(args))
-    E.main(["--report", str(study)])
+    report.main([str(study)])
     page, said = (study / "report.html").read_text(), capsys.readouterr().out
     assert "&lt;script&gt;alert(1)" in page and "Content-Security-Policy" in page
     assert not re.search(r"<script|<img|\x1b|\x07|\u202e", page) and not re.search(r"\x1b|\x07|\u202e", said)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import evaluate as E
-from assets import study as studies
+from assets import report, study as studies
 import model as M
 import tasks
 import train_rl as RL
@@ -149,7 +149,7 @@ def test_who_reads_a_stopped_run_says_so(sft_run, tmp_path, capsys):
     stop_after(SFT, 2, lambda: SFT.main(f"{flags} --steps 6 --evals 2 --out {study / 'sft'}".split()))
     SFT.main(f"{flags} --steps 2 --evals 2 --out {study / 'rl'}".split())
     capsys.readouterr()
-    E.main(["--report", str(study)])
+    report.main([str(study)])
     said, page = capsys.readouterr().out, (study / "report.html").read_text()
     assert "SFT, step 0 of 6" in said and "RL, end" in said and "SFT, end" not in said
     assert "SFT, step 0 of 6" in page and "not finished" in page

@@ -8,6 +8,7 @@ import evaluate as E
 import tasks
 import train_rl as RL
 import train_sft as SFT
+from assets import report
 
 
 # ---- the whole task
@@ -63,7 +64,7 @@ def test_a_third_task_takes_one_class_and_one_row(monkeypatch, tmp_path, capsys)
     assert set(result["rows"]) == {"id", "rule", "fake"} and len(result["rows"]["id"]["greedy"]["first"]) == 12
     assert all(told + by_old_rule <= 1 for told, by_old_rule in zip(*(
         result["rows"][row]["greedy"]["first"] for row in ("rule", "fake"))))  # no answer is right by both rules
-    E.main(["--report", str(study)])
+    report.main([str(study)])
     page, said = (study / "report.html").read_text(), capsys.readouterr().out
     assert "12 held-out sums" in page and "RL, end" in said and "one less" in page
     with pytest.raises(ValueError, match="write sum or less"):

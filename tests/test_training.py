@@ -18,7 +18,7 @@ import model as M
 import tasks
 import train_rl as RL
 import train_sft as SFT
-from assets import make_base, study as studies
+from assets import make_base, report, study as studies
 from conftest import load_tensors, standing
 
 
@@ -1193,7 +1193,7 @@ def test_evaluate_and_report_from_the_command_line(tiny_run, tmp_path, capsys):
     RL.main(f"--init {tiny_run} --out {study / 'rl'} --steps 1 --problems 2 --group 2 --eval-n 5 --eval-split test --max-new-tokens 5".split())
     result = E.main(f"{tiny_run} --n 5 --k 2 --out {study / 'base'} --max-new-tokens 5".split())
     assert set(result["pass_at_k"]) == {"id", "rule", "fake"}
-    E.main(["--report", str(study)])
+    report.main([str(study)])
     out = capsys.readouterr().out
     assert "RL, end" in out and "base" in out and "Paired difference" in out
     page = (study / "report.html").read_text()

@@ -10,6 +10,7 @@ from PIL import Image
 import evaluate as E
 import fake_runs
 import tasks
+from assets import report as page_of
 from conftest import standing
 
 MODEL = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=32)), device="cpu")
@@ -172,14 +173,14 @@ def test_tables_of_a_study(study_dir):
     text = E.table_text(study)
     assert "\nPer step, teacher-forced, in %" in text and "\nWhere walks fail first" in text
     for other in ("hand", "cards", "same numbers"):
-        assert other not in text + E.report_html(study_dir).split("<style>")[0] + " ".join(E.story(study)), other
+        assert other not in text + page_of.report_html(study_dir).split("<style>")[0] + " ".join(page_of.story(study)), other
 
 
 def test_the_story_of_walks(study_dir):
     study = fake_runs.load_study(study_dir)
-    told = " ".join(E.story(study))
+    told = " ".join(page_of.story(study))
     assert "8 held-out routes" in told and "ID: absolute turns" in told and "rule OOD: relative turns" in told
-    assert "routes with the same turns in one city" in E.report_html(study_dir)
+    assert "routes with the same turns in one city" in page_of.report_html(study_dir)
 
 
 def test_one_evaluation_and_two_compared(monkeypatch):
@@ -194,7 +195,7 @@ def test_one_evaluation_and_two_compared(monkeypatch):
 # the report
 
 def test_a_route_can_be_followed_on_its_map(study_dir):
-    page, study = E.report_html(study_dir), fake_runs.load_study(study_dir)
+    page, study = page_of.report_html(study_dir), fake_runs.load_study(study_dir)
     samples = [s for arm in ("base", "sft", "rl") for s in study[arm][0][-1]["samples"]]
     assert page.count("<img class=map ") == len(samples) and "<b>position 3</b>: observed <b>" in page
     assert page.count("<img class=cards ") == sum(len(s.get("pictures", ())) for s in samples)
@@ -204,10 +205,10 @@ def test_a_route_can_be_followed_on_its_map(study_dir):
 
 
 def test_hostile_text_in_walks_is_escaped(study_dir):
-    page = E.report_html(study_dir)
+    page = page_of.report_html(study_dir)
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     for bad in ("<script", "onerror=\"", "\x1b", "\u202e", "</pre><s"):
         assert bad not in page, bad
-    said = E._turn(tasks.Navigation, {"position": 0, "response": json.dumps({"obs": HOSTILE, "ins": "<b>", "action": "<i>"})}, {})
+    said = page_of._turn(tasks.Navigation, {"position": 0, "response": json.dumps({"obs": HOSTILE, "ins": "<b>", "action": "<i>"})}, {})
     assert "<script" not in said and "<i>" not in said and "&lt;i&gt;" in said and not re.search(r"<[a-z][^>]*\son\w+=", said)
-    assert "observed <b>\u2013</b>" in E._turn(tasks.Navigation, {"position": 0, "response": 7}, {})
+    assert "observed <b>\u2013</b>" in page_of._turn(tasks.Navigation, {"position": 0, "response": 7}, {})
