@@ -33,7 +33,7 @@ import torch
 
 import tasks
 from model import (Cache, ImageContext, Sampling, generate, load_model, open_image, pack_images,
-                   pad_rows, read_json, save_model, write_atomically, write_json)
+                   pad_rows, read_json, save_model, write_json)
 
 # ---- 1. Episodes and rollout ---------------------------------------------------------------------
 
@@ -1231,7 +1231,7 @@ def study_of(results, names):
             for name, result in zip(names, results)}
 
 
-# ---- 8. Command line ------------------------------------------------------------------------------
+# ---- 8. Command line ----------------------------------------------------------------------------
 
 
 def parse_args(argv=None):

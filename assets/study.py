@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluate import (FIRST, NONE, Parser, Table, any_of, estimate, load_study, markdown, name_of, percent, run_main,  # noqa: E402
                       stages, unfinished)
+from assets.report import write_text  # noqa: E402
 
 
 def only_study(directory):
@@ -22,7 +23,6 @@ def only_study(directory):
         raise ValueError(f"The runs in {directory} scored other problems than each other: evaluate every run on the same suite, "
                          "split, rule and number of problems.")
     return study
-
 
 
 # ---- 1. Learning rates ---------------------------------------------------------------------------
