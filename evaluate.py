@@ -32,8 +32,8 @@ import numpy as np
 import torch
 
 import tasks
-from model import (Cache, ImageContext, Sampling, generate, load_model, open_image, pack_images,
-                   pad_rows, read_json, save_model, write_json)
+from model import (Cache, ImageContext, Sampling, finite, generate, load_model, open_image,
+                   pack_images, pad_rows, read_json, save_model, write_json)
 
 # ---- 1. Episodes and rollout ---------------------------------------------------------------------
 
@@ -548,7 +548,8 @@ def response_log_probs(model, log_probs, episodes: list, pad: int, micro_batch: 
     sums = {}
     for part in micro_batches(episodes, micro_batch):
         batch = to_batch(part, pad, model.device)
-        values = log_probs(part, batch.ids, batch.chosen, images_for(model, part)).double()
+        values = log_probs(part, batch.ids, batch.chosen, images_for(model, part))
+        values = finite(values).double()
         of_row = batch.chosen.nonzero()[:, 0]
         rows = values.new_zeros(len(part)).index_add_(0, of_row, values)
         sums |= zip(map(id, part), rows.tolist())
@@ -591,7 +592,7 @@ def find_model(name: str, task: str) -> Path:
     """The model directory that a name means: `tiny` (the shipped base of the task), a run directory
     (its latest checkpoint) or a model directory. ValueError when there is none."""
     path = Path(__file__).parent / "assets" / f"tiny-{task}" if name == "tiny" else Path(name)
-    if (path / "latest").is_file():
+    if (path / "latest").is_file() and (path / "args.json").is_file():  # DeepSpeed has a latest too
         return latest_checkpoint(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory; give `tiny` for a task that has a shipped "

@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -472,7 +473,7 @@ def generate(model: LlamaVision, cache: TextCache, logits: Tensor, sampling: Sam
         # Finished rows are computed along but do not grow: their slot is written again later.
         logits = model.extend(cache, token[:, None], running.long())
     counts = torch.stack(counted).sum(0).tolist()
-    tokens, log_probs = torch.stack(tokens, 1).tolist(), torch.stack(log_probs, 1).tolist()
+    tokens, log_probs = torch.stack(tokens, 1).tolist(), finite(torch.stack(log_probs, 1)).tolist()
     return [t[:n] for t, n in zip(tokens, counts)], [p[:n] for p, n in zip(log_probs, counts)]
 
 
@@ -832,6 +833,14 @@ class ImageContext:
         return self.fold(mask[:, None]), sees
 
 
+def finite(log_probs: Tensor) -> Tensor:
+    """The same, or a ValueError where one is NaN or infinite: no score may be made of them."""
+    if not log_probs.isfinite().all():
+        raise ValueError("the model's outputs are not finite: its weights are damaged, or its "
+                         "training diverged. Take an earlier checkpoint or another model.")
+    return log_probs
+
+
 class Cache(TextCache):
     """A TextCache whose rows may see images. The keys and values of an image are computed once for
     all rows that share it, and for all their turns and tokens."""
@@ -1128,11 +1137,14 @@ def open_image(source) -> Image.Image:
     except Image.DecompressionBombError:
         pass
     except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise ValueError(f"{name} cannot be read as a picture ({str(error)[:120]}).") from None
+        raise ValueError(f"{name} cannot be read as a picture ({str(error)[:120]}); save it as one "
+                         f"of {', '.join(FORMATS)}.") from None
     raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: scale it down first.")
 
 
 def _to_rgb(image):
+    if image.mode == "F":  # whether white is 1, 255 or 65535 is not in the file
+        raise ValueError("its pixels are fractions: save it with 8 bits a channel")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey at 255
         grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
         image = Image.fromarray((grey + 0.5).astype(np.uint8))
@@ -1201,6 +1213,7 @@ class Tokenizer:
 
     def __init__(self, bpe):
         self.bpe = bpe
+        self.beside = {}  # other files of its model's directory, to be saved with it
         # Reads as: treat special tokens in text like any other text. Never the reverse: a prompt
         # could otherwise end its own turn.
         self.bpe.encode_special_tokens = True
@@ -1263,6 +1276,10 @@ class Tokenizer:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# What other tools want beside the weights: taken along from the base to whatever is saved.
+KEPT = ("preprocessor_config.json", "processor_config.json", "generation_config.json",
+        "tokenizer_config.json", "special_tokens_map.json", "chat_template.json",
+        "chat_template.jinja")
 # How names begin in memory since transformers 4.52 (PEFT writes these), and on the hub.
 LAYOUTS = (("model.language_model.", "language_model.model."),
            ("lm_head.", "language_model.lm_head."), ("model.vision_model.", "vision_model."),
@@ -1336,6 +1353,8 @@ def save_model(model: LlamaVision, tokenizer: Tokenizer, directory,
         "pad_token_id": tokenizer.pad}
     write_json(directory / "config.json", config)
     write_atomically(directory / "tokenizer.json", lambda p: tokenizer.bpe.save(str(p)))
+    for name, content in tokenizer.beside.items():
+        write_atomically(directory / name, lambda p: p.write_bytes(content))
 
 
 def save_adapter(model: LlamaVision, directory, base):
@@ -1347,8 +1366,12 @@ def save_adapter(model: LlamaVision, directory, base):
     if not adapted:
         raise ValueError("the model has no adapter to save.")
     directory.mkdir(parents=True, exist_ok=True)
+    # PEFT 0.20 and later rename the hub's names of the decoder, but not of tower and projector:
+    # those would be dropped with a warning unless they have the names in memory.
+    stored = {name if name.startswith(PARTS["decoder"]) else f"model.{name}": linear
+              for name, linear in adapted.items()}
     state = {f"base_model.model.{name}.{side}.weight": getattr(linear, side).weight.detach().cpu()
-             for name, linear in adapted.items() for side in ("lora_A", "lora_B")}
+             for name, linear in stored.items() for side in ("lora_A", "lora_B")}
     in_memory = [new + name[len(hub):] for name in adapted for new, hub in LAYOUTS
                  if f"{name}.".startswith(hub)]
     first = next(iter(adapted.values()))
@@ -1356,16 +1379,37 @@ def save_adapter(model: LlamaVision, directory, base):
     write_atomically(directory / ADAPTER, lambda p: save_file(state, p, metadata={"format": "pt"}))
     write_json(directory / ADAPTER_CONFIG, {
         "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "bias": "none",
-        "task_type": "CAUSAL_LM", "lora_alpha": first.lora_scale * rank,
-        "target_modules": [*adapted, *in_memory]})
+        "task_type": None, "auto_mapping": {  # CAUSAL_LM would open the decoder without its eyes
+            "base_model_class": "MllamaForConditionalGeneration",
+            "parent_library": "transformers.models.mllama.modeling_mllama"},
+        "lora_alpha": first.lora_scale * rank, "target_modules": [*adapted, *in_memory]})
 
 
 # ---- 12. Loading ---------------------------------------------------------------------------------
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NOT_BUILT = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "rank_pattern",
-             "alpha_pattern", "modules_to_save", "layer_replication", "target_parameters",
-             "trainable_token_indices")  # of PEFT's LoRA
+# Entries of PEFT's LoRA that are read here or change no output; others are refused when they are
+# set. So are ways to begin that take the adapter's first value out of the base, such as "pissa".
+READ = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "task_type", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora",
+        "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"}
+STARTS = (True, None, False, "gaussian", "orthogonal", "eva", "mica")
+# What trainers leave beside an adapter; other weights there were trained and would be lost.
+BESIDE = re.compile(r"(adapter_model|training_args|optimizer|scheduler|scaler|state|rng_.*)\..*")
+CACHED = re.compile(r".*/models--[^/]+/blobs/[0-9a-f]{40,64}")
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+# What other tools leave, by a file in the folder or by a part of a tensor's name, and what to do.
+REMEDIES = json.loads((Path(__file__).parent / "assets" / "remedies.json").read_text())
+
+
+def remedy(directory):
+    """What to do about a folder that lacks a file, by what it holds instead."""
+    found = (advice for pattern, advice in REMEDIES["folders"].items()
+             if os.path.isdir(directory) and any(Path(directory).glob(pattern)))
+    return next(found, "copy or download the directory again")
 
 
 class Stored(NamedTuple):
@@ -1404,7 +1448,7 @@ def load_model(directory, dtype: torch.dtype = torch.float32,
             raise ValueError(f"{directory} is an adapter of an adapter, and so on for ever; "
                              "name a base that is a model.")
     if not os.path.exists(base / "config.json"):
-        raise ValueError(f"{base} holds no model: it has no config.json.")
+        raise ValueError(f"{base} holds no model: it has no config.json; {remedy(base)}.")
     config = config_from_json(read_json(_file(base, "config.json")))
     tokenizer = load_tokenizer(base)
     if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
@@ -1460,10 +1504,11 @@ def read_adapter(directory):
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter (peft_type must be \"LORA\").")
-    bias = config.get("bias", "none") != "none"
-    for name in [*filter(config.get, NOT_BUILT), *["bias"] * bias]:
-        raise ValueError(f"{path} asks for {name}, which is not built here; merge it with PEFT and "
-                         "load the result.")
+    unknown = [name for name in config if name not in READ and config[name] not in (None, "none")]
+    started = [] if config.get("init_lora_weights") in STARTS else ["init_lora_weights"]
+    for name in [*filter(config.get, unknown), *started]:
+        raise ValueError(f"{path} asks for {name} = {str(config[name])[:40]}, which is not built "
+                         "here; merge it with PEFT and load the result.")
     rank = _number(f"{path}: r", config.get("r"), int)
     alpha = _number(f"{path}: lora_alpha", config.get("lora_alpha"), float)
     alpha *= rank**0.5 if config.get("use_rslora") is True else 1
@@ -1482,7 +1527,16 @@ def read_adapter(directory):
         raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base "
                          f"model, which {str(base)[:80]!r} is not; download it, "
                          "and put its path there.")
-    return Adapter(rank, alpha, tuple(modules), base, find_weights(directory, ADAPTER))
+    for file in sorted(os.listdir(directory)):
+        if file.endswith(WEIGHT_FILES) and not BESIDE.fullmatch(file):
+            raise ValueError(f"{directory / file} lies beside an adapter and would not be read: "
+                             "merge all that was trained with the code that wrote it, and load "
+                             "the result; or move it away, and the adapter alone is loaded.")
+    files = find_weights(directory, ADAPTER)
+    if not any(files.values()):
+        raise ValueError(f"{directory / ADAPTER} holds no tensor: it was saved without its weights "
+                         "(such as by a trainer with ZeRO-3); save it again.")
+    return Adapter(rank, alpha, tuple(modules), base, files)
 
 
 def hub_name(name):
@@ -1529,8 +1583,11 @@ def read_header(path):
                 kind = part.get_dtype()
                 found[name] = Stored(DTYPES.get(kind, kind), tuple(part.get_shape()), name)
     except (OSError, SafetensorError) as error:
+        with open(path, "rb") as file:
+            pointer = b"git-lfs" in file.read(100)
+        advice = "it is a pointer: run git lfs pull" if pointer else "copy or download it again"
         raise ValueError(f"{path} cannot be read as a safetensors file ({str(error)[:200]!r}); "
-                         "copy or download it again.") from None
+                         f"{advice}.") from None
     for name, stored in found.items():
         if isinstance(stored.dtype, str):
             raise ValueError(f"{path}: tensor {name[:120]!r} is of type {stored.dtype!r}, not "
@@ -1553,16 +1610,23 @@ def _check_tensors(files, wanted):
     found = {name: (path, stored.shape) for path, header in files.items()
              for name, stored in header.items()}
     for name in sorted(found.keys() - wanted.keys()):
-        raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; "
-                         "it belongs to another model.")
+        advice = next((advice for part, advice in REMEDIES["tensors"].items() if part in name),
+                      "it belongs to another model")
+        raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; {advice}.")
     for name, tensor in wanted.items():
         path, shape = found.get(name, (min(files).parent, None))
         if shape is None:
             raise ValueError(f"{path} lacks tensor {name!r} of its configuration; "
                              "copy or download it again.")
+        if shape == (0,):
+            raise ValueError(f"{path}: tensor {name} is empty, as ZeRO-3 leaves it: gather the "
+                             "weights with DeepSpeed's zero_to_fp32.py.")
         if shape != tensor.shape:
+            resized = ("embed_tokens" in name or "lm_head" in name) and shape[1:] == tensor.shape[1:]
+            advice = ("its vocabulary was resized: take the model from before" if resized
+                      else "take both from the same model")
             raise ValueError(f"{path}: tensor {name} has shape {shape}, but the configuration asks "
-                             f"for {tuple(tensor.shape)}; take both from the same model.")
+                             f"for {tuple(tensor.shape)}; {advice}.")
 
 
 def load_tokenizer(directory) -> Tokenizer:
@@ -1571,14 +1635,20 @@ def load_tokenizer(directory) -> Tokenizer:
     try:
         if path.stat().st_size > 100_000_000:
             raise ValueError("it is over 100 MB")
-        tokenizer = Tokenizer(BPE.from_file(str(path)))
+        bpe = BPE.from_file(str(path))
+        bpe.no_truncation()  # both are kept in the file, and would cut or fill every text
+        bpe.no_padding()
+        tokenizer = Tokenizer(bpe)
         tokenizer.turn("", image=True)  # asks for all special tokens of the chat format
-        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exception, and panics at some files
         raise ValueError(f"{path} cannot be used as a tokenizer ({str(error)[:120]}); "
                          "copy it again.") from None
+    for name in filter(os.listdir(directory).__contains__, KEPT):
+        with open(_file(Path(directory), name), "rb") as file:
+            tokenizer.beside[name] = file.read(1_000_000)
+    return tokenizer
 
 
 def read_json(path):
@@ -1599,8 +1669,9 @@ def read_json(path):
 
 
 def _file(directory, name):
-    """Path of a regular file in a directory. A link may leave it only as the hub's cache has it: to
-    ../../blobs. An index from elsewhere must not make us read other files."""
+    """Path of a regular file in a directory. A link may leave it only for the hub's cache, as a
+    snapshot or an older client's --local-dir does: what lies there came from the hub. An index or
+    an archive from elsewhere must not make us read other files."""
     plain = isinstance(name, str) and 0 < len(name) < 200 and not set(name) & set("/\\\0")
     if not plain or name in (".", ".."):
         shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
@@ -1609,10 +1680,9 @@ def _file(directory, name):
     path = directory / name
     home = os.path.realpath(directory)
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing or no regular file; copy or download the directory "
-                         "again.")
-    homes = (home, os.path.realpath(f"{home}/../../blobs"))
-    if os.path.dirname(os.path.realpath(path)) not in homes:
+        raise ValueError(f"{path} is missing or no regular file; {remedy(directory)}.")
+    real = os.path.realpath(path)
+    if os.path.dirname(real) != home and not CACHED.fullmatch(real):
         raise ValueError(f"{path} is a link out of its directory; put the file itself there.")
     return path
 

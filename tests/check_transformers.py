@@ -41,7 +41,7 @@ def fresh(tok):
 
 
 def with_adapter(model):
-    M.add_lora(model, 4, 6.0)
+    M.add_lora(model, 4, 6.0, tuple(M.PARTS.values()))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".lora_B" in name:
@@ -50,28 +50,40 @@ def with_adapter(model):
 
 
 IDS = torch.randint(0, 200, (2, 9), generator=torch.Generator().manual_seed(3))
+PIXELS = torch.randn(2, 4, 3, 12, 12, generator=torch.Generator().manual_seed(4))  # of the fourth tile nothing is seen
+
+
+def pictured(image_token):
+    return torch.cat([torch.full((2, 1), image_token), IDS], 1)
 
 
 @torch.no_grad()
 def ours(model):
-    return model.logits(model(IDS))
+    """Logits of texts, and of the same behind a picture of three tiles."""
+    image = model.encode_images(PIXELS[:, None], torch.tensor([[7], [7]]))
+    seen = model(pictured(model.config.text.vocab_size), image)
+    return torch.cat([model.logits(model(IDS)), model.logits(seen)], 1)
 
 
 @torch.no_grad()
 def theirs(model):
-    return model(input_ids=IDS).logits.float()
+    ids = pictured(model.config.image_token_index)
+    tiles = torch.tensor([1, 1, 1, 0]).expand(2, 1, 4)
+    seen = model(input_ids=ids, pixel_values=PIXELS[:, None], aspect_ratio_ids=torch.tensor([[7], [7]]), aspect_ratio_mask=tiles,
+                 cross_attention_mask=tiles[:, None].expand(-1, ids.shape[1], -1, -1))
+    return torch.cat([model(input_ids=IDS).logits.float(), seen.logits.float()], 1)
 
 
 @torch.no_grad()
 def our_features(model, pixels):
-    states = model.vision_model(pixels, torch.tensor([6, 6]), torch.tensor([[1, 1, 1, 0]] * 2))
+    states = model.vision_model(pixels, torch.tensor([7, 7]), torch.tensor([[1, 1, 1, 0]] * 2))
     return model.multi_modal_projector(states).flatten(1, 2)
 
 
 @torch.no_grad()
 def their_features(model, pixels):
     model = model if VERSION < (4, 52) else model.model
-    shown = model.vision_model(pixels[:, None], torch.tensor([[6], [6]]), torch.tensor([[[1, 1, 1, 0]]] * 2))
+    shown = model.vision_model(pixels[:, None], torch.tensor([[7], [7]]), torch.tensor([[[1, 1, 1, 0]]] * 2))
     return model.multi_modal_projector(shown[0]).flatten(1, 3)
 
 
@@ -88,12 +100,11 @@ def report(what, a, b, tolerance=2e-5):
 def main():
     work, tok, good = Path(tempfile.mkdtemp()), tokenizer(), True
     base = fresh(tok)
-    pixels = torch.randn(2, 4, 3, 12, 12, generator=torch.Generator().manual_seed(4))
     for name, size in (("one", 5 * 10**9), ("shards", 40_000)):
         M.save_model(base, tok, work / name, shard_bytes=size)
         hf = read(work / name)
         good &= report(f"transformers reads ours, {name} ({len(list((work / name).glob('*.safetensors')))} file(s))", ours(base), theirs(hf))
-        good &= report("   and its image features", our_features(base, pixels), their_features(hf, pixels))
+        good &= report("   and its image features", our_features(base, PIXELS), their_features(hf, PIXELS))
     M.save_model(base, tok, work / "bf16", torch.bfloat16)
     hf = transformers.MllamaForConditionalGeneration.from_pretrained(work / "bf16", torch_dtype="auto")
     print(f"    a bfloat16 save comes in as {hf.dtype}")
@@ -111,7 +122,9 @@ def main():
     adapted = with_adapter(M.load_model(work / "one")[0])
     M.save_adapter(adapted, work / "adapter", work / "one")
     px = peft.PeftModel.from_pretrained(read(work / "one"), work / "adapter").eval()
-    good &= report("peft reads our adapter", ours(adapted), theirs(px))
+    good &= report("peft reads our adapter of decoder, projector and tower", ours(adapted), theirs(px))
+    px = peft.AutoPeftModel.from_pretrained(work / "adapter", torch_dtype=torch.float32, attn_implementation="eager").eval()
+    good &= report("and so does its AutoPeftModel", ours(adapted), theirs(px))
     good &= report("we read our adapter", ours(adapted), ours(M.load_model(work / "adapter")[0]))
     for name, targets in (("pattern", r".*language_model\.(model\.)?layers\..*_proj"), ("list", ["q_proj", "fc1"])):
         for rs in (False, True):

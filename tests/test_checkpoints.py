@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import evaluate
 import model as M
 from assets import make_base, memory
 from conftest import ROOT, load_tensors, small_config
@@ -199,6 +201,7 @@ ONE = [  # what happens to a directory with one file, and words of the sentence 
     ("weights missing", drop(M.WEIGHTS), "model.safetensors is missing"),
     ("weights empty", write(M.WEIGHTS, b""), "cannot be read"),
     ("weights zeros", write(M.WEIGHTS, b"\0" * 20), "cannot be read"),
+    ("weights a pointer", write(M.WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     ("weights a text", write(M.WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"), "header too large"),
     ("weights a pipe", fifo(M.WEIGHTS), "no regular file"),
     ("weights a link out", link_out(M.WEIGHTS), "link out of its directory"),
@@ -316,6 +319,14 @@ ADAPTERS = [
     ("ranks by pattern", adapter(rank_pattern={"q_proj": 8}), "rank_pattern"),
     ("whole modules", adapter(modules_to_save=["lm_head"]), "modules_to_save"),
     ("biases", adapter(bias="all"), "asks for bias"),
+    *((f"begun as {way}", adapter(init_lora_weights=way), f"init_lora_weights = {way}")
+      for way in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "what comes next")),
+    ("an entry of next year's", adapter(use_next=True), "asks for use_next"),
+    ("its own projector beside it", write("non_lora_state_dict.bin", b""), "non_lora_state_dict.bin lies beside an adapter"),
+    ("a merged model beside it", write(M.WEIGHTS, b""), "model.safetensors lies beside an adapter"),
+    *((f"no tensor, {entries}", lambda d, e=entries: (save_file({}, d / M.ADAPTER), adapter(**e)(d)), "holds no tensor") for entries in (
+        {}, {"target_modules": r".*\.(q_proj|v_proj)"}, {"exclude_modules": ["fc1"]}, {"layers_to_transform": [0]})),
+    ("names of PEFT's memory", tensors(lambda s: s.update({f"{PAIR}A.default.weight": s.pop(f"{PAIR}A.weight")}), M.ADAPTER), "save_pretrained"),
     ("file missing", drop(M.ADAPTER), "adapter_model.safetensors is missing"),
     ("file a link out", link_out(M.ADAPTER), "link out of its directory"),
     ("file cut off", raw(lambda b: b[:-4], M.ADAPTER), "file not fully covered"),
@@ -384,14 +395,25 @@ def rename(file, layouts):
 
 def hub_cache(directory):
     """The layout of the hub's cache: snapshots/X holds links into blobs."""
-    blobs = directory.parent / "blobs"
-    (directory.parent / "snapshots").mkdir()
+    snapshots = directory.parent / "models--meta-llama--one" / "snapshots"
+    blobs = snapshots.parent / "blobs"
+    snapshots.mkdir(parents=True)
     blobs.mkdir()
     for i, path in enumerate(sorted(directory.iterdir())):
-        shutil.move(path, blobs / f"{i}")
-        path.symlink_to(f"../../blobs/{i}")
-    shutil.move(directory, directory.parent / "snapshots" / "one")
-    return directory.parent / "snapshots" / "one"
+        shutil.move(path, blobs / f"{i:064x}")
+        path.symlink_to(f"../../blobs/{i:064x}")
+    shutil.move(directory, snapshots / "one")
+    return snapshots / "one"
+
+
+def old_local_dir(directory):
+    """What --local-dir of older hub clients left: a folder anywhere, of links into the cache."""
+    snapshot = hub_cache(directory)
+    elsewhere = directory.parent / "somewhere" / "else"
+    elsewhere.mkdir(parents=True)
+    for path in snapshot.iterdir():
+        (elsewhere / path.name).symlink_to(path.resolve())
+    return elsewhere
 
 
 LOADS = [
@@ -471,7 +493,95 @@ ADAPTER_LOADS = [
     ("modules by their ends", adapter(target_modules=[*"qkv", "down_proj"], layers_to_transform=[0])),
     ("what newer PEFT writes", adapter(use_dora=False, rank_pattern={}, modules_to_save=None, loftq_config={}, lora_dropout=0.1)),
     ("base relative to the adapter", adapter(base_model_name_or_path="../one")),
+    *((f"begun as {way}", adapter(init_lora_weights=way)) for way in ("gaussian", "orthogonal", "eva", "mica", False)),
+    *((f"beside it {name}", write(name, b"")) for name in (
+        "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "adapter_model.bin", "trainer_state.json", "README.md")),
 ]
+
+
+def named(prefix):
+    """Every name of the weights with a prefix."""
+    def damage(directory):
+        state = {prefix + name: t for name, t in load_tensors(directory / M.WEIGHTS).items()}
+        save_file(state, directory / M.WEIGHTS)
+    return damage
+
+
+def left_by(*files):
+    """Instead of the weights and their config these files."""
+    def damage(directory):
+        for name in (M.WEIGHTS, "config.json"):
+            (directory / name).unlink()
+        for name in files:
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text("")
+    return damage
+
+
+def cut_in_two(directory):
+    """Two shards whose index was left behind."""
+    shutil.move(directory / M.WEIGHTS, directory / "model-00001-of-00002.safetensors")
+
+
+OTHERS = [
+    ("a compiled model", named("_orig_mod."), "model._orig_mod"),
+    ("a wrapped model", named("module."), "save model.module"),
+    ("PEFT's layers inside", tensors(lambda s: s.update({f"{Q}.base_layer.weight": s.pop(f"{Q}.weight")})), "merge_and_unload"),
+    ("ZeRO-3 did not gather", tensors(lambda s: s.update({NORM: torch.zeros(0)})), "zero_to_fp32.py"),
+    ("tokens were added", tensors(lambda s: s.update({name: torch.cat([t, t[:8]]) for name, t in s.items() if "embed_tokens" in name})), "resized"),
+    ("shards without an index", cut_in_two, "its shards need their model.safetensors.index.json"),
+    ("a cache root", left_by("snapshots/123"), "give the folder in its snapshots"),
+    ("checkpoints", left_by("checkpoint-60"), "one of its checkpoint-N"),
+    ("pickles", left_by("pytorch_model.bin"), "save_pretrained as safetensors"),
+    ("Meta's own", left_by("consolidated.00.pth"), "in the hub's format"),
+    ("an adapter without its config", left_by("adapter_model.safetensors"), "adapter_config.json that was saved with it"),
+]
+
+
+@pytest.mark.parametrize("damage, words", [pytest.param(d, w, id=n) for n, d, w in OTHERS])
+def test_what_other_tools_left_has_its_own_remedy(damage, words, copy):
+    directory = copy("one")
+    damage(directory)
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        M.load_model(directory)
+    assert "another model" not in str(caught.value) and "download it again" not in str(caught.value)
+
+
+def test_a_link_into_the_cache_of_the_hub_only(copy):
+    """What an older client's --local-dir left loads; a link to any other place does not (see the damages above)."""
+    same(M.load_model(old_local_dir(copy("one")))[0], M.load_model(copy("shards"))[0])
+
+
+def test_adapters_of_tower_and_projector_have_the_names_that_peft_looks_for(saved, tmp_path):
+    """PEFT 0.20 to 0.21.2 renames the decoder's tensors only: see tests/check_transformers.py."""
+    model, _ = M.load_model(saved / "one")
+    M.add_lora(model, 2, 4.0, tuple(M.PARTS.values()))
+    M.save_adapter(model, tmp_path, saved / "one")
+    names = {name.removeprefix("base_model.model.") for name in load_tensors(tmp_path / M.ADAPTER)}
+    assert {name.split(".")[0] for name in names} == {"model", "language_model"}
+    assert all(name.startswith(("model.vision_model.", "model.multi_modal_projector.", "language_model.model.layers.")) for name in names)
+    same(M.load_model(tmp_path)[0], model)
+
+
+def test_what_lies_beside_the_weights_goes_along(copy, tmp_path):
+    directory = copy("one")
+    for name in M.KEPT:
+        (directory / name).write_text(f'{{"name": "{name}"}}')
+    model, tokenizer = M.load_model(directory)
+    M.save_model(model, tokenizer, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_text() for name in M.KEPT} == {name: f'{{"name": "{name}"}}' for name in M.KEPT}
+
+
+def test_a_tokenizer_that_was_saved_while_cutting_and_filling(copy):
+    directory = copy("one")
+    whole = M.load_tokenizer(directory)
+    text = '{"cards": ["K", 3, 10, 4], "formula": "(13-10)*2*1"}'
+    whole.bpe.enable_truncation(6)
+    whole.bpe.enable_padding(length=24)
+    assert len(whole.encode(text)) == 24
+    whole.bpe.save(str(directory / "tokenizer.json"))
+    assert M.load_tokenizer(directory).encode(text) == M.load_tokenizer(directory.parent / "one").encode(text)
+    assert len(M.load_tokenizer(directory).encode(text)) not in (6, 24)
 
 
 @pytest.mark.parametrize("change", [pytest.param(c, id=n) for n, c in ADAPTER_LOADS])
@@ -634,3 +744,25 @@ def test_command_line_exits_with_2():
         done = subprocess.run([sys.executable, "-m", "assets.memory", *line.split()], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
         assert "error: " in done.stderr and len(done.stderr.splitlines()) == 1
+
+@pytest.mark.parametrize("script, flags", [
+    ("evaluate", ["{}", "--n", "4"]), ("evaluate", ["{}", "--distance", "expert", "--n", "4"]),
+    ("evaluate", ["{}", "--ask", "K 7 2 A, JQK=10,10,10, make 24"]), ("evaluate", ["--compare", "tiny", "{}", "--n", "4"]),
+    ("train_rl", ["--model", "{}", "--steps", "1", "--problems", "2", "--group", "2", "--evals", "0", "--out", "{}-rl"]),
+    ("train_sft", ["--model", "{}", "--steps", "1", "--batch", "2", "--evals", "0", "--out", "{}-sft"])])
+def test_a_model_with_a_nan_gives_a_sentence_and_no_score(script, flags, tmp_path, capsys):
+    import importlib
+    model, tokenizer = M.load_model(ROOT / "assets/tiny-gp-l")
+    with torch.no_grad():
+        model.language_model.model.layers[2].mlp.down_proj.weight[3, 3] = float("nan")
+    M.save_model(model, tokenizer, tmp_path / "nan")
+    main = importlib.import_module(script).main
+    with pytest.raises(ValueError, match="not finite"):
+        main([flag.format(tmp_path / "nan") for flag in flags] + ["--task", "gp-l"] * (script != "evaluate"))
+
+
+def test_a_folder_of_a_trainer_with_deepspeed_is_a_model(copy):
+    directory = copy("one")
+    (directory / "latest").write_text("global_step60")
+    (directory / "global_step60").mkdir()
+    assert evaluate.find_model(str(directory), "gp-l") == directory

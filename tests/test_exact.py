@@ -385,6 +385,12 @@ def test_pictures_that_cannot_be_read(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="the picture cannot be read"):
         M.open_image(whole[:20])
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "fractions.tiff")  # would become black
+    with pytest.raises(ValueError, match="pixels are fractions: save it with 8 bits"):
+        M.open_image(tmp_path / "fractions.tiff")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    with pytest.raises(ValueError, match="save it as one of PNG, JPEG"):
+        M.open_image(tmp_path / "phone.heic")
 
 
 @pytest.mark.parametrize("width, height", [(10_000, 10_000), (40_000, 4_000), (60_000, 60_000)])
