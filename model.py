@@ -1622,7 +1622,8 @@ def _check_tensors(files, wanted):
             raise ValueError(f"{path}: tensor {name} is empty, as ZeRO-3 leaves it: gather the "
                              "weights with DeepSpeed's zero_to_fp32.py.")
         if shape != tensor.shape:
-            resized = ("embed_tokens" in name or "lm_head" in name) and shape[1:] == tensor.shape[1:]
+            table = "embed_tokens" in name or "lm_head" in name
+            resized = table and shape[1:] == tensor.shape[1:]
             advice = ("its vocabulary was resized: take the model from before" if resized
                       else "take both from the same model")
             raise ValueError(f"{path}: tensor {name} has shape {shape}, but the configuration asks "
