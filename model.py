@@ -8,7 +8,7 @@ Contents
   8. Vision tower            tiles -> patches -> layers -> six stacked feature maps
   9. Pictures                any picture -> 8-bit RGB -> a canvas of up to four tiles
  10. Tokenizer and chat      text never becomes a special token
- 11. Saving, 12. loading, 13. cost in FLOPs
+ 11. Saving, 12. loading, 13. files of others, 14. cost in FLOPs
 
 Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head
 size, V vocabulary; R sets of I images, M tile slots of an image, L pixels of a tile, P tokens
@@ -1401,17 +1401,6 @@ CACHED = re.compile(r".*/models--[^/]+/blobs/[0-9a-f]{40,64}")
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
-# What other tools leave, by a file in the folder or by a part of a tensor's name, and what to do.
-REMEDIES = json.loads((Path(__file__).parent / "assets" / "remedies.json").read_text())
-
-
-def remedy(directory):
-    """What to do about a folder that lacks a file, by what it holds instead."""
-    found = (advice for pattern, advice in REMEDIES["folders"].items()
-             if os.path.isdir(directory) and any(Path(directory).glob(pattern)))
-    return next(found, "copy or download the directory again")
-
-
 class Stored(NamedTuple):
     """A tensor in a safetensors file, under the name that it has there."""
 
@@ -1539,6 +1528,22 @@ def read_adapter(directory):
     return Adapter(rank, alpha, tuple(modules), base, files)
 
 
+# ---- 13. Files of others -------------------------------------------------------------------------
+
+
+def remedies(kind):
+    """[(pattern, what to do)] for what other tools leave: "folders", by a file that they hold, or
+    "tensors", by a part of their names."""
+    return read_json(Path(__file__).parent / "assets" / "remedies.json")[kind].items()
+
+
+def remedy(directory):
+    """What to do about a folder that lacks a file, by what it holds instead."""
+    found = (advice for pattern, advice in remedies("folders")
+             if os.path.isdir(directory) and any(Path(directory).glob(pattern)))
+    return next(found, "copy or download the directory again")
+
+
 def hub_name(name):
     """The hub's name of a tensor or module in either layout, of an adapter's too."""
     name = name.removeprefix("base_model.model.")
@@ -1610,7 +1615,7 @@ def _check_tensors(files, wanted):
     found = {name: (path, stored.shape) for path, header in files.items()
              for name, stored in header.items()}
     for name in sorted(found.keys() - wanted.keys()):
-        advice = next((advice for part, advice in REMEDIES["tensors"].items() if part in name),
+        advice = next((advice for part, advice in remedies("tensors") if part in name),
                       "it belongs to another model")
         raise ValueError(f"{found[name][0]} has an unknown tensor {name[:120]!r}; {advice}.")
     for name, tensor in wanted.items():
@@ -1688,7 +1693,7 @@ def _file(directory, name):
     return path
 
 
-# ---- 13. Cost ------------------------------------------------------------------------------------
+# ---- 14. Cost ------------------------------------------------------------------------------------
 
 
 def count_parameters(model: LlamaVision) -> dict[str, int]:
