@@ -18,6 +18,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import assets.habits  # noqa: E402, F401: adds its demonstrators
+from assets.game import AGAIN
 import tasks  # noqa: E402
 from model import load_model  # noqa: E402
 from tasks import ID_RULE, OOD_RULE, Rule, judge, make, parse_rule, solutions, solve, values  # noqa: E402
@@ -838,9 +839,9 @@ def test_cli_asks_for_no_other_answer_after_the_last():
             assert shown.count("Verdict: ") == attempts and shown.count("another answer") == attempts - 1, shown
             assert shown.count("Your answer does not list the cards in the picture rightly.") == attempts * (task == "gp-vl")
     problem = make("gp-l", split="test", attempts=1)  # the trainers' and the report's words stay
-    assert problem.step("").feedback.endswith(tasks.AGAIN) and problem.done
+    assert problem.step("").feedback.endswith(AGAIN) and problem.done
     texts = [text for words in (tasks.CARDS["wording"]["full"], tasks.VIRL["wording"]["full"]["why"]) for text in words.values()]
-    assert all(text.endswith(tasks.AGAIN) for text in texts if "another" in text) and sum("another" in text for text in texts) == 10
+    assert all(text.endswith(AGAIN) for text in texts if "another" in text) and sum("another" in text for text in texts) == 10
 
 
 def test_cli_takes_a_bare_answer_wherever_one_is_given():
