@@ -182,16 +182,21 @@ def pieces(items: list, size: int) -> list:
     return [items[i : i + max(1, size)] for i in range(0, len(items), max(1, size))]
 
 
-def micro_batches(episodes: list, size: int) -> list:
-    """Lists of at most `size` episodes; any size gives the same sum of gradients. Episodes with one
-    prompt stay together, as it is computed once; similar lengths make little padding."""
-    batches = [[]]
+def micro_batches(episodes: list, size: int, tokens: int = 1 << 60) -> list:
+    """Lists of at most `size` episodes and `tokens` tokens (one episode may have more); any sizes
+    give the same gradients. The episodes of a prompt, computed once, stay together."""
+    batches = []
     groups = [sorted(group, key=lambda e: len(e.ids)) for group in by_prompt(episodes)]
     for group in sorted(groups, key=lambda group: len(group[-1].ids)):
-        for piece in pieces(group, size):
-            if len(batches[-1]) + len(piece) > size:
+        prompt = group[0].response_mask.index(1)
+        rest = len(group[-1].ids) - prompt  # computed for each row, the prompt once for all
+        for piece in pieces(group, min(size, (tokens - prompt) // rest)):
+            used = prompt + len(piece) * rest
+            if not batches or len(batches[-1]) + len(piece) > size or total + used > tokens:
                 batches.append([])
+                total = 0
             batches[-1] += piece
+            total += used
     return batches
 
 

@@ -9,17 +9,13 @@ What became of PPO: no value network (a group's other episodes are the baseline)
 clipping only where --epochs asks for more than one update. The four estimators differ in the few
 lines of `advantages` and in the weight that `token_weights` gives to a token.
 
-Contents, up to 4 the reading path
-  1. Advantages  how much better than expected an episode did
-  2. The loss    of sampled tokens: policy gradient, clipping, KL
-  3. One update  gradients over micro-batches
-  4. The loop    main
+  1. Advantages (how much better than expected an episode did), 2. The loss, 3. One update
+  (gradients over micro-batches), 4. The loop: up to here the reading path
   5. Problems, 6. measures of a step, 7. command line
 
 Shapes: P problems, G episodes of each (a group); in a micro-batch B episodes of T tokens, of which
 N were sampled.
 """
-
 import math
 import signal
 from dataclasses import dataclass
@@ -34,7 +30,7 @@ from evaluate import (Parser, by_prompt, images_for, micro_batches, number, prom
                       rollout, run_main, to_batch, truncated)
 from model import Sampling, add_work, pass_flops
 from train_sft import (finish_arguments, group_work, metrics_help, or_resume, shared_arguments,
-                       start_run, text_weights, update)
+                       share_of, start_run, summed, text_weights, update)
 
 # ---- 1. Advantages -------------------------------------------------------------------------------
 
@@ -55,7 +51,7 @@ def advantages(returns: torch.Tensor, estimator: str) -> torch.Tensor:
     """
     P, G = returns.shape
     if estimator == "reinforce":
-        return returns - returns.mean()
+        return returns - summed(returns.sum()) / summed(returns.numel())
     centred = returns - returns.mean(1, keepdim=True)
     equal = (returns == returns[:, :1]).all(1, keepdim=True)
     centred = torch.where(equal, 0.0, centred)  # rounding is no signal
@@ -69,7 +65,6 @@ def advantages(returns: torch.Tensor, estimator: str) -> torch.Tensor:
 
 
 # ---- 2. The loss ---------------------------------------------------------------------------------
-
 
 def token_weights(chosen, estimator, episodes, tokens):
     """The weight of each token in the loss: (B, T), 0 where `chosen` (B, T) bool is False.
@@ -115,7 +110,6 @@ def kl_to_reference(log_probs, ref_log_probs):
 
 # ---- 3. One update -------------------------------------------------------------------------------
 
-
 def with_signal(groups, advantage, kl_coef):
     """The episodes that add to the gradient: with an advantage, or all with a KL in the loss."""
     pairs = zip(sum(groups, []), advantage.flatten().tolist())
@@ -131,12 +125,15 @@ def rl_backward(model, groups, advantage, loss, pad, reference=None):
     """
     played = sum(groups, [])
     advantage_of = dict(zip(map(id, played), advantage.flatten().tolist()))
-    tokens = sum(episode.response_tokens for episode in played)
-    sums = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "ratio_error": 0.0}
+    tokens = summed(sum(episode.response_tokens for episode in played))
+    count = summed(len(played))
+    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "ratio_error", "ratio_error_mean"), 0.0)
     kinds = [with_signal(groups, advantage, loss.kl_coef)]
     if reference is not None and not loss.kl_coef:
         kinds.append(with_signal(groups, advantage == 0, 0))
-    parts = [part for kind in kinds if kind for part in micro_batches(kind, loss.micro_batch)]
+    parts = [part for kind in kinds
+             for part in micro_batches(kind, loss.micro_batch, loss.micro_tokens)]
+    computed = summed(sum(episode.response_tokens for part in parts for episode in part))
     for part in parts:
         ids, chosen, old_log_probs = to_batch(part, pad, model.device)
         values = [advantage_of[id(episode)] for episode in part]
@@ -144,7 +141,7 @@ def rl_backward(model, groups, advantage, loss, pad, reference=None):
             images = images_for(model, part)
             log_probs = model.log_probs(ids, chosen, loss.temperature, images)  # (N,)
         old_log_probs = old_log_probs[chosen]
-        weight = token_weights(chosen, loss.estimator, len(played), tokens)[chosen]
+        weight = token_weights(chosen, loss.estimator, count, tokens)[chosen]
         of_token = torch.tensor(values, device=model.device)[:, None].expand_as(chosen)[chosen]
         part_loss, clipped = policy_loss(log_probs, old_log_probs, of_token, weight, loss.clip_eps)
         if reference is not None:
@@ -155,17 +152,17 @@ def rl_backward(model, groups, advantage, loss, pad, reference=None):
             part_loss.backward()
         sums["loss"] += part_loss.item()
         sums["clip_fraction"] += clipped.item() * len(log_probs) / tokens
-        error = (log_probs - old_log_probs).abs().max().item()
-        sums["ratio_error"] = max(sums["ratio_error"], error)
+        error = (log_probs - old_log_probs).abs()
+        sums["ratio_error"] = max(sums["ratio_error"], error.max().item())
+        sums["ratio_error_mean"] += error.sum().item() / computed
     if not math.isfinite(sums["loss"]):
         raise FloatingPointError("the loss is not finite")
     if reference is None:
         del sums["kl"]  # not measured is not 0
-    return sums if parts else {}
+    return sums if computed else {}
 
 
 # ---- 4. The loop ---------------------------------------------------------------------------------
-
 
 def main(argv=None):
     """Train; returns the scores of the last evaluation."""
@@ -175,15 +172,15 @@ def main(argv=None):
     model, tokenizer = run.model, run.tokenizer
     sampling = Sampling(args.max_new_tokens, args.temperature, run.generator, args.rollout_batch)
     loss = LossSettings(args.estimator, args.temperature, args.clip_eps, args.kl_coef,
-                        args.micro_batch)
+                        args.micro_batch, args.micro_tokens)
     stream = ProblemStream(args.task, args.rule, args.visual, args.attempts, args.seed,
                            args.problems, prompt_style(model, tokenizer))
     reference = run.reference if args.kl_coef or args.kl_every else None
-    try:
+    with run.failing_safely():
         while run.goes_on():
             problems = stream.problems(run.step)  # P
             groups = rollout(model, tokenizer, problems, args.group, sampling)  # P lists of G
-            run.lap("rollout_seconds")
+            run.played(groups)
             returns = torch.tensor([[e.total(args.discount) for e in group] for group in groups])
             advantage = advantages(returns, args.estimator)  # (P, G), as the returns
             measured = args.kl_coef or args.kl_every and run.step % args.kl_every == 0
@@ -195,8 +192,6 @@ def main(argv=None):
             metrics = rollout_metrics(groups, returns, tokenizer, updates)
             flops = step_flops(model, groups, advantage, loss, args.epochs)
             run.finish_step(metrics, flops, groups)
-    except FloatingPointError as error:
-        raise run.not_finite(error, [episode for group in groups for episode in group]) from None
     return run.end()
 
 
@@ -214,6 +209,7 @@ class LossSettings:
     clip_eps: float
     kl_coef: float
     micro_batch: int
+    micro_tokens: int = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -229,10 +225,9 @@ class ProblemStream:
     style: dict  # of prompt_style: how problems are put to this model
 
     def problems(self, step):
-        """The P problems of a step."""
-        first = step * self.count
-        return [tasks.make(self.task, self.rule, self.visual, "train", first + i, self.attempts,
-                           seed=self.seed, **self.style) for i in range(self.count)]
+        """The P problems of a step, or of several processes this one's share."""
+        return [tasks.make(self.task, self.rule, self.visual, "train", i, self.attempts,
+                           seed=self.seed, **self.style) for i in share_of(step, self.count)]
 
 
 # ---- 6. Measures of a step -----------------------------------------------------------------------
@@ -254,8 +249,12 @@ METRICS = {  # --help prints them
     "repeat": "share of second and later answers that were given before",
     "truncated": "share of answers that were cut off",
     "tokens": "sampled tokens",
+    "rollout_speed": "those a second of the rollout",
+    "update_speed": "those a second of the update",
+    "peak_gb": "most memory that a GPU held in the step, in 10^9 bytes",
     "clip_fraction": "share of the sampled tokens that were clipped",
     "ratio_error": "largest |log p of training - log p of the rollout|",
+    "ratio_error_mean": "its mean over the tokens of the update",
 }
 SHOWN = list(METRICS)[:10]  # on the terminal
 
@@ -280,7 +279,7 @@ def rollout_metrics(groups, returns, tokenizer, updates=({},)) -> dict:
         "repeat": sum(repeats) / max(1, len(repeats)),
         "truncated": truncated(episodes, tokenizer),
         "entropy": -sum(sum(episode.log_probs) for episode in episodes) / tokens,
-        "tokens": tokens,
+        "tokens": summed(tokens),
     } | {name: fmean(metrics[name] for metrics in updates) for name in updates[0]}
 
 
@@ -321,11 +320,24 @@ def step_flops(model, groups, advantage, loss, epochs):
 # ---- 7. Command line -----------------------------------------------------------------------------
 
 
+# The study's PPO with a group in place of its value network; 512 episodes of 5 attempts at most are
+# about its 2,048 answers a step.
+PAPER = ("--problems 64 --group 8 --epochs 4 --clip-eps 0.1 --discount 0.9 --temperature 0.2 "
+         "--lr-warmup 0 --optimizer adamw16 ")
+PRESETS = {
+    "paper": PAPER + "--attempts 5 --steps 20 --lr 1e-6",
+    "paper-walks": PAPER + "--attempts 2 --steps 15 --lr 1e-6",
+    "paper-walks-pictures": PAPER + "--attempts 2 --steps 15 --lr 1e-7",
+    "ours": "--lora-rank 16 --problems 16 --group 16 --steps 100 --lr 2e-5 --evals 3",
+}
+
+
 def parse_args(argv=None):
     """Command line of reinforcement learning."""
     parser = Parser("Reinforcement learning with verifier rewards.")
     parser.epilog = metrics_help(METRICS)
-    shared_arguments(parser, steps=300, lr=3e-5, schedule="constant", out="runs/rl")
+    shared_arguments(parser, steps=300, lr=3e-5, schedule="constant", out="runs/rl",
+                     presets=PRESETS)
     g = parser.add_argument_group("reinforcement learning")
     g.add_argument("--estimator", choices=ESTIMATORS, default="dr_grpo",
                    help="how returns become advantages")
@@ -340,7 +352,7 @@ def parse_args(argv=None):
            "without LoRA the start is loaded as a second model")
     number(g, "--kl-every", 0, 0, 1e8, "measure that KL every so many steps; 0: never. Without "
            "LoRA the start is loaded as a second model")
-    args = finish_arguments(parser, argv)
+    args = finish_arguments(parser, argv, PRESETS)
     if args.clip_eps and args.epochs == 1:
         raise ValueError("--clip-eps does nothing to the only update of a batch: give --epochs 2 "
                          "or more, or leave it out.")

@@ -3,15 +3,10 @@
     python train_sft.py --task gp-l --out runs/sft            # expert answers under one rule
     python train_sft.py --rules 10:2 11,12,13 --out runs/two  # a mixture of two rules
 
-Contents, up to 4 the reading path
-  1. Demonstrations  problem and demonstrator -> token ids and the mask of the learned ones
-  2. The loss        -log p of the response and its stop token, one normaliser for the whole batch
-  3. One update      clip the gradient, take a step
-  4. The loop        main
-  5. A run, 6. its directory, 7. start, 8. AdamW16 (an optimizer in bfloat16), 9. cost in FLOPs,
-  10. command line
+  1. Demonstrations (problem and demonstrator -> token ids, mask of the learned ones), 2. The loss,
+  3. One update, 4. The loop: up to here the reading path
+  5. A run, 6. its directory, 7. start, 8. AdamW16 (in bfloat16), 9. cost, 10. command line
 """
-
 import argparse
 import fcntl
 import json
@@ -34,6 +29,7 @@ from typing import NamedTuple
 if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 import tasks
@@ -47,12 +43,10 @@ from model import (PARTS, LlamaVision, Tokenizer, Work, adapters_off, add_lora, 
 
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class Demonstrations:
     """The stream of demonstrated episodes. Episode number `index` is a pure function of these
     fields and the index, so a resumed run needs no state of the data."""
-
     task: str
     rules: "Mixture"
     demonstrators: "Mixture"
@@ -75,17 +69,24 @@ class Demonstrations:
 
 # ---- 2. The loss ---------------------------------------------------------------------------------
 
+def summed(value: float | torch.Tensor):
+    """A number or a tensor (in place), added up over the processes that torchrun started."""
+    if dist.is_initialized():
+        total = torch.as_tensor(value)
+        dist.all_reduce(total)
+        return total if value is total else total.item()
+    return value
 
-def sft_backward(model: LlamaVision, episodes: list, pad: int, micro_batch: int) -> dict:
+
+def sft_backward(model: LlamaVision, episodes: list, pad: int, *limits: int) -> dict:
     """Gradients of the mean of -log p over all response tokens of the batch.
 
-    The batch is computed in parts of at most `micro_batch` episodes. Every part divides by the
-    token count of the WHOLE batch: a mean of the parts' means would depend on the parts.
-    Returns {"loss", "tokens"}. FloatingPointError when the loss is not finite.
+    Every part (limits: of `micro_batches`) divides by the token count of the WHOLE batch: a mean of
+    the parts' means would depend on them. FloatingPointError when the loss is not finite.
     """
-    tokens = sum(episode.response_tokens for episode in episodes)
+    tokens = summed(sum(episode.response_tokens for episode in episodes))
     loss = 0.0
-    for part in micro_batches(episodes, micro_batch):
+    for part in micro_batches(episodes, *limits):
         batch = to_batch(part, pad, model.device)
         log_probs = model.log_probs(batch.ids, batch.chosen, image=images_for(model, part))
         part_loss = -log_probs.sum() / tokens
@@ -98,31 +99,32 @@ def sft_backward(model: LlamaVision, episodes: list, pad: int, micro_batch: int)
 
 # ---- 3. One update -------------------------------------------------------------------------------
 
-
 def update(model: LlamaVision, optimizer, lr: float, max_grad_norm: float) -> dict:
     """Clip the gradient to `max_grad_norm` and take one step with the rate `lr`.
 
-    Returns {"grad_norm" (before clipping), "lr", "moved" (whether any trained parameter changed)};
-    {} when there is no gradient, since no episode of the batch said anything.
+    Returns {"grad_norm" (before clipping), "lr", "moved"}, or {} where no episode gave a gradient.
     FloatingPointError, before anything moves, when the norm is not finite.
     """
-    trained = [p for p in model.parameters() if p.grad is not None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    used = summed(torch.tensor([float(p.grad is not None) for p in trained]))
+    trained = [p for p, count in zip(trained, used.tolist()) if count]
     if not trained:
         return {}
+    for p in trained:
+        p.grad = summed(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm).item()
     if not math.isfinite(norm):
         raise FloatingPointError("the gradient is not finite")
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = parameter_sums(trained)
+    before = parameter_sums(trained[-8:])  # what moves any parameter moves some of the last ones
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    moved = not torch.equal(before, parameter_sums(trained))
+    moved = not torch.equal(before, parameter_sums(trained[-8:]))
     return {"grad_norm": norm, "lr": lr, "moved": moved}
 
 
 # ---- 4. The loop ---------------------------------------------------------------------------------
-
 
 def main(argv=None):
     """Train; returns the scores of the last evaluation."""
@@ -134,15 +136,13 @@ def train(run, args):
     """Demonstrations -> loss -> one update, until the run's steps or FLOPs are spent."""
     model, tokenizer = run.model, run.tokenizer
     data = demonstrations(args, prompt_style(model, tokenizer))
-    try:
+    with run.failing_safely():
         while run.goes_on():
-            first = run.step * args.batch
-            episodes = [data.episode(tokenizer, first + i) for i in range(args.batch)]
-            metrics = sft_backward(model, episodes, tokenizer.pad, args.micro_batch)
+            run.episodes = [data.episode(tokenizer, i) for i in run.indices(args.batch)]
+            metrics = sft_backward(model, run.episodes, tokenizer.pad, args.micro_batch,
+                                   args.micro_tokens)
             metrics |= update(model, run.optimizer, run.lr(), args.max_grad_norm)
-            run.finish_step(metrics, sft_flops(model, episodes))
-    except FloatingPointError as error:
-        raise run.not_finite(error, episodes) from None
+            run.finish_step(metrics, sft_flops(model, run.episodes))
     return run.end()
 
 
@@ -153,8 +153,11 @@ METRICS = {  # of a step; --help prints them
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate",
     "tokens": "response tokens of the batch",
+    "update_speed": "those a second of the update",
+    "peak_gb": "most memory that a GPU held in the step, in 10^9 bytes",
     "seconds": "time of the step",
 }
+ADDED = ("loss", "kl", "clip_fraction", "ratio_error_mean")  # each process has a part of them
 
 # ---- 5. A run ------------------------------------------------------------------------------------
 
@@ -182,6 +185,8 @@ class Run:
     """
 
     shown = None  # names of the metrics on the terminal; None: all
+    episodes = ()  # of the step
+    random = None  # states after the last whole step; None while an update may be half made
 
     def __init__(self, args, directory, model, tokenizer, optimizer):
         self.args, self.directory = args, directory
@@ -202,16 +207,27 @@ class Run:
 
     def goes_on(self):
         """Whether another step follows; starts its clock."""
-        self.clock, self.laps = time.time(), {}
+        self.clock, self.laps, rank = time.time(), {}, processes()[0]
+        self.phase = "rollout" if "group" in self.args else "update"
+        self.stopping = summed(int(self.stopping)) > 0
+        if rank:  # the other processes sample differently, and need no state for it
+            self.generator.manual_seed((self.args.seed + 10**6 * self.step + rank) % 2**63)
+        if self.generator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         return not (self.share() >= 1 or self.useless or self.stopping)
 
-    def lap(self, name):
-        """Note the seconds since the step began, or since the last lap, as a metric."""
-        self.laps[name] = time.time() - self.clock - sum(self.laps.values())
+    def indices(self, count):
+        """Those of the step's `count` problems that fall to this process."""
+        return share_of(self.step, count)
+
+    def played(self, groups):
+        """Note the rollout of a step of RL, and its seconds."""
+        self.episodes, self.phase = sum(groups, []), "update"
+        self.laps["rollout_seconds"] = time.time() - self.clock
 
     def lr(self):
         """Learning rate of the next step: linear warm-up, then a cosine over the rest."""
-        args, progress = self.args, self.progress
+        args, progress, self.random = self.args, self.progress, None
         if self.step + 1 < args.lr_warmup:
             return args.lr * (self.step + 1) / args.lr_warmup
         if args.schedule == "constant":
@@ -234,27 +250,38 @@ class Run:
         groups: the rollouts of RL, of which an evaluation keeps samples."""
         for episode in sum(groups, []):
             episode.encoded = []  # frees the pictures before an evaluation encodes others
-        if groups:
-            self.lap("update_seconds")
         progress, moved = self.progress, metrics.pop("moved", None)
-        metrics |= self.laps | {"seconds": time.time() - self.clock}
+        metrics = over_processes(metrics | self.measures(metrics["tokens"]))
+        self.random = random_states(self.generator)
         progress.step += 1
-        progress.flops += flops[0]
-        progress.flops_paper += flops[1]
+        progress.flops += summed(flops[0])
+        progress.flops_paper += summed(flops[1])
         progress.seconds += metrics["seconds"]
         self.notice_waste(metrics, moved)
         self.notice_collapse(metrics)
         self.say(self.line(metrics))
         record = {"step": self.step, "flops": progress.flops, **metrics}
         due = self.eval_due()
-        if due:
-            self.evaluate()
-            self.directory.write_samples(self.step, groups)
-            record |= self.scores
-        self.directory.log(record)
+        try:
+            if due:
+                self.evaluate()
+                self.directory.write_samples(self.step, groups)
+                record |= self.scores
+        finally:
+            self.directory.log(record)
         if due or self.args.save_every and self.step % self.args.save_every == 0:
             self.save()
         self.warn_truncated("sampled", metrics.get("truncated", 0.0))
+
+    def measures(self, tokens):
+        """Times, speeds and memory of a step in which so many tokens were sampled or learned."""
+        seconds, played = time.time() - self.clock, self.laps.get("rollout_seconds", 0)
+        found = self.laps | {"seconds": seconds, "update_speed": tokens / (seconds - played)}
+        if played:
+            found |= {"update_seconds": seconds - played, "rollout_speed": tokens / played}
+        if self.generator.device.type == "cuda":
+            found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
 
     def notice_waste(self, metrics, moved):
         """Count steps in a row that taught nothing; too many end the run, after a save."""
@@ -290,12 +317,16 @@ class Run:
 
     def evaluate(self):
         """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
-        args, progress = self.args, self.progress
+        args, progress, self.phase = self.args, self.progress, "evaluation"
+        progress.evals_done += 1
+        if processes()[0]:  # the first process does it, the others wait for its next step
+            return
         # On the way only the rows of the curves are evaluated.
         rows = args.eval_rows or (None if self.share() >= 1 else ROWS)
         settings = EvalSettings(args.eval_suite or args.task, args.eval_n, args.attempts,
-                                args.eval_split, args.max_new_tokens, args.rollout_batch,
-                                rows and tuple(rows), args.eval_teacher)
+                                args.eval_split, args.max_new_tokens,
+                                eval_batch(args, self.tokenizer), rows and tuple(rows),
+                                args.eval_teacher)
         moved = self.moved if args.eval_moved and args.init_path else None
         result = evaluate(self.model, self.tokenizer, settings, moved)
         result |= {"step": self.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
@@ -307,7 +338,6 @@ class Run:
         self.say(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt in "
                  f"%: {', '.join(said)}")
         self.warn_truncated("held-out", result["truncated"])
-        progress.evals_done += 1
         progress.eval_seconds += result["eval_seconds"]
 
     @cached_property
@@ -319,7 +349,7 @@ class Run:
         """log p - log p under the start of each sampled episode, in nats, a list. Its mean is an
         unbiased estimate of KL(policy || start) of an episode."""
         start = response_log_probs(self.model, self.reference, episodes, self.tokenizer.pad,
-                                   self.args.micro_batch)
+                                   default_micro_batch(self.tokenizer))
         return [sum(episode.log_probs) - value for episode, value in zip(episodes, start)]
 
     def warn_truncated(self, which, share):
@@ -353,7 +383,7 @@ class Run:
     def save(self):
         """Write a checkpoint from which `--resume` continues bit for bit."""
         state = {"step": self.step, "progress": asdict(self.progress),
-                 "random": random_states(self.generator),
+                 "random": self.random or random_states(self.generator),
                  "optimizer": self.optimizer.state_dict(), "optimizer_kind": self.args.optimizer}
         base = self.args.init_path if self.args.lora_rank else None
         self.directory.save(self.model, self.tokenizer, state, base)
@@ -386,6 +416,8 @@ class Run:
 
     def say(self, text, file=None):
         """Print. When the reader has left (`| head`) or the disk is full, stop after a save."""
+        if processes()[0]:
+            return
         file = file or sys.stdout
         try:
             print(text, file=file, flush=True)
@@ -393,14 +425,38 @@ class Run:
             self.stopping, self.status = True, self.status or 1
             os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
-    def not_finite(self, error, episodes):
+    @contextmanager
+    def failing_safely(self):
+        """Around the loop: where a loss is not finite the batch is kept for a look, and where
+        memory runs out what was done is saved. ValueError that says so."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise self.not_finite(error) from None
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not known and "allocate" not in str(error):
+                raise
+            message = " ".join(clean(error).split())[:240]  # before the step's tensors are freed
+        else:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.random and self.step > self.directory.saved:
+            self.save()
+        less = ("a smaller --micro-tokens or --micro-batch, or --recompute" if self.phase ==
+                "update" else f"a --rollout-batch below {self.args.rollout_batch}")
+        raise ValueError(f"out of memory in the {self.phase} after step {self.step} ({message}): "
+                         f"go on at step {max(0, self.directory.saved)} with --resume "
+                         f"{self.directory.path} and {less}.")
+
+    def not_finite(self, error):
         """Keep the batch whose loss or gradient was not finite for a look; returns the error that
         ends the run."""
         step, directory = self.step + 1, self.directory
         path = directory.path / f"not-finite-{step:06d}.json"
         write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids,
                            "response_mask": e.response_mask, "log_probs": e.log_probs}
-                          for e in episodes])
+                          for e in self.episodes])
         start = directory.path if directory.saved > 0 else "and the same start"
         return ValueError(f"step {step}: {error}, so this update was not made; its batch is in "
                           f"{path}. Start a new run with --init {start} and a lower --lr or "
@@ -420,6 +476,27 @@ class Run:
 def parameter_sums(parameters):
     """The sum of each parameter, in float64: some differ after any update that moved something."""
     return torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters])
+
+
+def processes():
+    """(number of this process, number of all) under torchrun; alone (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share_of(step: int, count: int) -> range:
+    """The indices that fall to this process of a step's `count` problems."""
+    rank, number = processes()
+    return range(step * count + rank, (step + 1) * count, number)
+
+
+def over_processes(metrics):
+    """The metrics of the whole batch from those that each process has of its share: their mean
+    (of ratio_error and peak_gb too), or the sum of their parts."""
+    if not dist.is_initialized():
+        return metrics
+    added = summed(torch.tensor([*metrics.values()], dtype=torch.float64)).tolist()
+    return {name: value if name in ADDED else value / processes()[1]
+            for name, value in zip(metrics, added)}
 
 
 def random_states(generator):
@@ -453,8 +530,8 @@ class RunDirectory:
     evals/NNNNNN.json  an evaluation, problem by problem
     samples/           episodes in plain text (RL)
     step-NNNNNN/       a checkpoint: a model directory in the hub's layout (an adapter in PEFT's),
-                       the checksums of its files and, in the two newest, state.pt: optimizer,
-                       step, random states; plain values only
+                       the checksums of its files and, in the --keep newest, state.pt:
+                       optimizer, step, random states; plain values only
     latest             the name of the newest complete checkpoint, written last
     start.json         the weights that the run began from: their path as seen from the run, their
                        sizes and checksums (of the last MB)
@@ -464,8 +541,8 @@ class RunDirectory:
     or absent.
     """
 
-    def __init__(self, path, resume):
-        self.path, self.saved = Path(path), -1  # step of the newest checkpoint
+    def __init__(self, path, resume, keep=2):
+        self.path, self.keep, self.saved = Path(path), keep, -1  # step of the newest checkpoint
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{path} is there already and is no directory; choose another --out.")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -486,6 +563,13 @@ class RunDirectory:
         start = {"from_here": here, "weights": start_checksums(args.init_path)}
         write_json(self.path / "start.json", start)
         write_json(self.path / "args.json", vars(args))
+
+    def change(self, args):
+        """Write down the arguments that a resumed run may change."""
+        stored = read_json(self.path / "args.json")
+        changed = stored | {name: getattr(args, name) for name in LASTING}
+        if changed != stored:
+            write_json(self.path / "args.json", changed)
 
     def release(self):
         """Give back a claimed directory in which no run has begun."""
@@ -564,8 +648,17 @@ class RunDirectory:
                              f"({str(error)[:120]}); those before it are as they were. Make room, "
                              f"then --resume {self.path}.") from None
         self.saved = step
-        for old in self.states()[:-2]:  # two to continue from; of the others only the weights stay
-            old.unlink()
+        for state in self.states()[: -self.keep]:
+            self.reduce(state.parent, state)
+
+    def reduce(self, checkpoint, state):
+        """Of an old checkpoint the weights stay if they were evaluated and take less than 2 GB."""
+        state.unlink()
+        evaluated = self.path / "evals" / f"{checkpoint.name[5:]}.json"
+        if not evaluated.exists() or size_of([checkpoint]) > SMALL:
+            gone = checkpoint.with_name(f".{checkpoint.name}.tmp")
+            os.replace(checkpoint, gone)  # no reader finds half of it
+            shutil.rmtree(gone, ignore_errors=True)
 
     def states(self):
         """The files state.pt of the run's checkpoints, oldest first."""
@@ -620,6 +713,22 @@ class RunDirectory:
         return directory, state
 
 
+class OtherProcess(RunDirectory):
+    """What the other processes of torchrun have instead: they read, and only the first writes."""
+
+    def __init__(self, path):
+        self.path, self.saved = Path(path), math.inf
+
+    def nothing(self, *args):
+        """In place of everything that writes."""
+    create = change = open = release = log = write_samples = save = nothing
+
+    def resume_point(self):
+        """The same, without taking anything back."""
+        return self.newest_whole_checkpoint()
+
+
+SMALL = 2e9  # bytes
 SOURCES = ("train_sft.py", "train_rl.py", "evaluate.py", "model.py", "tasks.py",
            "assets/report.html", "assets/emblems.png")
 
@@ -637,6 +746,11 @@ def replaced(path):
         os.replace(fresh, path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def size_of(folders):
+    """Bytes of the files in them."""
+    return sum(file.stat().st_size for folder in folders for file in folder.iterdir())
 
 
 def checksums(directory, names=None, last=1 << 62):
@@ -679,24 +793,66 @@ def start_run(args: argparse.Namespace, load=None, optimizer_for=None) -> Run:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    directory = RunDirectory(args.out, bool(args.resume))
+    join_processes(args)
+    directory = (OtherProcess(args.out) if processes()[0] else
+                 RunDirectory(args.out, bool(args.resume), args.keep))
     try:
         if args.resume:
             args.init_path = directory.find_start(args)
         run, state = prepare_run(args, directory, load, optimizer_for or make_optimizer)
-        if not args.resume:
-            directory.create(args)
+        disk = check_disk(run)
+        write_arguments = directory.change if args.resume else directory.create
+        write_arguments(args)
     except BaseException:
         directory.release()
         raise
     directory.open()
     if state:
         run.restore(state)
-    run.say(describe(run))
+    run.say(f"{describe(run)}, {disk}")
     run.catch_signals()
-    if run.eval_due():
-        run.evaluate()
+    with run.failing_safely():
+        if run.eval_due():
+            run.evaluate()
     return run
+
+
+def join_processes(args):
+    """Meet the processes that torchrun started, if it did. Each takes the GPU of its number."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        gpu = torch.cuda.is_available()
+        # The first process evaluates while the others wait: for a day, not the usual 10 minutes.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
+                                timeout=48 * dist.default_pg_timeout)
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    for name in ("batch", "problems"):
+        if getattr(args, name, 0) % processes()[1]:
+            raise ValueError(f"--{name} must be a multiple of torchrun's {processes()[1]} "
+                             "processes.")
+
+
+def check_disk(run):
+    """Say what the checkpoints will take. ValueError when the disk has less."""
+    path, wanted = run.directory.path, disk_bytes(run.model, run.args)
+    free = shutil.disk_usage(path if path.exists() else ".").free + size_of(path.glob("step-*/"))
+    if wanted > free:
+        raise ValueError(f"the checkpoints will take {wanted / 1e9:.2f} GB and {path} has room for "
+                         f"{free / 1e9:.2f}: make room, or lower --keep.")
+    return f"checkpoints up to {wanted / 1e9:.2f} of {free / 1e9:.0f} GB"
+
+
+def disk_bytes(model: LlamaVision, args: argparse.Namespace) -> int:
+    """What a run's checkpoints take at most. A new one is whole before an old one goes."""
+    weights, optimizer = checkpoint_bytes(model, args)
+    return (args.keep + 1) * (weights + optimizer) + args.evals * weights * (weights < SMALL)
+
+
+def checkpoint_bytes(model: LlamaVision, args: argparse.Namespace) -> tuple:
+    """(bytes of the weights in a checkpoint, of the optimizer's state)."""
+    named = model.named_parameters()
+    weights = sum(p.nbytes for name, p in named if ".lora_" in name or not args.lora_rank)
+    return weights, count_parameters(model)["trained"] * (4 if args.optimizer == "adamw16" else 8)
 
 
 def prepare_run(args, directory, load, optimizer_for):
@@ -713,12 +869,25 @@ def prepare_run(args, directory, load, optimizer_for):
         model, tokenizer = load_model(checkpoint or args.init_path, dtype, device)
     if not checkpoint:
         merge_lora(model)  # an adapter that --init brings belongs to the start, not to the training
-    args.max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
-    args.micro_batch = args.micro_batch or default_micro_batch(tokenizer)
+    set_limits(args, tokenizer)
     check_legible(args, prompt_style(model, tokenizer))
     choose_parameters(model, args)
     model.recompute(args.recompute)
     return Run(args, directory, model, tokenizer, optimizer_for(model, args)), state
+
+
+def set_limits(args, tokenizer):
+    """Fill in the limits whose defaults depend on the size of the model."""
+    args.max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
+    args.micro_batch = args.micro_batch or 256
+    args.micro_tokens = args.micro_tokens or (2**20 if tokenizer.short else 4096)
+
+
+def eval_batch(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
+    """Episodes side by side in an evaluation: of a full-size model at most 64 where each has a
+    picture of its own, which takes 0.4 GB there."""
+    many = tasks.TASKS[args.task].pictures and not tokenizer.short
+    return min(args.rollout_batch, 64) if many else args.rollout_batch
 
 
 def check_legible(args, style):
@@ -924,9 +1093,12 @@ def shared_arguments(parser: Parser, **defaults) -> None:
     number(g, "--lr-end", 0.1, 0, 1, "last learning rate as a share of the peak")
     number(g, "--weight-decay", 0.0, 0, 10, "AdamW's, per step as a share of --lr")
     number(g, "--max-grad-norm", 1.0, 1e-9, 1e9, "gradients are clipped to this norm")
-    g.add_argument("--micro-batch", type=between(int, 1, 1e6), help="episodes per forward pass: "
-                   "memory, not the result, but adamw16 adds gradients in bfloat16: 4 or more "
-                   "there (default: 256 tiny, 8 else)")
+    g.add_argument("--micro-tokens", type=between(int, 1, 1e9), help="tokens per forward pass, a "
+                   "prompt counted once for its group: memory, not the result (default: 1048576 "
+                   "tiny, 4096 else, which LoRA on the 11B fits into 80 GB)")
+    g.add_argument("--micro-batch", type=between(int, 1, 1e6), help="episodes per forward pass, "
+                   "beside that; adamw16 adds gradients in bfloat16: 4 or more there (default: "
+                   "256)")
     g.add_argument("--recompute", action="store_true", help="gradient checkpointing: less memory, "
                    "one more forward pass")
     evaluation_arguments(parser)
@@ -937,6 +1109,11 @@ def shared_arguments(parser: Parser, **defaults) -> None:
                    "begun with these very flags, continue it")
     number(g, "--seed", 0, 0, 2**62, "shifts the training problems, orders and samples")
     number(g, "--save-every", 100, 0, 1e8, "steps between checkpoints besides those at evaluations")
+    number(g, "--keep", 2, 1, 1e4, "newest checkpoints to continue from; of older ones the weights "
+           "stay where they were evaluated and take less than 2 GB")
+    g.add_argument("--preset", choices=defaults.get("presets", ()), help="the study's settings or "
+                   "ours for the 11B; other flags win")
+    g.add_argument("--dry-run", action="store_true", help="estimate memory and disk, then stop")
     g.add_argument("--device", default="auto", help="auto, cpu or cuda")
     number(g, "--threads", 0, 0, 1024, "CPU threads; 0: torch's choice")
 
@@ -944,8 +1121,8 @@ def shared_arguments(parser: Parser, **defaults) -> None:
 def model_arguments(parser):
     """The flags of the task and of the model."""
     g = parser.add_argument_group("task and model")
-    g.add_argument("--task", default="gp-l", help=f"one of {', '.join(tasks.TASKS)}: GeneralPoints "
-                   "or V-IRL, in text or in pictures")
+    g.add_argument("--task", default="gp-l", choices=list(tasks.TASKS), help="GeneralPoints or "
+                   "V-IRL, in text or in pictures")
     g.add_argument("--rule", help="rule that is trained: values of J,Q,K [/target=N][/cards=N], "
                    "for V-IRL absolute or relative (default: the task's)")
     g.add_argument("--visual", help="look that is trained, for tasks in pictures (default: the "
@@ -972,7 +1149,8 @@ def evaluation_arguments(parser):
     number(g, "--eval-n", 200, 1, 1e5, "held-out problems")
     g.add_argument("--eval-split", choices=("val", "test"), default="val", help="val chooses "
                    "settings, test is for claims")
-    g.add_argument("--eval-suite", help="suite to evaluate (default: the task's)")
+    g.add_argument("--eval-suite", choices=tasks.suite_names(), help="suite to evaluate (default: "
+                   "the task's)")
     g.add_argument("--eval-rows", nargs="+", choices=list(ROWS), help="only these rows of it "
                    "(default: all of them at the end)")
     g.add_argument("--eval-teacher", metavar="KIND", help="measure -log p of this demonstrator's "
@@ -983,16 +1161,16 @@ def evaluation_arguments(parser):
            "result")
 
 
-def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+def finish_arguments(parser: Parser, argv: list[str] | None, presets=None) -> argparse.Namespace:
     """Parse, take the arguments of a resumed run, and check as much as can be checked before
     anything is written."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    if args.preset and not args.resume:
+        args = parser.parse_args([*presets[args.preset].split(), *argv])
     if args.resume:
         flags = {word.partition("=")[0] for word in argv if word.startswith("--")}
         args = resumed_arguments(parser, args, flags)
-    if args.task not in tasks.TASKS:
-        raise ValueError(f"--task {clean(args.task)} must be one of {', '.join(tasks.TASKS)}.")
     args.rule = args.rule or tasks.TASKS[args.task].rule
     tasks.make(args.task, args.rule, args.visual, tile=1120)  # nothing is drawn
     if args.train and not tasks.TASKS[args.task].pictures and args.train != ["decoder"]:
@@ -1002,8 +1180,6 @@ def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespa
     if args.eval_teacher not in (None, *known):
         raise ValueError(f"--eval-teacher {clean(args.eval_teacher)}: choose from "
                          f"{', '.join(known)}.")
-    if args.eval_suite not in (None, *tasks.suite_names()):
-        raise ValueError(f"--eval-suite must be one of {', '.join(tasks.suite_names())}.")
     if not args.resume:
         fresh = getattr(args, "fresh", False)
         start = None if fresh else find_model(args.init or args.model, args.task)
@@ -1012,72 +1188,80 @@ def finish_arguments(parser: Parser, argv: list[str] | None) -> argparse.Namespa
 
 
 def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments of the run in --out where --or-resume asks for it, else the same. ValueError
-    that names the flags in which that run differs: its results must not pass for new ones."""
-    path = Path(args.out) / "args.json"
-    if not args.or_resume or args.resume or not path.is_file():
+    """The last of parse_args: with --dry-run the estimate, and no return. Else the arguments of the
+    run in --out where --or-resume asks for it, or the same. ValueError that names the flags in
+    which that run differs: its results must not pass for new ones."""
+    if args.dry_run:
+        script = Path(__file__).parent / "assets" / "memory.py"
+        command = [sys.executable, str(script), "--run", json.dumps(vars(args))]
+        sys.exit(os.spawnv(os.P_WAIT, sys.executable, command))
+    if not args.or_resume or args.resume or not (Path(args.out) / "args.json").is_file():
         return args
-    stored = read_json(path)
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} holds no arguments of a run; remove {args.out}.")
-    free = {"out", "resume", "or_resume", "device", "threads", "save_every", "init", "model",
-            "micro_batch"}
+    stored = vars(read_arguments(parser, args.out))
+    free = {"out", "resume", "or_resume", "init", "model", *FREE} - {"steps", "flops"}
     if read_start(args.out).get("weights") == start_checksums(args.init_path):
         free.add("init_path")  # wherever they lie now
-    if args.max_new_tokens is None and stored.get("max_new_tokens") in (64, 256):
+    if args.max_new_tokens is None and stored["max_new_tokens"] in (64, 256):
         free.add("max_new_tokens")  # the defaults
-    differ = [f"--{name.replace('_', '-')} {stored.get(name)}, not {value}"
-              for name, value in vars(args).items()
-              if name not in free and stored.get(name) != value]
+    differ = [f"--{name.replace('_', '-')} {stored[name]}, not {value}"
+              for name, value in vars(args).items() if name not in free and stored[name] != value]
     if differ:
         raise ValueError(f"{args.out} was begun with other settings ({'; '.join(differ)}): take "
                          "another directory, or remove that one.")
-    given = argparse.Namespace(**vars(args) | {"resume": args.out, "init": None})
-    return resumed_arguments(parser, given, {"--resume", "--device", "--threads"})
+    return argparse.Namespace(**stored | {"resume": args.out, "out": args.out,
+                                          "device": args.device, "threads": args.threads})
+
+
+LASTING = ("steps", "flops", "micro_tokens", "micro_batch", "rollout_batch", "recompute", "keep",
+           "save_every")  # what --resume may change for good
+FREE = (*LASTING, "device", "threads", "dry_run", "preset")
 
 
 def resumed_arguments(parser, given, flags):
-    """The arguments in args.json of the run that --resume names: read as flags, so that each is
-    checked as a flag is. `given` and `flags` are the command line's."""
-    path = Path(given.resume) / "args.json"
+    """The arguments of the run that --resume names, with those that may change taken from the
+    command line, whose arguments are `given` and whose flags `flags`."""
+    run = clean(given.resume)
     if given.init:
         raise ValueError("--init starts a run and --resume continues one: give only one of them.")
-    if not path.is_file():
-        raise ValueError(f"{clean(given.resume)} holds no run (no args.json); --resume needs a run "
-                         "directory.")
-    if wrong := flags - {"--resume", "--device", "--threads"}:
-        raise ValueError("--resume takes the arguments of the run it continues: leave out "
-                         f"{min(wrong)}.")
-    stored = read_json(path)
-    if not isinstance(stored, dict) or vars(given).keys() | {"init_path"} != stored.keys():
+    if not (Path(given.resume) / "args.json").is_file():
+        raise ValueError(f"{run} holds no run (no args.json); --resume needs a run directory.")
+    changed = {flag[2:].replace("-", "_") for flag in flags} - {"resume"}
+    if wrong := changed.difference(FREE[:-1]):
+        raise ValueError("--resume takes the arguments of the run it continues: leave out --"
+                         f"{min(wrong).replace('_', '-')}. Only {', '.join(FREE[:-1])} may change; "
+                         f"for others start a new run with --init {run}.")
+    stored = vars(read_arguments(parser, given.resume))
+    for name in changed & {"steps", "flops"}:
+        if not 0 < stored[name] < getattr(given, name):
+            raise ValueError(f"--{name} can only grow when a run is resumed, from {stored[name]}.")
+    changes = {name: getattr(given, name) for name in changed}
+    return argparse.Namespace(**stored | changes | {"resume": given.resume, "out": given.resume})
+
+
+def read_arguments(parser, run):
+    """The arguments in a run's args.json: read as flags, so that each is checked as a flag is."""
+    path = Path(run) / "args.json"
+    stored, known = read_json(path), vars(parser.parse_args([])).keys()
+    missing = known - stored.keys() if isinstance(stored, dict) else {None}
+    if missing.difference(FREE) or stored.keys() - known != {"init_path"}:
         raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the "
                          "script that began it.")
-    init_path = stored.pop("init_path")
-    try:
-        args = parser.parse_args(as_flags(stored, parser))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    read = vars(args) | {"init_path": init_path if isinstance(init_path, str) else None}
-    for name, value in (stored | {"init_path": init_path}).items():
-        if read[name] != value:
-            raise ValueError(f"{path}: {name} cannot be {clean(json.dumps(value))[:60]}.")
-    for flag in flags - {"--resume"}:
-        read[flag[2:]] = getattr(given, flag[2:])
-    return argparse.Namespace(**read | {"resume": given.resume, "out": given.resume})
-
-
-def as_flags(arguments, parser):
-    """{"lr": 0.1, "rules": ["10"], "recompute": True} -> the flags that give these values."""
-    argv = []
-    for name, value in arguments.items():
+    init_path, argv = stored.pop("init_path"), []
+    for name, value in stored.items():
         flag = "--" + name.replace("_", "-")
-        if value == parser.get_default(name) or value is None:
-            continue
         if isinstance(value, list):
             argv += [flag, *map(str, value)]
-        else:
+        elif value not in (parser.get_default(name), None):
             argv.append(flag if value is True else f"{flag}={value}")
-    return argv
+    try:
+        args = parser.parse_args(argv)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    args.init_path = init_path if isinstance(init_path, str) else None
+    for name, value in (stored | {"init_path": init_path}).items():
+        if getattr(args, name) != value:
+            raise ValueError(f"{path}: {name} cannot be {clean(json.dumps(value))[:60]}.")
+    return args
 
 
 def mixture_arguments(parser, demonstrators):
@@ -1116,14 +1300,23 @@ def metrics_help(metrics: dict[str, str]) -> str:
     return f"names in a log line and in metrics.jsonl: {meanings}"
 
 
+PAPER = "--batch 128 --optimizer adamw16 --lr-end 0 "  # with bfloat16 in place of several GPUs
+PRESETS = {
+    "paper": PAPER + "--steps 4000 --lr 1e-6 --lr-warmup 400",
+    "paper-pictures": PAPER + "--steps 4000 --lr 5e-7 --lr-warmup 400",
+    "paper-walks": PAPER + "--steps 250 --lr 1e-6 --lr-warmup 25",
+    "ours": "--lora-rank 16 --batch 32 --steps 100 --lr 2e-4 --evals 3",
+}
+
+
 def parse_args(argv=None):
     """Command line of supervised fine-tuning."""
     parser = Parser("Supervised fine-tuning on demonstrations.")
     parser.epilog = metrics_help(METRICS)
-    shared_arguments(parser, steps=300, lr=3e-4, schedule="cosine", out="runs/sft")
+    shared_arguments(parser, steps=300, lr=3e-4, schedule="cosine", out="runs/sft", presets=PRESETS)
     mixture_arguments(parser, ["expert"])
     parser.set_defaults(split="train")
-    args = finish_arguments(parser, argv)
+    args = finish_arguments(parser, argv, PRESETS)
     check_mixtures(args)
     return or_resume(parser, args)
 

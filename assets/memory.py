@@ -1,16 +1,25 @@
-"""Parameters by part and memory by use, before a model is loaded: an estimate, nothing is made or read.
+"""Parameters by part and memory by use, before a model is loaded: an estimate, nothing is made.
 
     python -m assets.memory --size 11b --group 16 --images 1
+    python train_rl.py --model llama-11b ... --dry-run           # of exactly these flags; comes here
 """
+import argparse
+import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate import Parser, number, run_main  # noqa: E402
-from model import SIZES, Config, LlamaVision, add_lora, count_parameters, image_tokens  # noqa: E402
+import assets.habits  # noqa: E402, F401  so that runs of assets/make_base.py can be estimated
+import tasks  # noqa: E402
+import train_sft  # noqa: E402
+from evaluate import (Episode, Parser, by_prompt, device_and_dtype, micro_batches, number,  # noqa: E402
+                      prompt_style, run_main)
+from model import (ADAPTER_CONFIG, SIZES, Config, LlamaVision, add_lora, config_from_json, count_parameters,  # noqa: E402
+                   image_tokens, load_tokenizer, read_adapter, read_json)
 
 
 def parameter_parts(model):
@@ -29,85 +38,214 @@ def parameter_parts(model):
     return parts
 
 
+class Load(NamedTuple):
+    """What is computed side by side."""
+    rows: int
+    prompts: int  # different ones: each is computed once
+    prompt: int  # tokens of the longest
+    rest: int  # tokens behind the prompt, at most
+    images: int  # of all prompts
+
+
 def estimate_memory(config: Config, settings) -> dict[str, dict[str, float]]:
     """{"training", "recompute", "rollout": {use: bytes}}; settings: the flags of parse_args.
 
     Products of sizes, which met eleven peaks on an H200 within 2 % (tests/test_checkpoints.py). Not
-    in them: prompts that rows of a training pass share, the CUDA context, workspaces,
-    fragmentation.
+    in them: the CUDA context, workspaces, fragmentation, and here, unlike with --dry-run, prompts
+    that rows of a training pass share.
     """
     s = settings
-    c = config.text
-    v = config.vision
-    n = getattr(torch, settings.dtype).itemsize
     with torch.device("meta"):
         model = LlamaVision(config)
-    if s.lora_rank:
-        add_lora(model, s.lora_rank, 1.0)
-    count = count_parameters(model)
-    full = not s.lora_rank
-    both = {"weights": (count["decoder"] + count["vision"]) * n, "adapters": count["adapters"] * 4,
-            "optimizer": count["trained"] * OPTIMIZER[s.optimizer_state]}
+        model.to(getattr(torch, s.dtype))
+        if s.lora_rank:
+            add_lora(model, s.lora_rank, 1.0)
+    both = held_memory(model, OPTIMIZER[s.optimizer_state])
+    images = max(1, s.micro_batch // s.group) * s.images
+    learned = Load(s.micro_batch, s.micro_batch, s.prompt_tokens, s.new_tokens, images)
+    prompts = s.batch // s.group
+    played = Load(s.batch, prompts, s.prompt_tokens, s.new_tokens, prompts * s.images)
+    return {"training": both | training_memory(model, learned, False),
+            "recompute": both | training_memory(model, learned, True),
+            "rollout": both | rollout_memory(model, played)}
+
+
+def held_memory(model, state_bytes):
+    """{use: bytes} that are there all the time; state_bytes: of the optimizer for a trained parameter."""
+    adapters = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name)
+    return {"weights": sum(p.nbytes for p in model.parameters()) - adapters, "adapters": adapters,
+            "optimizer": count_parameters(model)["trained"] * state_bytes}
+
+
+def training_memory(model, load, recompute):
+    """{use: bytes} of a training pass over a Load, beside what is there all the time."""
+    c, v = model.config.text, model.config.vision
+    n = model.language_model.lm_head.weight.itemsize
+    full = not train_sft.has_adapters(model)
     D, F, V = c.hidden_size, c.intermediate_size, c.vocab_size
     C, I = v.hidden_size, v.intermediate_size
     Q = c.num_attention_heads * c.head_dim
     KV = c.num_key_value_heads * c.head_dim
-    cross = len(c.cross_attention_layers)
-    own = c.num_hidden_layers - cross
-    cross *= s.images > 0  # without an image the cross layers are skipped
-    P = image_tokens(config)
-    slots = v.max_num_tiles * (v.tokens + -v.tokens % 8)
+    own = c.num_hidden_layers - len(c.cross_attention_layers)
+    cross = (c.num_hidden_layers - own) * (load.images > 0)  # without an image they are skipped
+    P, slots = image_tokens(model.config), tower_slots(model)
 
-    # Training. Bytes that a token leaves in a layer for the backward pass: norms keep their input
-    # in float32, trained ones their result too; then inputs of the projections, queries, keys,
-    # values and the four of the MLP. With recompute only the input of the layer.
+    # Bytes that a token leaves in a layer for the backward pass: norms keep their input in float32,
+    # trained ones their result too; then inputs of the projections, queries, keys, values and the
+    # four of the MLP. With recompute only the input of the layer.
     norm = 4 + n * full
     own_layer = 2 * D * norm + n * (2 * D + 2 * Q + 2 * KV + 4 * F)
     cross_layer = own_layer + Q * norm + n * (2 * Q - 2 * KV)
     image_keys = KV * (norm + 2 * n)
-    vision_layer = n * (8 * C + 2 * I + slots)  # slots: the mask
-    tokens = s.micro_batch * (s.prompt_tokens + s.new_tokens)
-    scored = s.micro_batch * s.new_tokens
-    images = max(1, s.micro_batch // s.group) * s.images
+    vision_layer = tower_layer(model, n)
+    shared = load.prompts < load.rows
+    tokens = load.prompts * load.prompt + load.rows * load.rest
+    repeated = shared * load.rows * (load.prompt + load.rest) * 2 * KV * n  # keys, values for each row
+    scored = load.rows * load.rest
     logits, mlp = scored * V * (8 + n), tokens * 4 * F * n  # of the backward pass
-    columns = {}
-    for name, layers, beside in (
-            ("training", (own_layer, cross_layer, image_keys, vision_layer), mlp),
-            ("recompute", (D * n, D * n, 0, C * n), mlp + tokens * own_layer)):
-        image = P * (D * n + cross * layers[2])
-        if full:  # the tower is trained: its layers, its output, its embeddings, the pixels
-            image += slots * (v.num_hidden_layers + v.num_global_layers) * layers[3]
-            image += P * n * (v.output_dim + 2 * C) + 12 * slots * v.patch_size**2
-        token = own * layers[0] + cross * layers[1] + D * norm + 2 * c.head_dim * n
-        columns[name] = both | {"gradients": count["trained"] * (n if full else 4),
-                                "kept for backward": (tokens * token + images * image
-                                                      + scored * V * 4),
-                                "other activations": max(logits, beside)}
-
-    encoded = slots * (vision_layer + slots)  # of one image, all layers one after the other
-    columns["rollout"] = both | rollout_memory(config, s, n, encoded)
-    return columns
+    layers, beside = (own_layer, cross_layer, image_keys, vision_layer), mlp
+    if recompute:
+        layers, beside, repeated = (D * n, D * n, 0, C * n), mlp + tokens * own_layer + repeated, 0
+    image = P * (D * n + cross * layers[2])
+    if model.trains_vision:  # its layers, its output, its embeddings, the pixels
+        image += slots * (v.num_hidden_layers + v.num_global_layers) * layers[3]
+        image += P * n * (v.output_dim + 2 * C) + 12 * slots * v.patch_size**2
+    token = own * layers[0] + cross * layers[1] + D * norm + 2 * c.head_dim * n
+    kept = tokens * token + own * repeated + load.images * image + scored * V * 4
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return {"gradients": sum(p.nbytes for p in trained), "kept for backward": kept,
+            "other activations": max(logits, beside, encoding_memory(model, load.images) - kept)}
 
 
-def rollout_memory(config, s, n, encoded):
-    """{use: bytes} of a rollout beside the weights; n bytes a number, `encoded` for an image in the
-    tower. Prompts are read and images encoded once for a group, all of a batch at once."""
-    c = config.text
+def tower_slots(model):
+    """Patches of an image in the tower, filled up to a multiple of 8 in each tile."""
+    v = model.config.vision
+    return v.max_num_tiles * (v.tokens + -v.tokens % 8)
+
+
+def tower_layer(model, n):
+    """Bytes that a patch leaves in a layer of the tower; its part of the mask is the last."""
+    v = model.config.vision
+    return n * (8 * v.hidden_size + 2 * v.intermediate_size + tower_slots(model))
+
+
+def encoding_memory(model, images):
+    """Bytes that frozen eyes need for so many images side by side, one layer after the other."""
+    n, slots = model.language_model.lm_head.weight.itemsize, tower_slots(model)
+    return 0 if model.trains_vision else images * slots * (tower_layer(model, n) + slots)
+
+
+def rollout_memory(model, load):
+    """{use: bytes} of a rollout, beside what is there all the time. Prompts are read and images
+    encoded once for a group, all of a batch at once."""
+    c, n = model.config.text, model.language_model.lm_head.weight.itemsize
     cross = len(c.cross_attention_layers)
     KV = c.num_key_value_heads * c.head_dim
     pair = 2 * KV * n  # a key and a value of one token in one layer
-    prompts = s.batch // s.group
-    seen = prompts * s.images * image_tokens(config)
-    length = s.prompt_tokens + s.new_tokens
-    kept = {"KV cache": s.batch * length * (c.num_hidden_layers - cross) * pair,
-            "cross-attention K/V": seen * cross * pair, "image features": seen * n * c.hidden_size}
+    now = min(load.images, load.rows)  # on a walk only the latest picture stays in the cache
+    seen = now * image_tokens(model.config)
+    length = load.prompt + load.rest
+    kept = {"KV cache": load.rows * length * (c.num_hidden_layers - cross) * pair,
+            "cross-attention K/V": seen * cross * pair,
+            "image features": load.images * image_tokens(model.config) * n * c.hidden_size}
     layer = 2 * c.hidden_size + 3 * c.intermediate_size
-    reading = max(prompts * s.prompt_tokens * n * layer, seen * KV * (8 + n))
-    encoding = prompts * s.images * encoded - sum(kept.values())
-    drawing = s.batch * c.vocab_size * (20 + n)
+    reading = max(load.prompts * load.prompt * n * layer, seen * KV * (8 + n))
+    slots = tower_slots(model)
+    encoding = now * slots * (tower_layer(model, n) + slots) - sum(kept.values())
+    drawing = load.rows * c.vocab_size * (20 + n)
     return kept | {"other activations": max(reading, encoding, drawing)}
 
 
+# ---- of the flags of a trainer -------------------------------------------------------------------
+
+
+def load_of(episodes):
+    """The Load of episodes that are computed side by side."""
+    groups = by_prompt(episodes)
+    prompts = [episode.response_mask.index(1) for episode in episodes]
+    rest = max(len(episode.ids) - prompt for episode, prompt in zip(episodes, prompts))
+    images = sum(max(len(episode.pictures) for episode in group) for group in groups)
+    return Load(len(episodes), len(groups), max(prompts), rest, images)
+
+
+def longest(problem, tokenizer, new_tokens):
+    """An episode of a problem in which every answer has so many tokens, and all attempts are used; of
+    problems that lead on, all positions are reached."""
+    episode, done = Episode.start(problem, tokenizer), False
+    while not done:
+        episode.append_response([tokenizer.pad] * new_tokens)
+        done = episode.verify(tokenizer, problem.expert() if problem.leads_on else "")
+    return episode
+
+
+def model_of(args):
+    """(model without data, tokenizer) that a run with these flags of a trainer would train."""
+    if not args.init_path:
+        raise ValueError("--dry-run needs the directory of a model, which --fresh has not.")
+    device, _ = device_and_dtype(args.device)
+    base = Path(args.init_path)
+    while (base / ADAPTER_CONFIG).exists():
+        base = read_adapter(base).base
+    with torch.device("meta"):
+        model = LlamaVision(config_from_json(read_json(base / "config.json")))
+        # Of a large model the run on a GPU is estimated, wherever this is done.
+        large = device != "cpu" or count_parameters(model)["decoder"] > 1e9
+        if args.optimizer == "adamw16" or args.lora_rank and large:
+            model.to(torch.bfloat16)
+        train_sft.choose_parameters(model, args)
+    return model, load_tokenizer(base)
+
+
+def estimate_run(args) -> dict[str, dict[str, float]]:
+    """{"training", "rollout", "disk": {use: bytes}} of a run with these flags of a trainer. Its first
+    batch is made, with answers as long as --max-new-tokens allows (of SFT with its demonstrations)."""
+    model, tokenizer = model_of(args)
+    train_sft.set_limits(args, tokenizer)
+    style, group = prompt_style(model, tokenizer), getattr(args, "group", 1)
+    count = min(getattr(args, "problems", args.eval_n), 64)
+    problems = [tasks.make(args.task, args.rule, args.visual, "train", i, args.attempts, seed=args.seed, **style)
+                for i in range(count)]
+    played = [longest(problem, tokenizer, args.max_new_tokens) for problem in problems]
+    learned = [episode for episode in played for _ in range(group)]
+    if "demonstrators" in args:
+        data = train_sft.demonstrations(args, style)
+        learned = [data.episode(tokenizer, i) for i in range(args.batch)]
+    both = held_memory(model, 4 if args.optimizer == "adamw16" else 8)
+    if getattr(args, "kl_coef", 0) and not args.lora_rank:
+        both["reference"] = both["weights"]
+    passes = [training_memory(model, load_of(part), args.recompute)
+              for part in micro_batches(learned, args.micro_batch, args.micro_tokens)]
+    column = both | max(passes, key=lambda uses: sum(uses.values()))
+    # Rollouts of training, of an evaluation: their rows as far as they are played side by side.
+    whole, rollouts = load_of(played), []
+    for rows, size, batch in ((getattr(args, "problems", 0) * group, group, args.rollout_batch),
+                              (args.eval_n * (args.evals > 0), 1, train_sft.eval_batch(args, tokenizer))):
+        prompts = min(rows, max(size, batch)) // size
+        load = whole._replace(rows=prompts * size, prompts=prompts, images=whole.images * prompts // count)
+        rollouts.append(rollout_memory(model, load) if prompts else {})
+    if "group" in args:  # all pictures of its rollouts stay encoded
+        column["image features"] = rollout_memory(model, whole)["image features"] * args.problems / count
+    weights, state = train_sft.checkpoint_bytes(model, args)
+    return {"training": column, "rollout": both | max(rollouts, key=lambda uses: sum(uses.values())),
+            "disk": {"weights": weights, "optimizer": state, "all that is kept": train_sft.disk_bytes(model, args)}}
+
+
+def report_run(args):
+    """Print what `estimate_run` finds, and whether it fits."""
+    found = estimate_run(args)
+    disk = {use: size / 1e9 for use, size in found.pop("disk").items()}
+    for name, uses in found.items():
+        shown = " + ".join(f"{use} {size / 1e9:.2f}" for use, size in uses.items() if size > 5e6)
+        print(f"{name:9} {sum(uses.values()) / 1e9:8.2f} GB = {shown}")
+    peak = max(sum(uses.values()) for uses in found.values()) / 1e9
+    boards = [torch.cuda.get_device_properties(0).total_memory / 1e9] if torch.cuda.is_available() else [80, 141]
+    fits = ", ".join(f"{'fits' if peak <= board else 'does not fit'} in {board:.0f} GB" for board in boards)
+    print(f"peak      {peak:8.2f} GB: {fits}. {NOT_COUNTED}")
+    print(f"disk      {disk['all that is kept']:8.2f} GB for checkpoints: each weights {disk['weights']:.2f} + optimizer "
+          f"{disk['optimizer']:.2f}, --keep {args.keep}")
+
+
+NOT_COUNTED = "Not counted: fragmentation, the CUDA context, kernels' workspaces."
 OPTIMIZER = {"float32": 8, "bfloat16": 4}  # bytes of AdamW's state for a trained parameter
 FLAGS = {"batch": (64, 1, 4096, "rows of a rollout"),  # default, least, most
          "micro-batch": (8, 1, 4096, "rows of a training pass"),
@@ -130,6 +268,7 @@ def parse_args(argv=None):
          help="of weights; full fine-tuning with AdamW has float32")
     flag("--optimizer-state", choices=OPTIMIZER, default="float32",
          help="AdamW's moments; bfloat16: as train_sft.py --optimizer adamw16 has them")
+    flag("--run", metavar="JSON", help="arguments of a trainer, whose --dry-run gives them: of those instead")
     settings = parser.parse_args(argv)
     sizes = settings.micro_batch, settings.group
     if settings.batch % settings.group or max(sizes) % min(sizes):
@@ -141,6 +280,8 @@ def parse_args(argv=None):
 def main(argv=None):
     """Prints the estimate and returns {column: {use: bytes}}."""
     settings = parse_args(argv)
+    if settings.run:
+        return report_run(argparse.Namespace(**json.loads(settings.run)))
     with torch.device("meta"):
         parts = parameter_parts(LlamaVision(SIZES[settings.size]))
     parts["all"] = [sum(counts) for counts in zip(*parts.values())]
@@ -152,7 +293,7 @@ def main(argv=None):
 
     def line(label, cells):
         print(f"{label:24}" + "".join(f"{cell:>12}" for cell in cells))
-    print("\n" + ", ".join(f"{key} {value}" for key, value in vars(settings).items()))
+    print("\n" + ", ".join(f"{key} {value}" for key, value in vars(settings).items() if value is not None))
     line("GB (10^9 bytes)", columns)
     for use in columns["recompute"] | columns["rollout"]:
         line(use, [f"{column.get(use, 0) / 1e9:.3f}" for column in columns.values()])
@@ -160,8 +301,8 @@ def main(argv=None):
     line("all", [f"{total:.3f}" for total in totals])
     for limit in (80, 141):
         line(f"fits in {limit} GB", ["yes" if total <= limit else "no" for total in totals])
-    print("An estimate, not measured on a GPU: fragmentation, the CUDA context and kernels'\n"
-          "workspaces are not counted. A board holds about 6 % more than its name says, for these.")
+    print(f"An estimate, not measured on a GPU. {NOT_COUNTED}\n"
+          "A board holds about 6 % more than its name says, for these.")
     return columns
 
 

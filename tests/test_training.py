@@ -147,6 +147,48 @@ def test_whole_groups_share_a_micro_batch_where_they_fit(model, tokenizer):
         assert all(len({id(p) for p in parts if any(e in p for e in g)}) == -(-3 // size) for g in groups)
 
 
+def test_micro_batches_keep_to_their_tokens(model, tokenizer):
+    """A prompt counts once for its group, every row as long as the group's longest; one episode may be longer than all."""
+    groups = random_rollout(model, tokenizer)
+    episodes = [e for g in zip(*groups) for e in g]
+    prompt, rest = (max(sizes) for sizes in zip(*((n := e.response_mask.index(1), len(e.ids) - n) for e in episodes)))
+    for tokens in (1, prompt + rest, prompt + 2 * rest, 2 * (prompt + 3 * rest), 10**6):
+        parts = E.micro_batches(episodes, 256, tokens)
+        assert sorted(id(e) for p in parts for e in p) == sorted(map(id, episodes)) and all(parts)
+        for part in parts:
+            used = sum(len(g[0].ids[:g[0].response_mask.index(1)]) + len(g) * max(len(e.ids) - e.response_mask.index(1) for e in g)
+                       for g in E.by_prompt(part))
+            assert used <= tokens or len(part) == 1
+        assert len(parts) == {1: 12, 10**6: 1}.get(tokens, len(parts))
+    assert E.micro_batches(episodes, 7, 10**6) == E.micro_batches(episodes, 7)
+
+
+def test_gradients_do_not_depend_on_the_tokens_of_a_micro_batch(model, tokenizer):
+    groups, results = random_rollout(model, tokenizer), []
+    advantage = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    for tokens in (1, 60, 100, 10**6):
+        model.zero_grad()
+        metrics = RL.rl_backward(model, groups, advantage, loss_settings(micro_tokens=tokens), tokenizer.pad)
+        assert 0 <= metrics["ratio_error_mean"] <= metrics["ratio_error"] < 1e-4
+        results.append((metrics["loss"], gradients(model)))
+        model.zero_grad()
+        results.append((SFT.sft_backward(model, sum(groups, []), tokenizer.pad, 256, tokens)["loss"], gradients(model)))
+    for i, (loss, grads) in enumerate(results):
+        first_loss, first = results[i % 2]
+        assert loss == pytest.approx(first_loss, rel=1e-4, abs=1e-6)
+        assert all(torch.allclose(grad, first[name], atol=1e-5, rtol=1e-3) for name, grad in grads.items())
+
+
+def test_few_parameters_are_read_to_see_whether_something_moved(model, monkeypatch):
+    M.add_lora(model, 2, 1.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    read, real = [], SFT.parameter_sums
+    monkeypatch.setattr(SFT, "parameter_sums", lambda ps: read.append(len(ps)) or real(ps))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert SFT.update(model, torch.optim.AdamW(trained), 1e-3, 1.0)["moved"] and read == [8, 8] and len(trained) > 16
+
+
 def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model, tokenizer, monkeypatch):
     """Pictures on two of four problems: rollout and training log-probs agree, over three turns, and see the right picture."""
     encoded = []
@@ -720,7 +762,7 @@ def test_a_limit_that_no_answer_reaches_changes_nothing(tiny_run, tmp_path, monk
                 f"{estimator} --device cpu".split())
         weights.append(load_tensors(out / "step-000002" / M.WEIGHTS))
     record, other = (
-        [{k: v for k, v in line.items() if "seconds" not in k} for line in lines(tmp_path / str(room))] for room in (8, 800))
+        [{k: v for k, v in line.items() if "seconds" not in k and "speed" not in k} for line in lines(tmp_path / str(room))] for room in (8, 800))
     assert record == other and record[0]["grad_norm"] > 0
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -1003,7 +1045,7 @@ def test_resumed_equals_uninterrupted(script, extra, tiny_run, tmp_path, uneven_
     weights = M.ADAPTER if "lora" in extra else M.WEIGHTS
     a, b = (load_tensors(tmp_path / n / "step-000006" / weights) for n in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    timeless = lambda run: [{k: v for k, v in r.items() if "seconds" not in k} for r in lines(run)]
+    timeless = lambda run: [{k: v for k, v in r.items() if "seconds" not in k and "speed" not in k} for r in lines(run)]
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
     start = load_tensors(E.find_model(str(tiny_run), "gp-l") / M.WEIGHTS)
     if "lora" not in extra:

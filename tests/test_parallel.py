@@ -1,0 +1,55 @@
+"""torchrun with several processes: the same losses and weights as one, and a run that goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate as E
+import model as M
+import train_sft as SFT
+from conftest import load_tensors
+
+CHILD = Path(__file__).with_name("torchrun_child.py")
+COMMON = "--steps 2 --evals 0 --schedule constant --save-every 0 --lr 1e-3 --lr-warmup 0 --device cpu".split()
+RL = "rl --estimator reinforce --problems 4 --group 3 --kl-coef 0.1 --epochs 2 --clip-eps 0.2 --lora-rank 2".split()
+
+
+def torchrun(number, *argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, CHILD, *argv]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("argv", [["sft", "--batch", "6"], RL], ids=["sft", "rl"])
+def test_two_processes_train_as_one_does(argv, tiny_run, tmp_path):
+    """Two steps, then two more after --resume, which one and two processes each do."""
+    runs = []
+    for number in (1, 2):
+        runs.append(run := tmp_path / str(number))
+        said = torchrun(number, *argv, "--init", tiny_run, "--out", run, *COMMON)
+        assert said.count("done: ") == 1 and said.count("step    2") == 1  # one process writes
+        said = torchrun(number, argv[0], "--resume", run, "--steps", "4")
+        assert "continued at step 2" in said and said.count("done: ") == 1
+    one, two = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs)
+    assert [record["step"] for record in two] == [1, 2, 3, 4] and one[0].keys() == two[0].keys()
+    for a, b in zip(one, two):
+        for name in a.keys() - {"ratio_error", "entropy", "repeat"}:  # largest, ratios: means over the processes
+            assert "seconds" in name or "speed" in name or a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
+    one, two = (load_tensors(E.latest_checkpoint(run) / (M.ADAPTER if argv[0] == "rl" else M.WEIGHTS)) for run in runs)
+    start = load_tensors(E.latest_checkpoint(tiny_run) / M.WEIGHTS)
+    assert any(not torch.equal(t, start.get(name, torch.zeros(()))) for name, t in two.items())
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    assert {path.name for path in runs[0].iterdir()} == {path.name for path in runs[1].iterdir()}
+
+
+def test_a_share_that_does_not_come_out_even_is_a_sentence(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(SFT, "processes", lambda: (1, 2))
+    with pytest.raises(ValueError, match="--batch must be a multiple of torchrun's 2 processes"):
+        SFT.main(["--batch", "5", "--init", str(tiny_run), "--out", str(tmp_path / "run"), *COMMON])
+    assert not (tmp_path / "run").exists()
