@@ -186,18 +186,13 @@ base-virl-vl: .venv/ready
 	$(call make_base,habits-virl-vl,--batch 32 --init runs/base/see-virl --train decoder --steps 100 --lr 1e-3 $(STREETS) $(HABITS_WALKS))
 	$(PY) evaluate.py runs/base/habits-virl-vl --suite virl-vl --export assets/tiny-virl-vl
 
-# For those who have weights: a picture, a question, an answer; then one step of SFT and one of RL.
+# For those who have weights: an answer about a picture, then real updates of SFT and of RL in text and in pictures, and what was checked.
 #   make smoke MODEL=directory-as-the-hub-has-it IMAGE=picture ASK="What does it show?"
-MODEL ?= assets/tiny-gp-l
-IMAGE ?= runs/smoke/picture.png
+MODEL ?= assets/tiny-gp-vl
+IMAGE ?=
 ASK ?= What does the picture show?
-SMOKE = --model $(MODEL) --lora-rank 16 --recompute --steps 1 --evals 0 --max-new-tokens 64
 smoke: .venv/ready
-	rm -rf runs/smoke && mkdir -p runs/smoke
-	$(PY) -c "from PIL import Image; Image.radial_gradient('L').save('runs/smoke/picture.png')"
-	$(PY) evaluate.py $(MODEL) --image "$(IMAGE)" --ask "$(ASK)"
-	$(PY) train_sft.py $(SMOKE) --batch 8 --micro-batch 4 --out runs/smoke/sft
-	$(PY) train_rl.py $(SMOKE) --problems 2 --group 4 --micro-batch 4 --out runs/smoke/rl
+	$(PY) -m assets.smoke "$(MODEL)" --ask "$(ASK)" $(if $(IMAGE),--image "$(IMAGE)")
 
 # Two halves of about the same length, side by side, since a test uses one core.
 HALF = tests/test_robustness.py tests/test_training.py tests/test_report.py
