@@ -708,7 +708,8 @@ def run_main(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)):
+        full = re.search("allocate|out of memory", str(error)) and isinstance(error, RuntimeError)
+        if full or isinstance(error, MemoryError):
             error = ("out of memory; lower --micro-batch, --rollout-batch or --max-new-tokens, or "
                      "give --recompute. Checkpoints are as they were.")
         elif isinstance(error, RuntimeError):

@@ -562,14 +562,11 @@ class RunDirectory:
         here = os.path.relpath(args.init_path or ".", self.path)
         start = {"from_here": here, "weights": start_checksums(args.init_path)}
         write_json(self.path / "start.json", start)
-        write_json(self.path / "args.json", vars(args))
+        self.write_arguments(args)
 
-    def change(self, args):
-        """Write down the arguments that a resumed run may change."""
-        stored = read_json(self.path / "args.json")
-        changed = stored | {name: getattr(args, name) for name in LASTING}
-        if changed != stored:
-            write_json(self.path / "args.json", changed)
+    def write_arguments(self, args):
+        """At the beginning, and again when a run is resumed, for some may have changed."""
+        write_json(self.path / "args.json", vars(args) | {"resume": None})
 
     def release(self):
         """Give back a claimed directory in which no run has begun."""
@@ -721,7 +718,7 @@ class OtherProcess(RunDirectory):
 
     def nothing(self, *args):
         """In place of everything that writes."""
-    create = change = open = release = log = write_samples = save = nothing
+    create = write_arguments = open = release = log = write_samples = save = nothing
 
     def resume_point(self):
         """The same, without taking anything back."""
@@ -801,8 +798,8 @@ def start_run(args: argparse.Namespace, load=None, optimizer_for=None) -> Run:
             args.init_path = directory.find_start(args)
         run, state = prepare_run(args, directory, load, optimizer_for or make_optimizer)
         disk = check_disk(run)
-        write_arguments = directory.change if args.resume else directory.create
-        write_arguments(args)
+        write = directory.write_arguments if args.resume else directory.create
+        write(args)
     except BaseException:
         directory.release()
         raise
@@ -844,15 +841,10 @@ def check_disk(run):
 
 def disk_bytes(model: LlamaVision, args: argparse.Namespace) -> int:
     """What a run's checkpoints take at most. A new one is whole before an old one goes."""
-    weights, optimizer = checkpoint_bytes(model, args)
-    return (args.keep + 1) * (weights + optimizer) + args.evals * weights * (weights < SMALL)
-
-
-def checkpoint_bytes(model: LlamaVision, args: argparse.Namespace) -> tuple:
-    """(bytes of the weights in a checkpoint, of the optimizer's state)."""
     named = model.named_parameters()
     weights = sum(p.nbytes for name, p in named if ".lora_" in name or not args.lora_rank)
-    return weights, count_parameters(model)["trained"] * (4 if args.optimizer == "adamw16" else 8)
+    state = count_parameters(model)["trained"] * (4 if args.optimizer == "adamw16" else 8)
+    return (args.keep + 1) * (weights + state) + args.evals * weights * (weights < SMALL)
 
 
 def prepare_run(args, directory, load, optimizer_for):
@@ -1212,9 +1204,9 @@ def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
                                           "device": args.device, "threads": args.threads})
 
 
-LASTING = ("steps", "flops", "micro_tokens", "micro_batch", "rollout_batch", "recompute", "keep",
-           "save_every")  # what --resume may change for good
-FREE = (*LASTING, "device", "threads", "dry_run", "preset")
+# What --resume may change, less the last.
+FREE = ("steps", "flops", "micro_tokens", "micro_batch", "rollout_batch", "recompute", "keep",
+        "save_every", "device", "threads", "dry_run", "preset")
 
 
 def resumed_arguments(parser, given, flags):

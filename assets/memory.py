@@ -225,15 +225,14 @@ def estimate_run(args) -> dict[str, dict[str, float]]:
         rollouts.append(rollout_memory(model, load) if prompts else {})
     if "group" in args:  # all pictures of its rollouts stay encoded
         column["image features"] = rollout_memory(model, whole)["image features"] * args.problems / count
-    weights, state = train_sft.checkpoint_bytes(model, args)
     return {"training": column, "rollout": both | max(rollouts, key=lambda uses: sum(uses.values())),
-            "disk": {"weights": weights, "optimizer": state, "all that is kept": train_sft.disk_bytes(model, args)}}
+            "disk": {"checkpoints": train_sft.disk_bytes(model, args)}}
 
 
 def report_run(args):
     """Print what `estimate_run` finds, and whether it fits."""
     found = estimate_run(args)
-    disk = {use: size / 1e9 for use, size in found.pop("disk").items()}
+    disk = found.pop("disk")["checkpoints"] / 1e9
     for name, uses in found.items():
         shown = " + ".join(f"{use} {size / 1e9:.2f}" for use, size in uses.items() if size > 5e6)
         print(f"{name:9} {sum(uses.values()) / 1e9:8.2f} GB = {shown}")
@@ -241,8 +240,7 @@ def report_run(args):
     boards = [torch.cuda.get_device_properties(0).total_memory / 1e9] if torch.cuda.is_available() else [80, 141]
     fits = ", ".join(f"{'fits' if peak <= board else 'does not fit'} in {board:.0f} GB" for board in boards)
     print(f"peak      {peak:8.2f} GB: {fits}. {NOT_COUNTED}")
-    print(f"disk      {disk['all that is kept']:8.2f} GB for checkpoints: each weights {disk['weights']:.2f} + optimizer "
-          f"{disk['optimizer']:.2f}, --keep {args.keep}")
+    print(f"disk      {disk:8.2f} GB for checkpoints, --keep {args.keep}, --evals {args.evals}")
 
 
 NOT_COUNTED = "Not counted: fragmentation, the CUDA context, kernels' workspaces."

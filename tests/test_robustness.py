@@ -279,8 +279,8 @@ def test_a_lora_run_wants_the_base_that_it_began_from(tiny_run, tmp_path):
 
 # ---- memory
 
-SHORT = "--steps 4 --batch 4 --evals 2 --eval-n 2 --save-every 0 --device cpu --lr-warmup 0".split()
-SHORT_RL = "--steps 4 --problems 2 --group 2 --max-new-tokens 4 --evals 2 --eval-n 2 --save-every 0 --device cpu --lr-warmup 0".split()
+SHORT = "--steps 4 --batch 4 --max-new-tokens 4 --eval-rows id --evals 2 --eval-n 2 --save-every 0 --device cpu --lr-warmup 0".split()
+SHORT_RL = "--steps 4 --eval-rows id --problems 2 --group 2 --max-new-tokens 4 --evals 2 --eval-n 2 --save-every 0 --device cpu --lr-warmup 0".split()
 
 
 @pytest.fixture(scope="session")
@@ -431,7 +431,8 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(tiny_run, tmp_path, ca
     found, (model, _) = memory.estimate_run(args), M.load_model(E.latest_checkpoint(tiny_run))
     assert found["training"]["weights"] == sum(p.nbytes for p in model.parameters())
     step = E.latest_checkpoint(tiny_run)
-    assert found["disk"]["weights"] == pytest.approx((step / M.WEIGHTS).stat().st_size, rel=0.01)
+    files = sum(path.stat().st_size for path in step.iterdir()) - (step / "tokenizer.json").stat().st_size
+    assert found["disk"]["checkpoints"] == pytest.approx(3 * files + 2 * (step / M.WEIGHTS).stat().st_size, rel=0.03)
 
 
 def test_what_came_after_the_checkpoint_is_taken_back(whole_run, tmp_path):
