@@ -5,7 +5,7 @@
 
   1. Demonstrations (problem and demonstrator -> token ids, mask of the learned ones), 2. The loss,
   3. One update, 4. The loop: up to here the reading path
-  5. A run, 6. its directory, 7. start, 8. AdamW16 (in bfloat16), 9. cost, 10. command line
+  5. How a run ends, 6. a run, 7. its directory, 8. start, 9. AdamW16, 10. cost, 11. command line
 """
 import argparse
 import fcntl
@@ -159,7 +159,107 @@ METRICS = {  # of a step; --help prints them
 }
 ADDED = ("loss", "kl", "clip_fraction", "ratio_error_mean")  # each process has a part of them
 
-# ---- 5. A run ------------------------------------------------------------------------------------
+# ---- 5. How a run ends ---------------------------------------------------------------------------
+
+
+class Ending:
+    """The part of a Run that leaves it whole however it ends: checkpoints, signals, too little
+    memory, numbers that are not finite."""
+
+    def save(self):
+        """Write a checkpoint from which `--resume` continues bit for bit."""
+        state = {"step": self.step, "progress": asdict(self.progress),
+                 "random": self.random or random_states(self.generator),
+                 "optimizer": self.optimizer.state_dict(), "optimizer_kind": self.args.optimizer}
+        base = self.args.init_path if self.args.lora_rank else None
+        self.directory.save(self.model, self.tokenizer, state, base)
+
+    def restore(self, state):
+        """Continue from the state of a checkpoint. ValueError when it is of another optimizer."""
+        try:  # torch itself accepts the moments of another optimizer, whatever they are called
+            if state.get("optimizer_kind", self.args.optimizer) != self.args.optimizer:
+                raise ValueError("another optimizer")
+            self.optimizer.load_state_dict(state["optimizer"])
+            restore_random_states(state["random"], self.generator)
+            self.progress = Progress(**state["progress"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
+            raise ValueError(f"the newest checkpoint of {self.directory.path} holds the state of "
+                             "another optimizer or model than its args.json asks for.") from None
+
+    def end(self):
+        """Save the last step and say how the run ended; returns the scores of the last evaluation.
+        ValueError when it ended because it had become useless."""
+        if self.directory.saved < self.step:
+            self.save()
+        if self.useless:
+            raise ValueError(self.useless)
+        path, stopped = clean(self.directory.path), self.stopping and self.share() < 1
+        self.say(f"stopped at step {self.step}; go on with --resume {path}" if stopped else
+                 f"done: {path}")
+        if stopped and self.status:
+            sys.exit(self.status)  # a script must not take a stopped run for a finished one
+        return self.scores
+
+    def say(self, text, file=None):
+        """Print. When the reader has left (`| head`) or the disk is full, stop after a save."""
+        if processes()[0]:
+            return
+        file = file or sys.stdout
+        try:
+            print(text, file=file, flush=True)
+        except OSError:
+            self.stopping, self.status = True, self.status or 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+    @contextmanager
+    def failing_safely(self):
+        """Around the loop: where a loss is not finite the batch is kept for a look, and where
+        memory runs out what was done is saved. ValueError that says so."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise self.not_finite(error) from None
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not known and "allocate" not in str(error):
+                raise
+            message = " ".join(clean(error).split())[:240]  # before the step's tensors are freed
+        else:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.random and self.step > self.directory.saved:
+            self.save()
+        less = ("a smaller --micro-tokens or --micro-batch, or --recompute" if self.phase ==
+                "update" else f"a --rollout-batch below {self.args.rollout_batch}")
+        raise ValueError(f"out of memory in the {self.phase} after step {self.step} ({message}): "
+                         f"go on at step {max(0, self.directory.saved)} with --resume "
+                         f"{self.directory.path} and {less}.")
+
+    def not_finite(self, error):
+        """Keep the batch whose loss or gradient was not finite for a look; returns the error that
+        ends the run."""
+        step, directory = self.step + 1, self.directory
+        path = directory.path / f"not-finite-{step:06d}.json"
+        write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids,
+                           "response_mask": e.response_mask, "log_probs": e.log_probs}
+                          for e in self.episodes])
+        start = directory.path if directory.saved > 0 else "and the same start"
+        return ValueError(f"step {step}: {error}, so this update was not made; its batch is in "
+                          f"{path}. Start a new run with --init {start} and a lower --lr or "
+                          "--max-grad-norm.")
+
+    def catch_signals(self):
+        """Ctrl-C, SIGTERM and SIGHUP finish the step and save; a second one exits at once."""
+        def handler(number, frame):
+            if self.stopping:
+                os._exit(128 + number)
+            self.stopping, self.status = True, 128 + number
+            self.say("stopping after this step; once more to exit at once", sys.stderr)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, handler)
+
+
+# ---- 6. A run ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -178,7 +278,7 @@ class Progress:
     best: float = 0.0  # highest mean of 20 steps
 
 
-class Run:
+class Run(Ending):
     """A model in training: how far it is, and everything that a finished step leaves behind.
 
     It ends after --steps, or after --flops when a budget is given: so two arms spend the same.
@@ -380,98 +480,6 @@ class Run:
             self.warn("collapse", f"the answers hardly vary (entropy {metrics['entropy']:.3f}) and "
                       f"none is right: start again with a --lr below {self.args.lr:g}.")
 
-    def save(self):
-        """Write a checkpoint from which `--resume` continues bit for bit."""
-        state = {"step": self.step, "progress": asdict(self.progress),
-                 "random": self.random or random_states(self.generator),
-                 "optimizer": self.optimizer.state_dict(), "optimizer_kind": self.args.optimizer}
-        base = self.args.init_path if self.args.lora_rank else None
-        self.directory.save(self.model, self.tokenizer, state, base)
-
-    def restore(self, state):
-        """Continue from the state of a checkpoint. ValueError when it is of another optimizer."""
-        try:  # torch itself accepts the moments of another optimizer, whatever they are called
-            if state.get("optimizer_kind", self.args.optimizer) != self.args.optimizer:
-                raise ValueError("another optimizer")
-            self.optimizer.load_state_dict(state["optimizer"])
-            restore_random_states(state["random"], self.generator)
-            self.progress = Progress(**state["progress"])
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError):
-            raise ValueError(f"the newest checkpoint of {self.directory.path} holds the state of "
-                             "another optimizer or model than its args.json asks for.") from None
-
-    def end(self):
-        """Save the last step and say how the run ended; returns the scores of the last evaluation.
-        ValueError when it ended because it had become useless."""
-        if self.directory.saved < self.step:
-            self.save()
-        if self.useless:
-            raise ValueError(self.useless)
-        path, stopped = clean(self.directory.path), self.stopping and self.share() < 1
-        self.say(f"stopped at step {self.step}; go on with --resume {path}" if stopped else
-                 f"done: {path}")
-        if stopped and self.status:
-            sys.exit(self.status)  # a script must not take a stopped run for a finished one
-        return self.scores
-
-    def say(self, text, file=None):
-        """Print. When the reader has left (`| head`) or the disk is full, stop after a save."""
-        if processes()[0]:
-            return
-        file = file or sys.stdout
-        try:
-            print(text, file=file, flush=True)
-        except OSError:
-            self.stopping, self.status = True, self.status or 1
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
-
-    @contextmanager
-    def failing_safely(self):
-        """Around the loop: where a loss is not finite the batch is kept for a look, and where
-        memory runs out what was done is saved. ValueError that says so."""
-        try:
-            yield
-        except FloatingPointError as error:
-            raise self.not_finite(error) from None
-        except (MemoryError, RuntimeError) as error:
-            known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not known and "allocate" not in str(error):
-                raise
-            message = " ".join(clean(error).split())[:240]  # before the step's tensors are freed
-        else:
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.random and self.step > self.directory.saved:
-            self.save()
-        less = ("a smaller --micro-tokens or --micro-batch, or --recompute" if self.phase ==
-                "update" else f"a --rollout-batch below {self.args.rollout_batch}")
-        raise ValueError(f"out of memory in the {self.phase} after step {self.step} ({message}): "
-                         f"go on at step {max(0, self.directory.saved)} with --resume "
-                         f"{self.directory.path} and {less}.")
-
-    def not_finite(self, error):
-        """Keep the batch whose loss or gradient was not finite for a look; returns the error that
-        ends the run."""
-        step, directory = self.step + 1, self.directory
-        path = directory.path / f"not-finite-{step:06d}.json"
-        write_json(path, [{"prompt": e.problem.prompt, "turns": e.turns, "ids": e.ids,
-                           "response_mask": e.response_mask, "log_probs": e.log_probs}
-                          for e in self.episodes])
-        start = directory.path if directory.saved > 0 else "and the same start"
-        return ValueError(f"step {step}: {error}, so this update was not made; its batch is in "
-                          f"{path}. Start a new run with --init {start} and a lower --lr or "
-                          "--max-grad-norm.")
-
-    def catch_signals(self):
-        """Ctrl-C, SIGTERM and SIGHUP finish the step and save; a second one exits at once."""
-        def handler(number, frame):
-            if self.stopping:
-                os._exit(128 + number)
-            self.stopping, self.status = True, 128 + number
-            self.say("stopping after this step; once more to exit at once", sys.stderr)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, handler)
-
 
 def parameter_sums(parameters):
     """The sum of each parameter, in float64: some differ after any update that moved something."""
@@ -515,7 +523,7 @@ def restore_random_states(states, generator):
         torch.cuda.set_rng_state(states["cuda"])
 
 
-# ---- 6. Its directory ----------------------------------------------------------------------------
+# ---- 7. Its directory ----------------------------------------------------------------------------
 
 CHECKSUMS = "checksums.json"
 LOCKS = {}  # inode -> file `lock` of a run of this process, held until it ends
@@ -778,7 +786,7 @@ def step_of(line):
         return math.inf
 
 
-# ---- 7. Start ------------------------------------------------------------------------------------
+# ---- 8. Start ------------------------------------------------------------------------------------
 
 
 def start_run(args: argparse.Namespace, load=None, optimizer_for=None) -> Run:
@@ -950,7 +958,7 @@ def make_optimizer(model, args):
     return kind(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
 
-# ---- 8. AdamW16 ----------------------------------------------------------------------------------
+# ---- 9. AdamW16 ----------------------------------------------------------------------------------
 
 
 class AdamW16(torch.optim.Optimizer):
@@ -1001,7 +1009,7 @@ def round_at_random(target, value):
     target.copy_(value)
 
 
-# ---- 9. Cost -------------------------------------------------------------------------------------
+# ---- 10. Cost ------------------------------------------------------------------------------------
 
 
 def sft_flops(model, episodes):
@@ -1029,7 +1037,7 @@ def text_weights(model: LlamaVision) -> int:
     return pass_flops(model, text_work(0, 1, 1), adapters=False) // 2
 
 
-# ---- 10. Command line ----------------------------------------------------------------------------
+# ---- 11. Command line ----------------------------------------------------------------------------
 
 
 class Mixture(NamedTuple):
