@@ -151,7 +151,8 @@ def test_micro_batches_keep_to_their_tokens(model, tokenizer):
     """A prompt counts once for its group, every row as long as the group's longest; one episode may be longer than all."""
     groups = random_rollout(model, tokenizer)
     episodes = [e for g in zip(*groups) for e in g]
-    prompt, rest = (max(sizes) for sizes in zip(*((n := e.response_mask.index(1), len(e.ids) - n) for e in episodes)))
+    prompt = max(e.response_mask.index(1) for e in episodes)
+    rest = max(len(e.ids) - e.response_mask.index(1) for e in episodes)
     for tokens in (1, prompt + rest, prompt + 2 * rest, 2 * (prompt + 3 * rest), 10**6):
         parts = E.micro_batches(episodes, 256, tokens)
         assert sorted(id(e) for p in parts for e in p) == sorted(map(id, episodes)) and all(parts)
