@@ -806,14 +806,16 @@ def start_run(args: argparse.Namespace, load=None, optimizer_for=None) -> Run:
             args.init_path = directory.find_start(args)
         run, state = prepare_run(args, directory, load, optimizer_for or make_optimizer)
         disk = check_disk(run)
-        write = directory.write_arguments if args.resume else directory.create
-        write(args)
+        if not args.resume:
+            directory.create(args)
     except BaseException:
         directory.release()
         raise
     directory.open()
     if state:
         run.restore(state)
+    if args.resume:
+        directory.write_arguments(args)
     run.say(f"{describe(run)}, {disk}")
     run.catch_signals()
     with run.failing_safely():
