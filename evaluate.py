@@ -1248,6 +1248,7 @@ def parse_args(argv=None):
     add("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
     add("--report", metavar="STUDY", help="print a study's tables and write its report.html")
     add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models and their difference")
+    add("--play", metavar="B", nargs="*", help="deal problems to the model, perhaps beside others")
     add("--distance", metavar="DEMONSTRATOR", help="print how foreign its answers are to the "
         "model: their -log p in nats")
     add("--suite", choices=tasks.suite_names(), help="problems to evaluate on (default: the run's, "
@@ -1270,10 +1271,10 @@ def parse_args(argv=None):
     add("--export", metavar="DIR", help="write the model there, adapters merged, in bfloat16")
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.model, args.report, args.compare))) != 1:
+    if sum(map(bool, (args.model or args.play, args.report, args.compare))) != 1:
         raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
                          "a study directory.")
-    stored = run_flags(args.model or (args.compare or [""])[0])
+    stored = run_flags(args.model or (args.compare or args.play or [""])[0])
     args.suite = args.suite or stored.get("eval_suite") or stored.get("task", "gp-l")
     args.attempts = args.attempts or stored.get("attempts", 1)
     task = args.suite.removesuffix("-probes")
@@ -1381,6 +1382,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         run_script("report.py", args.report)
+    if args.play is not None:
+        run_script("play.py", *(argv or sys.argv[1:]))
     if args.compare:  # one after the other in memory
         for name in args.compare:
             find_model(name, args.suite.removesuffix("-probes"))  # before the first one's minutes
