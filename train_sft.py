@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 import tasks
 from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, default_max_new_tokens,
                       default_micro_batch, device_and_dtype, evaluate, find_model, images_for,
-                      micro_batches, number, prompt_style, response_log_probs, run_main,
+                      micro_batches, number, prompt_style, response_log_probs, run_main, run_script,
                       show_episode, summary, to_batch)
 from model import (PARTS, LlamaVision, Tokenizer, Work, adapters_off, add_lora, add_work,
                    count_parameters, load_model, merge_lora, pass_flops, read_json, read_start,
@@ -426,7 +426,7 @@ class Run(Ending):
         settings = EvalSettings(args.eval_suite or args.task, args.eval_n, args.attempts,
                                 args.eval_split, args.max_new_tokens,
                                 eval_batch(args, self.tokenizer), rows and tuple(rows),
-                                args.eval_teacher)
+                                args.eval_teacher, args.rule, args.visual)
         moved = self.moved if args.eval_moved and args.init_path else None
         result = evaluate(self.model, self.tokenizer, settings, moved)
         result |= {"step": self.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
@@ -1194,9 +1194,7 @@ def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
     run in --out where --or-resume asks for it, or the same. ValueError that names the flags in
     which that run differs: its results must not pass for new ones."""
     if args.dry_run:
-        script = Path(__file__).parent / "assets" / "memory.py"
-        command = [sys.executable, str(script), "--run", json.dumps(vars(args))]
-        sys.exit(os.spawnv(os.P_WAIT, sys.executable, command))
+        run_script("memory.py", "--run", json.dumps(vars(args)))
     if not args.or_resume or args.resume or not (Path(args.out) / "args.json").is_file():
         return args
     stored = vars(read_arguments(parser, args.out))

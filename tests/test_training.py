@@ -1266,3 +1266,13 @@ def test_a_run_is_never_overwritten(tiny_run):
     with pytest.raises(ValueError, match="not empty"):
         SFT.main(f"--steps 1 --batch 4 --eval-n 2 --out {tiny_run}".split())
     assert before == sorted(p.name for p in tiny_run.iterdir())
+
+
+def test_evaluations_of_a_run_have_the_rule_that_it_trains(tmp_path):
+    for flags, rule in (("--rule 7,8,9/target=36", "7,8,9/target=36"), ("", None)):
+        out = tmp_path / f"run{bool(rule)}"
+        SFT.main(f"{flags} --steps 1 --batch 2 --eval-n 2 --evals 1 --out {out}".split())
+        found = [json.loads(path.read_text()) for path in (out / "evals").glob("*.json")]
+        assert found and all(each["rule"] == rule and each["visual"] is None for each in found)
+        if rule:
+            assert "make 36" in found[-1]["samples"][0]["prompt"]
