@@ -134,7 +134,7 @@ def test_no_call_for_another_answer_after_the_last(session, monkeypatch):
 
 def test_help_expert_random_and_both_ends(session):
     printed = session("tiny", "help", "expert", "random", "quit", "index 3")
-    assert play.HELP in printed and len(rounds(printed)) == 2 and "test 3" not in printed
+    assert play.HELP in printed and len(rounds(printed)) == 2 and "test 3 |" not in printed
     assert tasks.make("gp-l", split="test", index=0, style="short").expert() in printed
     assert session("tiny").endswith("\n> \n")  # the end of the input
     for word in ("deal", "rule", "look", "index", "random", "again", "expert", "temperature", "attempts", "next", "quit"):
