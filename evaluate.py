@@ -145,14 +145,14 @@ def rollout(model, tokenizer, problems: list, group: int, sampling: Sampling, fo
     started = [Episode.start(copy.copy(problem), tokenizer) for problem in problems]
     images = encode_new_pictures(model, started, known := {})  # known: those that are encoded
     ids, lengths = pad_rows([episode.ids for episode in started], tokenizer.pad, model.device)
-    cache = Cache(model, len(problems), ids.shape[1] + sampling.max_new_tokens, images)
+    cache = Cache(model, len(problems), ids.shape[1], images)
     logits = model.extend(cache, ids, lengths).repeat_interleave(group, 0)
     cache.select(torch.arange(len(problems), device=model.device).repeat_interleave(group))
     groups = [[episode.copy() for _ in range(group)] for episode in started]
     playing = [episode for members in groups for episode in members]
     while True:
         # 2. Sample a response for each episode.
-        length = cache.length
+        length = cache.length.clone()
         responses, log_probs = generate(model, cache, logits, sampling, tokenizer.stop_ids)
         for episode, response, values in zip(playing, responses, log_probs):
             episode.append_response(response, values)

@@ -1,14 +1,15 @@
 """Llama-3.2-Vision by hand: one set of classes for `tiny` (two CPU cores), `small` and the `11b`.
 
 Contents
-  1. Layers of the decoder, 2. the whole model, 3. cache and generation; the rest can be skipped
+  1. Layers of the decoder, 2. the whole model, 3. generation; the rest can be skipped
   4. Configuration, 5. LoRA  sizes, the hub's config.json; adapters on and off
-  6. Images in the decoder   which token sees which image; the cache with images
-  7. Batches                 padding; the training pass computes a group's prompt once
-  8. Vision tower            tiles -> patches -> layers -> six stacked feature maps
-  9. Pictures                any picture -> 8-bit RGB -> a canvas of up to four tiles
- 10. Tokenizer and chat      text never becomes a special token
- 11. Saving, 12. loading, 13. files of others, 14. cost in FLOPs
+  6. Images in the decoder   which token sees which image
+  7. Cache                   keys and values of earlier tokens; prompts kept once; CUDA graphs
+  8. Batches                 padding; the training pass computes a group's prompt once
+  9. Vision tower            tiles -> patches -> layers -> six stacked feature maps
+ 10. Pictures                any picture -> 8-bit RGB -> a canvas of up to four tiles
+ 11. Tokenizer and chat      text never becomes a special token
+ 12. Saving, 13. loading, 14. files of others, 15. cost in FLOPs
 
 Shapes: B rows, T new tokens, S cache slots, D hidden, H query heads, K key/value heads, E head
 size, V vocabulary; R sets of I images, M tile slots of an image, L pixels of a tile, P tokens
@@ -25,9 +26,11 @@ import os
 import re
 import tempfile
 import warnings
+import weakref
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +43,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+# cuDNN's attention takes 0.1 s to plan each new shape, and lengths of text are always new.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ---- 1. Layers of the decoder --------------------------------------------------------------------
 
@@ -75,7 +81,7 @@ class Linear(nn.Linear):
     def __init__(self, inputs, outputs, bias=False):
         super().__init__(inputs, outputs, bias)
         self.lora_A = self.lora_B = None
-        self.lora_scale, self.lora_on = 0.0, True
+        self.lora_scale, self.lora_on, self.cast = 0.0, True, None
 
     def add_lora(self, rank, alpha):
         """Freeze W and add A (rank, in), B (out, rank)."""
@@ -87,13 +93,17 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
         self.lora_scale = alpha / rank
 
+    def cast_lora(self, dtype):
+        """A and B in `dtype`. While `cast` holds them they are not cast again for each product."""
+        return self.lora_A.weight.to(dtype), self.lora_B.weight.to(dtype)
+
     def forward(self, x):
         if self.lora_A is None or not self.lora_on:
             return F.linear(x, self.weight, self.bias)
+        A, B = self.cast or self.cast_lora(x.dtype)
         rows = x.flatten(0, -2)
-        low = F.linear(rows, self.lora_A.weight.to(x.dtype))
         y = F.linear(rows, self.weight, self.bias)
-        y = y.addmm_(low, self.lora_B.weight.to(x.dtype).T, alpha=self.lora_scale)
+        y = y.addmm_(F.linear(rows, A), B.T, alpha=self.lora_scale)
         return y.view(*x.shape[:-1], -1)
 
 class RMSNorm(nn.Module):
@@ -106,13 +116,15 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
 
 
-def rope_frequencies(c):
+@lru_cache
+def rope_frequencies(c, device="cpu"):
     """Inverse wavelengths (E/2,), float32. "llama3" divides low frequencies by `rope_factor` and
     blends in between (Llama 3.1's context extension)."""
-    inverse = c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim)
+    halves = torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device) / c.head_dim
+    inverse = c.rope_theta ** -halves
     turns = c.rope_original * inverse / (2 * math.pi)  # full turns within the original context
     plain = ((turns - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
     return inverse * (plain + (1 - plain) / c.rope_factor)
@@ -121,7 +133,7 @@ def rope_frequencies(c):
 def rope_table(c, positions):
     """cos and sin (B, 1, T, E) of positions (B, T), sin's first half negative, for `rotate`.
     In float32: in bfloat16 neighbours beyond position 256 would be one."""
-    frequencies = rope_frequencies(c).to(positions.device)
+    frequencies = rope_frequencies(c, positions.device)
     angles = (positions[..., None].float() * frequencies)[:, None]  # (B, 1, T, E/2)
     return angles.cos().repeat(1, 1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
 
@@ -141,15 +153,10 @@ def split_heads(x, heads):
 def grouped_attention(q, k, v, mask):
     """q (B, H, T, E) over k, v (B, K, S, E) -> (B, T, H * E), H a multiple of K (Ainslie et al.,
     arXiv 2305.13245). Query heads that share a key head become more queries of it, so k and v are
-    not repeated. mask (B, 1, T or 1, S): True where seen, or what scores get; None: all is seen."""
+    not repeated. mask (B, 1, T or 1, S): True where seen; None: all is seen."""
     B, H, T, E = q.shape
     share = H // k.shape[1]
     q = q.reshape(B, k.shape[1], share * T, E)
-    if T == 1 and mask is not None and mask.is_floating_point():
-        # Decoding on the CPU, where torch's kernel is slow for so few queries.
-        bias = mask.expand(-1, k.shape[1], -1, -1).flatten(0, 1)
-        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=E**-0.5)
-        return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, 1, H * E)
     if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, share, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -179,14 +186,13 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Causal grouped-query attention with RoPE."""
 
-    def forward(self, x, rope, mask=None, store=None):
-        """x (B, T, D). mask None: causal. store(k, v) writes to a cache and returns what it has."""
+    def forward(self, x, rope, mask=None, attend=None):
+        """x (B, T, D). mask None: causal. attend(q, k, v): attention to what a cache holds too."""
         q = rotate(split_heads(self.q_proj(x), self.heads), rope)
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), rope)
         v = split_heads(self.v_proj(x), self.kv_heads)
-        if store is not None:
-            k, v = store(k, v)
-        return self.o_proj(causal_attention(q, k, v, mask))
+        attend = attend or partial(causal_attention, mask=mask)
+        return self.o_proj(attend(q, k, v))
 
 
 class CrossAttention(Attention):
@@ -204,7 +210,8 @@ class CrossAttention(Attention):
     def forward(self, x, keys_values, image, mask):
         """x (B, T, D). Rows that share a set of images are queries of the same keys."""
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
-        return self.o_proj(image.unfold(grouped_attention(image.fold(q), *keys_values, mask)))
+        out = grouped_attention(image.fold(q), *keys_values, mask)
+        return self.o_proj(image.unfold(out[:, None])[:, 0])
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer, arXiv 2002.05202)."""
@@ -228,8 +235,8 @@ class SelfLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, h, rope, mask=None, store=None):
-        h = h + self.self_attn(self.input_layernorm(h), rope, mask, store)
+    def forward(self, h, rope, mask=None, attend=None):
+        h = h + self.self_attn(self.input_layernorm(h), rope, mask, attend)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -282,8 +289,8 @@ class TextModel(nn.Module):
             mask_and_sees = (image if cache is None else cache).visible(shown)
         for i, layer in enumerate(self.layers):
             if isinstance(layer, SelfLayer):
-                store = None if cache is None else partial(cache.store, i)
-                h = run_layer(self, layer, h, rope, mask, store)
+                attend = None if cache is None else partial(cache.attend, i)
+                h = run_layer(self, layer, h, rope, mask, attend)
             elif image is not None:  # without an image the layer would add zero
                 h = run_layer(self, layer, h, image, *mask_and_sees, image.cross.get(i))
         return self.norm(h)
@@ -351,76 +358,18 @@ class LlamaVision(nn.Module):
         log_p = (self.logits(hidden) / temperature).log_softmax(-1)
         return log_p.gather(1, ids[:, 1:][chosen[:, 1:]][:, None])[:, 0]
 
-    def extend(self, cache: TextCache, ids: Tensor, lengths: Tensor) -> Tensor:
+    def extend(self, cache: Cache, ids: Tensor, lengths: Tensor) -> Tensor:
         """Feed ids (B, T), the first `lengths` (B,) of each row real, after the tokens of `cache`.
         Returns logits (B, V) float32 behind the last real token of each row. Padding goes to slots
         behind the row's end, which a later token overwrites before any query sees them."""
-        slots = cache.next_slots(ids.shape[1])  # (B, T)
-        mask = None  # the first tokens of all rows are causal among themselves
-        if cache.used > ids.shape[1]:
-            mask = (torch.arange(cache.used, device=ids.device) <= slots[..., None])[:, None]
-            if ids.shape[1] == 1 and ids.device.type == "cpu":  # added to scores; -inf could be NaN
-                mask = torch.zeros((), dtype=cache.dtype).where(mask, torch.finfo(cache.dtype).min)
-        hidden = self.language_model.model(ids, None, mask, cache=cache)
-        cache.length = cache.length + lengths
+        cache.next_slots(ids.shape[1])
+        hidden = self.language_model.model(ids, None, None, cache=cache)
+        cache.length += lengths
         rows = torch.arange(len(ids), device=ids.device)
         return self.logits(hidden[rows, (lengths - 1).clamp(min=0)])
 
 
-# ---- 3. Cache and generation ---------------------------------------------------------------------
-
-
-class TextCache:
-    """Keys and values of every self-attention layer, in slots that are taken once.
-
-    Token t of a row lies in slot t whatever the other rows hold, so rows need not be equally long.
-    length (B,): tokens of each row. `Cache` (with images) and `Prompts` (with gradients) offer the
-    decoder the same: image, rope, store, visible.
-    """
-    image = None
-
-    def __init__(self, model, rows, slots):
-        c, weight = model.config.text, model.language_model.lm_head.weight
-        self.config, self.dtype, self.slots, self.used = c, weight.dtype, 0, 0
-        shape = (2, rows, c.num_key_value_heads, 0, c.head_dim)  # keys and values
-        self.kv = {i: weight.new_zeros(shape) for i in range(c.num_hidden_layers)
-                   if i not in c.cross_attention_layers}
-        self.length = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.reserve(slots)
-
-    def reserve(self, count: int) -> TextCache:
-        """Make room for `count` more tokens in every row. It asks the device: once a turn."""
-        self.used = int(self.length.max())
-        extra = self.used + count - self.slots
-        if extra > 0:
-            self.kv = {i: F.pad(kv, (0, 0, 0, extra)) for i, kv in self.kv.items()}
-            self.slots += extra
-            positions = torch.arange(self.slots, device=self.length.device)[None]
-            self.table = rope_table(self.config, positions)
-        return self
-
-    def next_slots(self, count):
-        """Slots (B, count) for the next `count` tokens of each row. ValueError: not reserved."""
-        self.used += count  # an upper bound of the longest row, without asking the device
-        if self.used > self.slots:
-            raise ValueError(f"{self.used} tokens do not fit in {self.slots} slots: reserve more.")
-        device = self.length.device
-        self.rows = torch.arange(len(self.length), device=device)[:, None]
-        self.at = self.length[:, None] + torch.arange(count, device=device)
-        self.rope = [part[0, 0, self.at][:, None] for part in self.table]
-        return self.at
-
-    def store(self, i, k, v):
-        """Write k, v (B, K, T, E) of layer i to the next slots; return k, v of all slots in use."""
-        for stored, new in zip(self.kv[i], (k, v)):
-            stored[self.rows, :, self.at] = new.transpose(1, 2)
-        return self.kv[i][:, :, :, : self.used]
-
-    def select(self, rows: Tensor) -> TextCache:
-        """Keep, drop or repeat rows: one prompt becomes a group of episodes, solved ones leave."""
-        self.kv = {i: kv[:, rows] for i, kv in self.kv.items()}
-        self.length = self.length[rows]
-        return self
+# ---- 3. Generation -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -433,24 +382,24 @@ class Sampling:
     batch: int = 256  # episodes computed side by side: memory, not the result
 
 
-def sample(logits: Tensor, temperature: float, generator=None) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits (B, V), and its log-probability, both (B,). temperature 0:
-    the likeliest token, with its log-probability at temperature 1."""
-    log_p = (logits / (temperature or 1)).log_softmax(-1)
+def sample(logits: Tensor, temperature: float, point: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each row of logits (B, V), and its log-probability, both (B,). point (B, 1)
+    float64: uniform random numbers. temperature 0: the likeliest token, with its log-probability at
+    temperature 1."""
+    log_p = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         token = log_p.argmax(-1)
     else:
-        # One uniform number a row, looked up in the cumulated probabilities: the device need not
-        # answer. A float32 sum of 128,256 of them is off by more than rare tokens weigh.
+        # A row's number is looked up in its cumulated probabilities: the device need not answer. A
+        # float32 sum of 128,256 of them is off by more than rare tokens weigh.
         total = log_p.exp().cumsum(-1, dtype=torch.float64)
-        point = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device,
-                           generator=generator) * total[:, -1:]
-        token = torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+        token = torch.searchsorted(total, point * total[:, -1:], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[1] - 1)
     return token, log_p.gather(1, token[:, None])[:, 0]
 
 
 @torch.inference_mode()
-def generate(model: LlamaVision, cache: TextCache, logits: Tensor, sampling: Sampling,
+def generate(model: LlamaVision, cache: Cache, logits: Tensor, sampling: Sampling,
              stop_ids: set[int]) -> tuple[list, list]:
     """Sample a response for every row of `cache`, whose next-token logits (B, V) are given.
 
@@ -458,22 +407,34 @@ def generate(model: LlamaVision, cache: TextCache, logits: Tensor, sampling: Sam
     Returns lists of token ids and lists of their log-probabilities, one a row. The cache then holds
     all tokens of a response but its last: continue with `extend`.
     """
+    cache.reserve(sampling.max_new_tokens)
+    before = cache.length.clone()
     stops = torch.tensor(sorted(stop_ids), device=logits.device)
-    running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    tokens, log_probs, counted = [], [], []
-    for step in range(1, sampling.max_new_tokens + 1):
-        token, log_p = sample(logits, sampling.temperature, sampling.generator)
-        tokens.append(token)
-        log_probs.append(log_p)
-        counted.append(running)
-        running = running & (token[:, None] != stops).all(1)
-        # Asking the device whether all rows are done costs a wait: after every fourth token only.
-        if step == sampling.max_new_tokens or (step % 4 == 0 and not running.any()):
-            break
-        # Finished rows are computed along but do not grow: their slot is written again later.
-        logits = model.extend(cache, token[:, None], running.long())
-    counts = torch.stack(counted).sum(0).tolist()
-    tokens, log_probs = torch.stack(tokens, 1).tolist(), finite(torch.stack(log_probs, 1)).tolist()
+    running = torch.ones_like(before, dtype=torch.bool)
+    token, log_p = torch.zeros_like(before), torch.zeros_like(before, dtype=torch.float32)
+    point = torch.zeros(len(logits), 1, dtype=torch.float64, device=logits.device)
+
+    def draw(logits):  # in place, like all that a step changes: on a GPU a graph replays it
+        for old, new in zip((token, log_p), sample(logits, sampling.temperature, point)):
+            old.copy_(new)
+        running.logical_and_((token[:, None] != stops).all(1))
+
+    def step():  # finished rows are computed along but do not grow: their slot is written again
+        draw(model.extend(cache, token[:, None], running.long()))
+
+    drawn = []
+    with cache.decoding(step, [stops, running, token, log_p, point], sampling.temperature) as step:
+        for n in range(sampling.max_new_tokens):
+            # Asking whether all rows are done makes the device wait: after every fourth token only.
+            if n % 4 == 0 and not running.any():
+                break
+            if sampling.temperature:
+                point.uniform_(generator=sampling.generator)  # not in the step: new at each replay
+            step() if n else draw(logits)
+            drawn.append((token.clone(), log_p.clone()))
+    counts = (cache.length - before + 1).tolist()  # a response's last token was not fed
+    tokens, log_probs = (torch.stack(part, 1) for part in zip(*drawn))
+    tokens, log_probs = tokens.tolist(), finite(log_probs).tolist()
     return [t[:n] for t, n in zip(tokens, counts)], [p[:n] for p, n in zip(log_probs, counts)]
 
 
@@ -704,11 +665,36 @@ def adapters_off(model: LlamaVision):
 # ---- 6. Images in the decoder --------------------------------------------------------------------
 
 
+class Shared:
+    """Keys and values that rows of text have in common: R sets, and rows (B,): the set of each row.
+    The rows of a set become its queries. With 2 prompts and groups of 3: R = 2, rows = [0, 0, 0, 1,
+    1, 1], share = 3."""
+    whole = True
+
+    def arrange(self, rows, sets):
+        """Find a place for each row among the `share` of its set."""
+        same = rows[:, None] == rows
+        self.rows, self.sets = rows, sets
+        self.share = int(same.sum(1).max())  # rows of the set that has most
+        self.slot = rows * self.share + same.tril(-1).sum(1)  # (B,): each row's of R * share
+        self.even = self.slot.tolist() == [*range(sets * self.share)]  # nothing to move
+
+    def fold(self, x):
+        """(B, heads, T, E) of rows -> (R, heads, share * T, E) of sets. Slots without a row hold
+        ones."""
+        if not self.even:
+            x = x.new_ones(self.sets * self.share, *x.shape[1:]).index_copy(0, self.slot, x)
+        return x.unflatten(0, (-1, self.share)).transpose(1, 2).flatten(2, 3)
+
+    def unfold(self, x):
+        """(R, heads, share * T, E) of sets -> (B, heads, T, E) of rows."""
+        x = x.unflatten(2, (self.share, -1)).transpose(1, 2).flatten(0, 1)
+        return x if self.even else x[self.slot]
+
+
 @dataclass(eq=False)
-class ImageContext:
-    """The images that rows of text may see: R sets of up to I images, and the set of each row. Rows
-    that share a set (the episodes of a group) share its keys and values: they become its queries.
-    With 2 prompts and groups of 3: R = 2, rows = [0, 0, 0, 1, 1, 1], share = 3.
+class ImageContext(Shared):
+    """The images that rows of text may see: R sets of up to I images, and the set of each row.
 
     features (R, I * M * P, D): projected image tokens; tiles (R, I, M) bool: those that exist; rows
     (B,) long: the set of each row of text, by default its own. prefix_looks: tokens before an image
@@ -725,9 +711,7 @@ class ImageContext:
     def __post_init__(self):
         if self.rows is None:
             self.rows = torch.arange(len(self.tiles), device=self.tiles.device)
-        same = self.rows[:, None] == self.rows
-        self.share = int(same.sum(1).max())  # rows of the set that has most
-        self.slot = self.rows * self.share + same.tril(-1).sum(1)  # (B,): each row's of R * share
+        self.arrange(self.rows, len(self.tiles))
         self.whole = bool(self.tiles.all())
 
     @classmethod
@@ -753,6 +737,10 @@ class ImageContext:
         layers = model.language_model.model.layers
         return replace(self, cross={i: layers[i].cross_attn.keys_values(self.features)
                                     for i in model.config.text.cross_attention_layers})
+
+    def tensors(self):
+        """What a decoding step reads."""
+        return [self.rows, self.slot, self.tiles, *chain(*self.cross.values())]
 
     def change(self, rows, function):
         """The context for other rows, with function(x, d) of every tensor x whose dimension d has
@@ -788,16 +776,6 @@ class ImageContext:
                  for i in own.cross}
         return replace(own, features=torch.cat([own.features, more.features], 1),
                        tiles=torch.cat([own.tiles, more.tiles], 1), cross=cross)
-
-    def fold(self, x):
-        """(B, heads, T, E) of rows -> (R, heads, share * T, E) of sets. Slots without a row hold
-        ones."""
-        slots = x.new_ones(len(self.tiles) * self.share, *x.shape[1:]).index_copy(0, self.slot, x)
-        return slots.unflatten(0, (-1, self.share)).transpose(1, 2).flatten(2, 3)
-
-    def unfold(self, x):
-        """(R, share * T, D) of sets -> (B, T, D) of rows."""
-        return x.unflatten(1, (self.share, -1)).flatten(0, 1)[self.slot]
 
     def visible(self, shown, at=None):
         """shown (B, S) bool: where <|image|> stands; at (B, T): the positions asked for, by default
@@ -841,20 +819,141 @@ def finite(log_probs: Tensor) -> Tensor:
     return log_probs
 
 
-class Cache(TextCache):
-    """A TextCache whose rows may see images. The keys and values of an image are computed once for
-    all rows that share it, and for all their turns and tokens."""
+# ---- 7. Cache ------------------------------------------------------------------------------------
+
+
+class SharedPrompt(Shared):
+    """Prompts whose rows go on alone. kv: keys and values, {layer: (2, R, K, S0, E)}."""
+
+    def __init__(self, kv, rows):
+        sets, rows = rows.unique(return_inverse=True)
+        self.kv = {i: kv[:, sets] for i, kv in kv.items()}
+        self.arrange(rows, len(sets))
+
+    def tensors(self):
+        return [self.rows, self.slot, *self.kv.values()]
+
+    def product(self, x, y):
+        """x (B * K, n, m) of rows with y (R, K, m, S) of their prompts -> (B * K, n, S)."""
+        folded = self.fold(x.unflatten(0, (len(self.rows), -1))).flatten(0, 1)
+        return self.unfold(product(folded, y.flatten(0, 1)).unflatten(0, y.shape[:2])).flatten(0, 1)
+
+
+def product(a, b):
+    """a @ b, three-dimensional. On a GPU in float32 whatever the factors are: scores rounded to
+    bfloat16 would shift the softmax."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b)
+
+
+class Cache:
+    """Keys and values of every self-attention layer, in slots: token t of a row lies in slot t
+    whatever the other rows hold, so rows need not be equally long.
+
+    length (B,): tokens of each row. Rows may see images, and share prompts: keys and values of an
+    image are computed once for all rows that share it, for all their turns and tokens; those of a
+    prompt are kept once for the rows that `select` makes of it. The first `start` (B,) tokens of
+    such rows, at most `offset`, take none of their slots. `Prompts`, a cache with gradients, offers
+    the decoder the same: image, rope, attend, visible.
+    """
 
     def __init__(self, model: LlamaVision, rows: int, slots: int,
                  image: ImageContext | None = None):
-        super().__init__(model, rows, slots)
-        self.shown = torch.zeros(rows, 0, dtype=torch.bool, device=model.device)  # by <|image|>
-        self.model = model
+        c, weight = model.config.text, model.language_model.lm_head.weight
+        self.model, self.prompt, self.slots, self.offset = model, None, 0, 0
+        self.fixed = weight.is_cuda  # attend to free slots too: few shapes, which GPUs want
+        shape = (2, rows, c.num_key_value_heads, 0, c.head_dim)  # keys and values
+        self.kv = {i: weight.new_zeros(shape) for i in range(c.num_hidden_layers)
+                   if i not in c.cross_attention_layers}
+        self.heads = c.num_key_value_heads
+        self.length, self.start = torch.zeros(2, rows, dtype=torch.long, device=weight.device)
+        self.shown = self.length[:, None] > 0  # where <|image|> stands
         self.image = image and image.with_keys(model)
+        self.reserve(slots)
 
     @property
     def cross(self):
         return self.image.cross
+
+    @torch.inference_mode(False)  # or later turns could not write to what `generate` reserves
+    def reserve(self, count: int) -> Cache:
+        """Make room for `count` more tokens in every row. It asks the device: once a turn."""
+        self.used = int((self.length - self.start).max())
+        extra = max(0, self.used + count - self.slots)
+        extra += self.fixed * (-(self.slots + extra) % 64)
+        if extra > 0:
+            graph = GRAPHS.get(self.model)  # whose memory is free between two rollouts
+            for i, kv in self.kv.items():
+                shape = (*kv.shape[:3], self.slots + extra, kv.shape[4])
+                fits = graph is not None and graph.kv[i].shape == shape
+                self.kv[i] = graph.kv[i] if fits else kv.new_zeros(shape)
+                self.kv[i][:, :, :, : self.slots] = kv
+            self.shown = F.pad(self.shown, (0, extra))
+            self.slots += extra
+        return self
+
+    def next_slots(self, count):
+        """Slots for the next `count` tokens of each row, and what these see. ValueError: not
+        reserved."""
+        self.used += count  # an upper bound of the fullest row, without asking the device
+        if self.used > self.slots:
+            raise ValueError(f"{self.used} tokens do not fit in {self.slots} slots: reserve more.")
+        numbers = torch.arange(self.offset + self.slots, device=self.length.device)
+        self.at = self.length[:, None] + numbers[:count]  # positions (B, T)
+        self.rope = rope_table(self.model.config.text, self.at)
+        slot = (self.at - self.start[:, None])[:, None]  # (B, 1, T)
+        first = torch.arange(len(slot) * self.heads, device=slot.device).view(-1, self.heads, 1)
+        self.to = (first * self.slots + slot).flatten()  # (B * K * T,), in a list of all
+        self.mask, self.width = None, count  # the first tokens are causal among themselves
+        if self.offset + self.used > count:
+            self.width = self.slots if self.fixed else self.used
+            self.mask = numbers[: self.width] <= slot[..., None]  # (B, 1, T, S)
+            if self.prompt is not None:
+                known = numbers[: self.offset] < self.start[:, None, None, None]
+                self.mask = torch.cat([known.expand(-1, -1, count, -1), self.mask], 3)
+            if count == 1:  # (B * K, 1, S0 + S), added to scores; -inf could become NaN
+                bias = torch.where(self.mask, 0.0, -1e30)
+                self.mask = bias.expand(-1, self.heads, -1, -1).flatten(0, 1)
+
+    def attend(self, i, q, k, v):
+        """Write k, v (B, K, T, E) of layer i to the next slots. Attention of q (B, H, T, E) to all
+        that is there -> (B, T, H * E)."""
+        for stored, new in zip(self.kv[i].view(2, -1, k.shape[3]), (k, v)):
+            stored.index_copy_(0, self.to, new.reshape(-1, k.shape[3]))
+        own, prompt = self.kv[i][:, :, :, : self.width], self.prompt
+        if q.shape[2] > 1 or self.mask is None:
+            if prompt is not None:
+                own = torch.cat([prompt.kv[i][:, prompt.rows], own], 3)
+            return causal_attention(q, *own, self.mask)
+        # One token by hand: torch's kernels are slow for so few queries, and a prompt is read once
+        # for all its rows: two parts under one softmax (Juravsky et al., arXiv 2402.05099).
+        k, v = own.flatten(1, 2)  # (B * K, S, E)
+        queries = q.reshape(len(k), -1, q.shape[3])  # (B * K, H / K, E)
+        scores = product(queries, k.mT)
+        if prompt is not None:
+            first = prompt.product(queries, prompt.kv[i][0].mT)
+            scores = torch.cat([first, scores], 2)  # (B * K, H / K, S0 + S)
+        scores = torch.add(self.mask, scores, alpha=q.shape[3]**-0.5)
+        weights = scores.softmax(2).to(q.dtype)
+        out = product(weights[..., self.offset :], v)
+        if prompt is not None:
+            out += prompt.product(weights[..., : self.offset], prompt.kv[i][1])
+        return out.to(q.dtype).view(len(q), 1, -1)
+
+    def select(self, rows: Tensor) -> Cache:
+        """Keep, drop or repeat rows: one prompt becomes a group of episodes, solved ones leave."""
+        if self.prompt is not None:
+            self.prompt = SharedPrompt(self.prompt.kv, self.prompt.rows[rows])
+        elif len(rows.unique()) < len(rows):
+            self.prompt, self.start = SharedPrompt(self.kv, rows), self.length
+            self.kv = {i: kv[:, :, :, :0] for i, kv in self.kv.items()}
+            self.offset, self.slots = self.slots, 0
+        self.kv = {i: kv[:, rows] for i, kv in self.kv.items()}
+        self.length, self.start, self.shown = (
+            x[rows] for x in (self.length, self.start, self.shown))
+        self.image = self.image and self.image.select(rows)
+        return self
 
     def add_images(self, more: ImageContext | None):
         """Further images for the turn that is fed next: an ImageContext of the cache's rows, with
@@ -864,12 +963,6 @@ class Cache(TextCache):
         elif more is not None:
             self.image = self.image.add(more, self.model)
 
-    def visible(self, shown):
-        """ImageContext.visible of the next slots; shown (B, T): where <|image|> stands in them."""
-        self.shown = F.pad(self.shown, (0, self.slots - self.shown.shape[1]))
-        self.shown.scatter_(1, self.at, shown)
-        return self.image.visible(self.shown[:, : self.used], self.at)
-
     def keep_latest_image(self):
         """Drop all images but the latest of each row, with their keys and values: no token to come
         sees the others. Not for rows whose latest <|image|> follows directly on another one, which
@@ -877,13 +970,70 @@ class Cache(TextCache):
         self.image = self.image.latest()
         self.shown = self.shown & (self.shown.cumsum(1) == self.shown.sum(1, keepdim=True))
 
-    def select(self, rows: Tensor) -> Cache:
-        self.shown = self.shown[rows]
-        self.image = self.image and self.image.select(rows)
-        return super().select(rows)
+    def visible(self, shown):
+        """ImageContext.visible of the next slots; shown (B, T): where <|image|> stands in them."""
+        self.shown.scatter_(1, self.at, shown)
+        return self.image.visible(self.shown, self.at)
+
+    @contextmanager
+    def decoding(self, step, state, temperature):
+        """A context with a cheaper `step`, which reads and writes this cache and `state` (tensors),
+        all in place: adapters are cast once, and on a GPU it becomes a StepGraph. A model's last
+        graph is kept: when everything has the same shape again, its tensors take over what ours
+        hold. So a new rollout ends the one before it."""
+        linears = linear_layers(self.model).values()
+        half = [m for m in linears if m.lora_A is not None and m.weight.dtype != torch.float32]
+        for linear in half:
+            linear.cast = linear.cast_lora(linear.weight.dtype)
+        if self.fixed:
+            shared = [part for part in (self.prompt, self.image) if part is not None]
+            tensors = [*state, self.length, self.start, self.shown, *self.kv.values(),
+                       *chain(*(m.cast for m in half), *(part.tensors() for part in shared))]
+            key = (temperature, [t.shape for t in tensors],
+                   [(part.share, part.even, part.whole) for part in shared],
+                   [p.data_ptr() for p in self.model.parameters()],
+                   [m.lora_on * m.lora_scale for m in linears])
+            graph = GRAPHS.get(self.model)
+            if graph is None or graph.key != key:
+                graph = GRAPHS[self.model] = StepGraph(key, tensors, self.kv)
+            for old, new in zip(graph.tensors, tensors):
+                new.set_(old.copy_(new))
+            step = partial(graph.run, step)
+        try:
+            yield step
+        finally:
+            for linear in half:
+                linear.cast = None
 
 
-# ---- 7. Batches ----------------------------------------------------------------------------------
+GRAPHS = weakref.WeakKeyDictionary()  # {model: its last StepGraph}
+
+
+class StepGraph:
+    """A decoding step as a CUDA graph. key: what it was captured for. tensors: all that it reads
+    and writes from one call to the next, besides the weights; they stay where they are."""
+
+    def __init__(self, key, tensors, kv):
+        self.key, self.tensors, self.kv, self.calls = key, tensors, kv, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def run(self, step):
+        """Two calls warm up, the third is captured (which computes nothing) and, like all after it,
+        replayed."""
+        if self.calls < 2:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                step()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        elif self.calls == 2:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                step()
+        if self.calls >= 2:
+            self.graph.replay()
+        self.calls += 1
+
+
+# ---- 8. Batches ----------------------------------------------------------------------------------
 
 
 class Prompts:
@@ -897,22 +1047,22 @@ class Prompts:
     the right, which the mask of the second pass has to hide.
     """
 
-    def __init__(self, model, ids, at, image, before=None, rows=None):
+    def __init__(self, model, ids, at, image, mask=None, before=None, rows=None):
         c = model.config.text
         self.rope = rope_table(c, at)
         self.at = at
         self.shown = ids == c.vocab_size
         self.image = image
-        self.before = before
-        self.rows = rows
+        self.mask, self.before, self.rows = mask, before, rows
         self.stored = {}
 
-    def store(self, i, k, v):
+    def attend(self, i, q, k, v):
         if self.before is None:
             self.stored.setdefault(i, (k, v))  # not the second time, when the layer runs again
-            return k, v
-        return [torch.cat([old.index_select(0, self.rows), new], 2)
-                for old, new in zip(self.before.stored[i], (k, v))]
+        else:
+            k, v = (torch.cat([old.index_select(0, self.rows), new], 2)
+                    for old, new in zip(self.before.stored[i], (k, v)))
+        return causal_attention(q, k, v, self.mask)
 
     def visible(self, _):
         return self.image.visible(self.shown, self.at)
@@ -946,11 +1096,11 @@ def states_before(model, ids, chosen, image):
                      image and replace(image, rows=image.rows[first]))
     decoder(prompts, None, None, cache=shared)
     at = (start[:, None] + positions[:count]).clamp(max=ids.shape[1] - 2)
-    own = Prompts(model, ids, at, image, before=shared, rows=torch.tensor(rows, device=ids.device))
     of_prompt = (positions[:width] < start[:, None])[:, None].expand(-1, count, -1)
     causal = torch.ones(len(ids), count, count, dtype=torch.bool, device=ids.device).tril()
     mask = torch.cat([of_prompt, causal], 2)[:, None]
-    return decoder(ids.gather(1, at), None, mask, cache=own)[row, t - start[row]]
+    own = Prompts(model, ids, at, image, mask, shared, torch.tensor(rows, device=ids.device))
+    return decoder(ids.gather(1, at), None, None, cache=own)[row, t - start[row]]
 
 
 def pad_rows(rows: list[list], pad, device) -> tuple[Tensor, Tensor]:
@@ -960,7 +1110,7 @@ def pad_rows(rows: list[list], pad, device) -> tuple[Tensor, Tensor]:
     return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
-# ---- 8. Vision tower -----------------------------------------------------------------------------
+# ---- 9. Vision tower -----------------------------------------------------------------------------
 
 
 class VisionAttention(nn.Module):
@@ -1110,7 +1260,7 @@ class VisionTower(nn.Module):
         return torch.cat([x, taps], -1)[:, : M * P].unflatten(1, (M, P))
 
 
-# ---- 9. Pictures ---------------------------------------------------------------------------------
+# ---- 10. Pictures --------------------------------------------------------------------------------
 
 # Canvases in tiles, id = index + 1. Height first: (width, height) would be silently wrong.
 RATIOS = [(rows, cols) for rows in range(1, 5) for cols in range(1, 5) if rows * cols <= 4]
@@ -1196,7 +1346,7 @@ def pack_images(sets: list[list[Image.Image]], tile: int) -> tuple[Tensor, Tenso
     return tiles, ratio_ids
 
 
-# ---- 10. Tokenizer and chat ----------------------------------------------------------------------
+# ---- 11. Tokenizer and chat ----------------------------------------------------------------------
 
 BOS, EOT, PAD, IMAGE = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", "<|image|>"
 STOPS = ("<|end_of_text|>", "<|eom_id|>", EOT)
@@ -1272,7 +1422,7 @@ class Tokenizer:
         return message + [self.eot] + self.header("assistant")
 
 
-# ---- 11. Saving ----------------------------------------------------------------------------------
+# ---- 12. Saving ----------------------------------------------------------------------------------
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -1385,7 +1535,7 @@ def save_adapter(model: LlamaVision, directory, base):
         "lora_alpha": first.lora_scale * rank, "target_modules": [*adapted, *in_memory]})
 
 
-# ---- 12. Loading ---------------------------------------------------------------------------------
+# ---- 13. Loading ---------------------------------------------------------------------------------
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Entries of PEFT's LoRA that are read here or change no output; others are refused when they are
@@ -1528,7 +1678,7 @@ def read_adapter(directory):
     return Adapter(rank, alpha, tuple(modules), base, files)
 
 
-# ---- 13. Files of others -------------------------------------------------------------------------
+# ---- 14. Files of others -------------------------------------------------------------------------
 
 
 def remedies(kind):
@@ -1693,7 +1843,7 @@ def _file(directory, name):
     return path
 
 
-# ---- 14. Cost ------------------------------------------------------------------------------------
+# ---- 15. Cost ------------------------------------------------------------------------------------
 
 
 def count_parameters(model: LlamaVision) -> dict[str, int]:

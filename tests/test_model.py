@@ -1,11 +1,15 @@
 """model.py: the same numbers however they are computed."""
 
+import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model as M
 from assets import make_base
@@ -106,7 +110,7 @@ def test_batched_generation_equals_each_prompt_alone(model, tokenizer):
 
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0]]).repeat(20000, 1)
-    token, log_p = M.sample(logits, 0.5, torch.Generator().manual_seed(0))
+    token, log_p = M.sample(logits, 0.5, torch.rand(20000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     p = (logits[0] / 0.5).softmax(-1)
     assert torch.allclose(torch.bincount(token, minlength=3) / 20000, p, atol=0.015)
     assert torch.allclose(log_p, p.log()[token], atol=1e-6)
@@ -397,3 +401,214 @@ def test_flops_against_torchs_counter(model, tokenizer):
     ours = M.pass_flops(model, M.text_work(0, 9, 9))
     causal = 3 * 4 * 32 * 45  # torch counts attention on some devices as a whole square, on others not at all
     assert counter.get_total_flops() in (ours - causal, ours - causal + 3 * 4 * 32 * 81)
+
+
+# ---- decoding as it runs on a GPU: all slots attended to, the step captured once and replayed
+
+class FakeGraph(TorchDispatchMode):
+    """A CUDA graph on the CPU: capturing notes every operation with the tensors it was given and gave, replaying computes these
+    again into the same memory. Whatever the step did in Python is frozen, and asking for a value is an error, as there."""
+    made, in_use = [], None
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+        FakeGraph.made.append(self)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a captured step asks the device"
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again)):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)  # views and operations in place have written there already
+
+
+class Capture:
+    """torch.cuda.graph: what is computed while capturing is not computed, so all that it wrote is put back."""
+    def __init__(self, graph, stream=None):
+        self.graph = graph
+
+    def __enter__(self):
+        self.kept = [t.clone() for t in FakeGraph.in_use]
+        self.graph.__enter__()
+
+    def __exit__(self, *error):
+        self.graph.__exit__(*error)
+        for t, kept in zip(FakeGraph.in_use, self.kept):
+            t.copy_(kept)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Cache.fixed, and StepGraph with the graph above."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"CUDAGraph": FakeGraph, "graph": Capture, "Stream": lambda: stream, "current_stream": lambda: stream,
+                        "stream": lambda other: contextlib.nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    init, reserve, graph = M.Cache.__init__, M.Cache.reserve, M.StepGraph.__init__
+
+    def fixed(self, *args):
+        self.reserve = lambda count: self  # as reserve looks at `fixed`, which init sets
+        init(self, *args)
+        del self.reserve
+        self.fixed = True
+        self.reserve(args[2])
+
+    def noting(self, key, tensors, kv):
+        FakeGraph.in_use = tensors
+        graph(self, key, tensors, kv)
+    monkeypatch.setattr(M.Cache, "__init__", fixed)
+    monkeypatch.setattr(M.StepGraph, "__init__", noting)
+    FakeGraph.made.clear()
+
+
+def played(model, tokenizer, prompts, group, temperature, turns=3, image=None):
+    """What `group` rows of every prompt write in several turns; rows leave between them, and others get a longer text to read."""
+    generator = torch.Generator().manual_seed(4)
+    ids, lengths = M.pad_rows(prompts, tokenizer.pad, "cpu")
+    found = []
+    with torch.no_grad():
+        cache = M.Cache(model, len(ids), ids.shape[1], image)
+        rows = torch.arange(len(ids)).repeat_interleave(group)
+        logits = model.extend(cache, ids, lengths)[rows]
+        cache.select(rows)
+        told = [prompts[row] for row in rows]
+        for turn in range(turns):
+            responses, log_probs = M.generate(model, cache, logits, M.Sampling(9, temperature, generator), tokenizer.stop_ids)
+            found += [(list(t), r, lp) for t, r, lp in zip(told, responses, log_probs)]
+            going = [i for i in range(len(told)) if (i + turn) % 4 != 1]
+            if not going:
+                break
+            told = [told[i] + responses[i] + ids_of(tokenizer, 2 + i % 3, seed=turn) for i in going]
+            cache.select(torch.tensor(going))
+            new, count = M.pad_rows([t[n:] for t, n in zip(told, cache.length.tolist())], tokenizer.pad, "cpu")
+            logits = model.extend(cache.reserve(new.shape[1]), new, count)
+    return found
+
+
+def ragged(tokenizer, count):
+    return [ids_of(tokenizer, n, seed=n) for n in (3, 11, 6, 8)[:count]]
+
+
+@pytest.mark.parametrize("prompts, group", [(1, 1), (3, 1), (2, 2), (3, 5), (1, 16)])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_shared_prompts_and_replayed_steps_change_nothing(model, tokenizer, prompts, group, temperature, request):
+    """Against the whole text computed at once; and rows that decode with a graph over all slots against those without."""
+    plain = played(model, tokenizer, ragged(tokenizer, prompts), group, temperature)
+    for text, response, log_probs in plain:
+        whole = model.logits(model(torch.tensor([text + response])))[0] / (temperature or 1)
+        at = whole.log_softmax(-1)[len(text) - 1 : -1]
+        assert log_probs == pytest.approx(at.gather(1, torch.tensor(response)[:, None])[:, 0].tolist(), abs=1e-5)
+        if not temperature:
+            assert response == at.argmax(-1).tolist()
+    request.getfixturevalue("as_on_a_gpu")
+    for again in range(2):
+        captured = played(model, tokenizer, ragged(tokenizer, prompts), group, temperature)
+        assert [(t, r) for t, r, _ in captured] == [(t, r) for t, r, _ in plain]
+        assert all(a == pytest.approx(b, abs=1e-5) for (_, _, a), (_, _, b) in zip(captured, plain))
+    assert sum(graph.replays for graph in FakeGraph.made) >= 6
+
+
+def test_a_prompt_is_kept_once(model, tokenizer):
+    ids, lengths = M.pad_rows(ragged(tokenizer, 3), tokenizer.pad, "cpu")
+    with torch.no_grad():
+        cache = M.Cache(model, 3, ids.shape[1])
+        model.extend(cache, ids, lengths)
+        cache.select(torch.arange(3).repeat_interleave(16)).reserve(4)
+        assert {kv.shape[1:4:2] for kv in cache.kv.values()} == {(48, 4)}
+        assert {kv.shape[1:4:2] for kv in cache.prompt.kv.values()} == {(3, 11)}
+        cache.select(torch.arange(16, 40))  # no row of the first prompt is left
+        assert {kv.shape[1] for kv in cache.prompt.kv.values()} == {2} and cache.prompt.share == 16
+
+
+def pictures(model, count):
+    """An ImageContext of one picture for each of `count` prompts, of one to three tiles."""
+    v, generator = model.config.vision, torch.Generator().manual_seed(6)
+    tiles = torch.randn(count, 1, 4, 3, v.image_size, v.image_size, generator=generator)
+    return model.encode_images(tiles, torch.tensor([[1], [3], [6]])[:count])
+
+
+def test_a_graph_serves_the_next_rollout_too(model, tokenizer, as_on_a_gpu):
+    """Captured once for all rollouts of its shapes, whatever the weights, prompts and pictures; anew where more has changed."""
+    image = model.config.text.vocab_size
+
+    def rollout(seed, group=4):
+        prompts = [[ids_of(tokenizer, 1)[0], image, *ids_of(tokenizer, 5 + seed + n, seed=seed)] for n in range(3)]
+        with torch.no_grad():
+            context = pictures(model, 3)
+        for text, response, log_probs in played(model, tokenizer, prompts, group, 1.0, turns=1, image=context):
+            row = [p == text for p in prompts].index(True)
+            whole = model(torch.tensor([text + response]), image=context.select(torch.tensor([row])))
+            at = model.logits(whole)[0].log_softmax(-1)[len(text) - 1 : -1]
+            assert log_probs == pytest.approx(at.gather(1, torch.tensor(response)[:, None])[:, 0].tolist(), abs=2e-5)
+    with torch.no_grad():
+        for seed in range(3):
+            rollout(seed)
+            for p in model.parameters():
+                p.mul_(1.02)
+        assert len(FakeGraph.made) == 1 and FakeGraph.made[0].replays > 10
+        rollout(3, group=2)
+        assert len(FakeGraph.made) == 2
+        M.add_lora(model, 2, 3.0)
+        for linear in M.linear_layers(model).values():
+            if linear.lora_A is not None:
+                linear.lora_B.weight.normal_(std=0.1)
+        for seed in range(2):
+            rollout(seed, group=2)
+        assert len(FakeGraph.made) == 3
+        with M.adapters_off(model):
+            rollout(0, group=2)
+        assert len(FakeGraph.made) == 4
+
+
+def test_other_groups_of_the_same_sizes_are_captured_anew(model, tokenizer, as_on_a_gpu):
+    ids, lengths = M.pad_rows(ragged(tokenizer, 2), tokenizer.pad, "cpu")
+    for rows in ([0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1]):
+        with torch.no_grad():
+            cache = M.Cache(model, 2, ids.shape[1])
+            logits = model.extend(cache, ids, lengths)[rows]
+            responses, _ = M.generate(model, cache.select(torch.tensor(rows)), logits, M.Sampling(9, 0.0), {-1})
+            assert responses == [greedy_by_hand(model, ragged(tokenizer, 2)[row], {-1}, 9) for row in rows]
+
+
+def test_adapters_are_cast_once_a_response(model, tokenizer, monkeypatch, request):
+    M.add_lora(model, 2, 3.0)
+    model.to(torch.bfloat16)
+    adapted = [linear for linear in M.linear_layers(model).values() if linear.lora_A is not None]
+    calls, real = [], M.Linear.cast_lora
+    monkeypatch.setattr(M.Linear, "cast_lora", lambda *args: calls.append(1) or real(*args))
+    for linear in adapted:
+        linear.lora_A.float(), linear.lora_B.float()
+    ids, lengths = M.pad_rows(ragged(tokenizer, 3), tokenizer.pad, "cpu")
+
+    def log_probs():
+        with torch.no_grad():
+            cache = M.Cache(model, 3, ids.shape[1])
+            logits = model.extend(cache, ids, lengths)
+            calls.clear()
+            return torch.tensor(M.generate(model, cache, logits, M.Sampling(9, 0.0), {-1})[1])
+    log_probs()
+    assert len(calls) == len(adapted) and all(linear.cast is None for linear in adapted)
+    request.getfixturevalue("as_on_a_gpu")
+    before = log_probs()
+    with torch.no_grad():
+        for linear in adapted:
+            linear.lora_B.weight.normal_(std=0.3)
+    after = log_probs()
+    assert len(FakeGraph.made) == 1 and (before - after).abs().max() > 0.1
+    monkeypatch.undo()
+    assert (after[:, 0] - log_probs()[:, 0]).abs().max() < 0.05
+
+
+def test_norms_of_half_precision_round_as_the_checkpoint_has_it():
+    x, norm = torch.randn(5, 7, 64).bfloat16(), M.RMSNorm(64, 1e-5).bfloat16()
+    norm.weight.data.normal_()
+    by_hand = (x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()).bfloat16() * norm.weight
+    assert torch.equal(norm(x), by_hand)
