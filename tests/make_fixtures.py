@@ -8,6 +8,7 @@ The two patches that make transformers compute what Meta's reference code does (
   1. vision taps are the inputs of the named layers: the indices are passed one lower;
   2. a token that sees no image gets nothing from a cross layer: the attention's output is multiplied by 0 there as well.
 Attention is eager, and the cross-attention mask is always passed: under sdpa without it transformers turns causal.
+check_llama_models.py compares the "meta" fixtures with Meta's own code, which is why weights and RoPE are such as it can have.
 
 Weights and inputs come from numpy's frozen RandomState, so that the fixtures hold results only.
 """
@@ -30,7 +31,7 @@ VOCAB, PAD = 50, 0
 IMAGE = VOCAB  # the first id behind lm_head
 
 # name: (config, seed, rows of text as strings: one letter a token, "i" = <|image|>; the ratio ids of each row's images)
-TEXT = M.TextConfig(VOCAB, 32, 48, 5, 4, 2, (1, 2, 4), rope_theta=100.0, rope_factor=4.0, rope_original=32)
+TEXT = M.TextConfig(VOCAB, 32, 48, 5, 4, 2, (1, 2, 4), rope_theta=100.0, rope_factor=8.0, rope_original=32)
 VISION = M.VisionConfig(24, 2, 40, 5, 2, 4, 12, 4, (1, 2, 4))
 CASES = {
     # grouped heads; cross layers adjacent and last; consecutive, several, missing images; a text-only row
@@ -59,8 +60,17 @@ def random_weights(shapes, seed):
             noise = 0.4 * noise
         else:
             noise = noise * 1.2 / np.sqrt(np.prod(shape[1:]))
+        if name.endswith("embedding.weight") and shape[0] == 9:
+            noise = corners(random.standard_normal((4, 4, shape[1] // 4)) * 0.4)
         out[name] = torch.tensor(noise, dtype=torch.float32)
     return out
+
+
+def corners(table):
+    """What a published checkpoint has for each aspect ratio id, (9, 4 * N), of Meta's table of tiles by row and column (4, 4, N):
+    its corner, row by row; zeros for tiles that are not there, and for id 0."""
+    rows = [table[:r, :c].reshape(r * c, -1) for r, c in M.RATIOS]
+    return np.stack([np.pad(row, ((0, 4 - len(row)), (0, 0))).reshape(-1) for row in [table[0, :0], *rows]])
 
 
 def batch(name):
