@@ -36,14 +36,16 @@ base-row: .venv/ready
 	@$(PY) evaluate.py $(BASE_MODEL) --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out "$(STUDY)/base" --or-resume
 
 # In pictures. A step costs three times as much, so there are fewer.
-VL = TASK=gp-vl K= FLOPS=$(FLOPS_VL) EVALS=$(EVALS_VL)
+VL = TASK=gp-vl K= FLOPS=$(FLOPS_VL) EVALS=$(EVALS_VL) SFT_LR=$(SFT_LR_VL) RL_LR=$(RL_LR_VL)
 FLOPS_VL ?= 5e12
+SFT_LR_VL ?= 3e-4
+RL_LR_VL ?= 3e-5
 EVALS_VL ?= 5
 STUDY_VL ?= runs/demo-vl
 demo-vl:
 	$(MAKE) demo $(VL) STUDY="$(STUDY_VL)"
 study-vl:
-	$(MAKE) set $(VL) EVALS=3 SET=vl
+	$(MAKE) set $(VL) EVALS=3 SET=vl GRID_SFT="1e-4 3e-4 1e-3" GRID_RL="1e-5 3e-5 1e-4"
 
 # Walks: two answers at each position, as in the paper.
 VIRL = TASK=virl-l EXPERT=reworded K= ATTEMPTS=2 PROBLEMS=16 FLOPS=$(FLOPS_VIRL) EVALS=$(EVALS_VIRL) SFT_LR=$(SFT_LR_VIRL) RL_LR=$(RL_LR_VIRL)
