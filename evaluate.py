@@ -21,7 +21,6 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
@@ -838,7 +837,7 @@ STAGES = ("base", "warmup", "sft", "rl")  # in the order of training
 MAX_FILE = 1 << 28  # bytes of an evaluation
 
 
-def _read(path, check):
+def read_checked(path, check):
     """check(the JSON in a file); any failure is one sentence that names the file."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_FILE:  # a pipe would never end
@@ -850,25 +849,12 @@ def _read(path, check):
                          "version.") from None
 
 
-def _flags(args):
+def flags_of(args):
     """The flags in an args.json, if those that are counted with are numbers."""
     for name in ("steps", "flops", "lr", "attempts"):
         if not isinstance(args.get(name, 0), (int, float)):
             raise ValueError(f"{name} is no number")
     return args
-
-
-def _check(evaluation, render):
-    """The evaluation in a file, if it has the shape that `evaluate` and the trainers give it."""
-    counts = [evaluation[name] for name in ("step", "flops", "attempts")]
-    if not (evaluation["classes"] and ROWS.keys() <= evaluation["rows"].keys()
-            and all(0 <= count < math.inf for count in counts)):
-        raise ValueError("it lacks problems or one of the rows id, rule and fake, or its step, "
-                         "flops or attempts are not counts")
-    # Samples are rendered here, so that one that cannot be shown is refused with its file's name.
-    problem, samples = task_class(evaluation), evaluation["samples"]
-    episodes = [(sample["row"], render(problem, sample)) for sample in samples]
-    return add_scores(evaluation) | {"episodes": episodes}
 
 
 def add_scores(evaluation):
@@ -923,38 +909,6 @@ def kinds_of_action(lists, n):
 def task_class(evaluation):
     """The class of an evaluation's problems."""
     return tasks.task_of(evaluation["suite"]).problem
-
-
-def load_study(directory, render=lambda problem, sample: ""):
-    """A list of the studies in a directory, one for each set of problems, or that of a single run,
-    from `RUN/evals/NNNNNN.json` and `RUN/args.json`.
-
-    RUN is an arm's name with `-sN` for seed N, or without for seed 0. ValueError, one sentence,
-    when there is nothing, or a file is malformed. render(the problems' class, a sample): its HTML.
-    """
-    studies = {}
-    files = [*Path(directory).glob("evals/*.json"), *Path(directory).glob("*/evals/*.json")]
-    for file in sorted(files, key=lambda file: (file.parent, len(file.name), file.name)):
-        run = file.absolute().parent.parent
-        arm, seed = re.fullmatch(r"(.+?)(?:-s(\d{1,9}))?", run.name, re.DOTALL).groups()
-        seed = int(seed or 0)
-        args = _read(run / "args.json", _flags) if (run / "args.json").exists() else {}
-        start = Path(str(args.get("init_path") or f"unknown-s{seed}/start")).parts[-3:]
-        evaluation = _read(file, partial(_check, render=render)) | {"args": args, "start": start}
-        evaluation["self"] = *run.parts[-2:], f"step-{evaluation['step']:06d}"
-        problems = map(evaluation.get, ("suite", "split", "rule", "visual", "classes"))
-        study = studies.setdefault(json.dumps([*problems]), {})
-        evals = study.setdefault(arm, {}).setdefault(seed, [])
-        evals.append(evaluation)
-        if evals[0]["self"][1] != run.name:
-            raise ValueError(f"{run} is a second run of arm {arm} with seed {seed}: rename one of "
-                             "the two.")
-    if not studies:
-        raise ValueError(f"There is no evaluation in {directory}: train an arm first, or name a "
-                         "study directory.")
-    # In tables and figures the stages come in the order of training, then other arms by name.
-    return [{arm: study[arm] for arm in dict.fromkeys([*STAGES, *sorted(study)]) if arm in study}
-            for study in studies.values()]
 
 
 def any_of(mapping):
@@ -1294,7 +1248,7 @@ def run_flags(name):
     """The flags of the run that a name means, or whose checkpoint it is; {} of other models."""
     for path in (Path(name, "args.json"), Path(name, "..", "args.json")):
         if name and path.is_file():
-            return _read(path, _flags)
+            return read_checked(path, flags_of)
     return {}
 
 
@@ -1309,7 +1263,7 @@ def evaluated(args):
         return None
     if not (args.or_resume and path.is_file()):
         raise ValueError(f"{args.out} holds a run or an evaluation already; choose another --out.")
-    kept, asked, own = _read(path, dict), vars(args), tasks.task_of(args.suite)._asdict()
+    kept, asked, own = read_checked(path, dict), vars(args), tasks.task_of(args.suite)._asdict()
     differ = [f"{name} {kept.get(name)}, not {asked[name]}"
               for name in ("model", "suite", "n", "attempts", "split", "k", "rule", "visual")
               if (kept.get(name) or own.get(name)) != (asked[name] or own.get(name))]

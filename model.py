@@ -1587,7 +1587,8 @@ def load_model(directory, dtype: torch.dtype = torch.float32,
             raise ValueError(f"{directory} is an adapter of an adapter, and so on for ever; "
                              "name a base that is a model.")
     if not os.path.exists(base / "config.json"):
-        raise ValueError(f"{base} holds no model: it has no config.json; {remedy(base)}.")
+        advice = remedy(base, "config.json")
+        raise ValueError(f"{base} holds no model: it has no config.json; {advice}.")
     config = config_from_json(read_json(_file(base, "config.json")))
     tokenizer = load_tokenizer(base)
     if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:
@@ -1661,11 +1662,12 @@ def read_adapter(directory):
     paths = [Path(base), directory / base] if isinstance(base, str) and base else []
     if start := read_start(directory.parent):  # of a run that was moved together with its base
         paths.append(directory.parent / str(start.get("from_here")))
-    base = next(filter(os.path.isdir, paths), None)
-    if base is None:
+    found = next(filter(os.path.isdir, paths), None)
+    if found is None:
         raise ValueError(f"{path}: base_model_name_or_path must name the directory of the base "
-                         f"model, which {str(base)[:80]!r} is not; download it, "
-                         "and put its path there.")
+                         f"model, which {str(base)[:80]!r} is not (looked for at "
+                         f"{', '.join(repr(str(place)[-80:]) for place in paths)}); "
+                         "download it, and put its path there.")
     for file in sorted(os.listdir(directory)):
         if file.endswith(WEIGHT_FILES) and not BESIDE.fullmatch(file):
             raise ValueError(f"{directory / file} lies beside an adapter and would not be read: "
@@ -1675,7 +1677,7 @@ def read_adapter(directory):
     if not any(files.values()):
         raise ValueError(f"{directory / ADAPTER} holds no tensor: it was saved without its weights "
                          "(such as by a trainer with ZeRO-3); save it again.")
-    return Adapter(rank, alpha, tuple(modules), base, files)
+    return Adapter(rank, alpha, tuple(modules), found, files)
 
 
 # ---- 14. Files of others -------------------------------------------------------------------------
@@ -1687,10 +1689,10 @@ def remedies(kind):
     return read_json(Path(__file__).parent / "assets" / "remedies.json")[kind].items()
 
 
-def remedy(directory):
-    """What to do about a folder that lacks a file, by what it holds instead."""
-    found = (advice for pattern, advice in remedies("folders")
-             if os.path.isdir(directory) and any(Path(directory).glob(pattern)))
+def remedy(directory, name):
+    """What to do about a folder that lacks a file of this name, by what it holds instead."""
+    found = (advice for pattern, advice in remedies("folders") if pattern == f"no {name}"
+             or os.path.isdir(directory) and any(Path(directory).glob(pattern)))
     return next(found, "copy or download the directory again")
 
 
@@ -1836,7 +1838,7 @@ def _file(directory, name):
     path = directory / name
     home = os.path.realpath(directory)
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing or no regular file; {remedy(directory)}.")
+        raise ValueError(f"{path} is missing or no regular file; {remedy(directory, name)}.")
     real = os.path.realpath(path)
     if os.path.dirname(real) != home and not CACHED.fullmatch(real):
         raise ValueError(f"{path} is a link out of its directory; put the file itself there.")

@@ -4,6 +4,7 @@
 """
 import base64
 import html
+import json
 import math
 import re
 import sys
@@ -15,12 +16,60 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate import (FIRST, NONE, ROWS, Parser, Stage, Table, any_eval, any_of, arms_of, clean, differences, interval,  # noqa: E402
-                      load_study, name_of, pair_table, reported, row_title, rows_of, run_main, score_name, score_tables, si,
-                      sign_of, stage_table, stages, table_text, task_class)
+from evaluate import (FIRST, NONE, ROWS, STAGES, Parser, Stage, Table, add_scores, any_eval, any_of, arms_of, clean,  # noqa: E402
+                      differences, flags_of, interval, name_of, pair_table, read_checked, reported, row_title, rows_of, run_main,
+                      score_name, score_tables, si, sign_of, stage_table, stages, table_text, task_class)
 from model import write_atomically  # noqa: E402
 
-# ---- 1. Figures ----------------------------------------------------------------------------------
+# ---- 1. A study ----------------------------------------------------------------------------------
+
+
+def _check(evaluation):
+    """The evaluation in a file, if it has the shape that `evaluate` and the trainers give it."""
+    counts = [evaluation[name] for name in ("step", "flops", "attempts")]
+    if not (evaluation["classes"] and ROWS.keys() <= evaluation["rows"].keys()
+            and all(0 <= count < math.inf for count in counts)):
+        raise ValueError("it lacks problems or one of the rows id, rule and fake, or its step, "
+                         "flops or attempts are not counts")
+    # Samples are rendered here, so that one that cannot be shown is refused with its file's name.
+    problem, samples = task_class(evaluation), evaluation["samples"]
+    episodes = [(sample["row"], _episode(problem, sample)) for sample in samples]
+    return add_scores(evaluation) | {"episodes": episodes}
+
+
+def load_study(directory):
+    """A list of the studies in a directory, one for each set of problems, or that of a single run,
+    from `RUN/evals/NNNNNN.json` and `RUN/args.json`.
+
+    RUN is an arm's name with `-sN` for seed N, or without for seed 0. ValueError, one sentence,
+    when there is nothing, or a file is malformed.
+    """
+    studies = {}
+    files = [*Path(directory).glob("evals/*.json"), *Path(directory).glob("*/evals/*.json")]
+    for file in sorted(files, key=lambda file: (file.parent, len(file.name), file.name)):
+        run = file.absolute().parent.parent
+        arm, seed = re.fullmatch(r"(.+?)(?:-s(\d{1,9}))?", run.name, re.DOTALL).groups()
+        seed = int(seed or 0)
+        args = read_checked(run / "args.json", flags_of) if (run / "args.json").exists() else {}
+        start = Path(str(args.get("init_path") or f"unknown-s{seed}/start")).parts[-3:]
+        evaluation = read_checked(file, _check) | {"args": args, "start": start}
+        evaluation["self"] = *run.parts[-2:], f"step-{evaluation['step']:06d}"
+        problems = map(evaluation.get, ("suite", "split", "rule", "visual", "classes"))
+        study = studies.setdefault(json.dumps([*problems]), {})
+        evals = study.setdefault(arm, {}).setdefault(seed, [])
+        evals.append(evaluation)
+        if evals[0]["self"][1] != run.name:
+            raise ValueError(f"{run} is a second run of arm {arm} with seed {seed}: rename one of "
+                             "the two.")
+    if not studies:
+        raise ValueError(f"There is no evaluation in {directory}: train an arm first, or name a "
+                         "study directory.")
+    # In tables and figures the stages come in the order of training, then other arms by name.
+    return [{arm: study[arm] for arm in dict.fromkeys([*STAGES, *sorted(study)]) if arm in study}
+            for study in studies.values()]
+
+
+# ---- 2. Figures ----------------------------------------------------------------------------------
 # A panel is 430 x 330 units, its plot between LEFT..RIGHT and TOP..BOTTOM; the right margin holds
 # the names of the lines. Colours and style stand in assets/report.html.
 
@@ -162,7 +211,7 @@ def svg_standalone(svg):
     return svg.replace("<title>", f"{style}<title>", 1)
 
 
-# ---- 2. The page ---------------------------------------------------------------------------------
+# ---- 3. The page ---------------------------------------------------------------------------------
 
 
 def esc(text) -> str:
@@ -305,7 +354,7 @@ def report_html(study_dir):
     """The report of a directory: one HTML page that loads nothing and runs nothing, with a part for
     each study. Errors as in `load_study`. Everything that a model or a file wrote is escaped."""
     head, part, foot = page_template().split("<!-- study -->")
-    parts = [Template(part).substitute(page_part(study)) for study in load_study(study_dir, _episode)]
+    parts = [Template(part).substitute(page_part(study)) for study in load_study(study_dir)]
     title = esc(f"Report: {Path(study_dir).resolve().name}")
     return Template(head).substitute(title=title) + "".join(parts) + foot
 
@@ -341,7 +390,7 @@ def write_report(study_dir):
     return path
 
 
-# ---- 3. Command line -----------------------------------------------------------------------------
+# ---- 4. Command line -----------------------------------------------------------------------------
 
 
 def write_study(directory):

@@ -11,9 +11,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate import (FIRST, NONE, Parser, Table, any_of, estimate, load_study, markdown, name_of, percent, run_main,  # noqa: E402
+from evaluate import (FIRST, NONE, Parser, Table, any_of, estimate, markdown, name_of, percent, run_main,  # noqa: E402
                       stages, unfinished)
-from assets.report import write_text  # noqa: E402
+from assets.report import load_study, write_text  # noqa: E402
 
 
 def only_study(directory):

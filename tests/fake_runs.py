@@ -53,7 +53,7 @@ def evaluation(step, flops, rates, classes, ease, rng, attempts=1, pictures=Fals
 
 def load_study(directory):
     """The only study in a directory."""
-    study, = report.load_study(directory, page_of._episode)
+    study, = page_of.load_study(directory)
     return study
 
 

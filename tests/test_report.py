@@ -224,7 +224,7 @@ def test_text_that_is_no_evaluation_is_named(small_dir, text):
 
 def test_other_hands_twice_the_same_run_and_bad_args_are_refused(small_dir):
     edit(small_dir / "rl/evals/000000.json", lambda e: e["classes"].reverse())
-    assert [*map(list, report.load_study(small_dir))] == [["base", "warmup", "sft"], ["rl"]]    # grouped
+    assert [*map(list, page_of.load_study(small_dir))] == [["base", "warmup", "sft"], ["rl"]]    # grouped
     with pytest.raises(ValueError, match="scored other problems"):
         studies.only_study(small_dir)
     edit(small_dir / "rl/evals/000000.json", lambda e: e["classes"].reverse())
@@ -634,7 +634,7 @@ def test_tables_figures_and_sentences_name_the_trained_rule(tmp_path):
     told = " ".join(page_of.story(study))
     assert "(ID: 7/target=36)" in told and "(rule OOD: 11,12,13/target=36)" in told and "J = Q = K" not in told + page
     edit(tmp_path / "rl/evals/000200.json", lambda e: e.pop("rule"))
-    assert len(report.load_study(tmp_path)) == 2                # asked by the task's own rule: not the same problems
+    assert len(page_of.load_study(tmp_path)) == 2                # asked by the task's own rule: not the same problems
 
 
 def run_of(path, **flags):

@@ -194,7 +194,7 @@ def test_edited_arguments_and_forged_states_are_one_sentence(sft_run, tmp_path, 
         args = json.loads((sft_run / "args.json").read_text())
         (study / "sft" / "args.json").write_text(json.dumps(args | change))
         with pytest.raises(ValueError, match="sft/args.json cannot be used .*is no number"):
-            E.load_study(study)
+            report.load_study(study)
     for i, forged in enumerate(([1], {"step": "2"}, {}, {"step": 2}, {"step": 2, "optimizer": 7, "random": 0, "progress": {}},
                                 {"step": 2, "optimizer": {"state": {}, "param_groups": []}, "random": {}, "progress": {"x": 1}})):
         run = tmp_path / str(i)
@@ -285,7 +285,7 @@ def test_a_pipe_where_a_file_should_be_is_a_sentence_and_no_waiting(sft_run, tmp
     study = tmp_path / "study"
     (study / "sft" / "evals").mkdir(parents=True)
     os.mkfifo(study / "sft" / "evals" / "000000.json")
-    in_time(lambda: E.load_study(study), "000000.json")
+    in_time(lambda: report.load_study(study), "000000.json")
     shutil.copytree(sft_run, tmp_path / "run")
     (tmp_path / "run" / "args.json").unlink()
     os.mkfifo(tmp_path / "run" / "args.json")
