@@ -135,7 +135,8 @@ def rope_table(c, positions):
     In float32: in bfloat16 neighbours beyond position 256 would be one."""
     frequencies = rope_frequencies(c, positions.device)
     angles = (positions[..., None].float() * frequencies)[:, None]  # (B, 1, T, E/2)
-    return angles.cos().repeat(1, 1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1)
+    angles = torch.cat([-angles, angles], -1)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, rope):
@@ -365,8 +366,10 @@ class LlamaVision(nn.Module):
         cache.next_slots(ids.shape[1])
         hidden = self.language_model.model(ids, None, None, cache=cache)
         cache.length += lengths
-        rows = torch.arange(len(ids), device=ids.device)
-        return self.logits(hidden[rows, (lengths - 1).clamp(min=0)])
+        if ids.shape[1] > 1:
+            last = (lengths - 1).clamp(min=0)[:, None, None]
+            hidden = hidden.take_along_dim(last, 1)
+        return self.logits(hidden[:, 0])
 
 
 # ---- 3. Generation -------------------------------------------------------------------------------
@@ -872,10 +875,6 @@ class Cache:
         self.image = image and image.with_keys(model)
         self.reserve(slots)
 
-    @property
-    def cross(self):
-        return self.image.cross
-
     @torch.inference_mode(False)  # or later turns could not write to what `generate` reserves
     def reserve(self, count: int) -> Cache:
         """Make room for `count` more tokens in every row. It asks the device: once a turn."""
@@ -905,7 +904,7 @@ class Cache:
         slot = (self.at - self.start[:, None])[:, None]  # (B, 1, T)
         first = torch.arange(len(slot) * self.heads, device=slot.device).view(-1, self.heads, 1)
         self.to = (first * self.slots + slot).flatten()  # (B * K * T,), in a list of all
-        self.mask, self.width = None, count  # the first tokens are causal among themselves
+        self.mask = None  # the first tokens are causal among themselves
         if self.offset + self.used > count:
             self.width = self.slots if self.fixed else self.used
             self.mask = numbers[: self.width] <= slot[..., None]  # (B, 1, T, S)
@@ -921,8 +920,10 @@ class Cache:
         that is there -> (B, T, H * E)."""
         for stored, new in zip(self.kv[i].view(2, -1, k.shape[3]), (k, v)):
             stored.index_copy_(0, self.to, new.reshape(-1, k.shape[3]))
+        if self.mask is None:
+            return causal_attention(q, k, v, None)
         own, prompt = self.kv[i][:, :, :, : self.width], self.prompt
-        if q.shape[2] > 1 or self.mask is None:
+        if q.shape[2] > 1:
             if prompt is not None:
                 own = torch.cat([prompt.kv[i][:, prompt.rows], own], 3)
             return causal_attention(q, *own, self.mask)
@@ -982,7 +983,7 @@ class Cache:
         graph is kept: when everything has the same shape again, its tensors take over what ours
         hold. So a new rollout ends the one before it."""
         linears = linear_layers(self.model).values()
-        half = [m for m in linears if m.lora_A is not None and m.weight.dtype != torch.float32]
+        half = [m for m in linears if m.lora_A and m.lora_A.weight.dtype != m.weight.dtype]
         for linear in half:
             linear.cast = linear.cast_lora(linear.weight.dtype)
         if self.fixed:

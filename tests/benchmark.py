@@ -2,6 +2,8 @@
 
     python tests/benchmark.py                                    tiny, CPU, under three minutes
     python tests/benchmark.py --size 11b --out tests/results/11b.md    random weights in bf16, made on the GPU
+    python tests/benchmark.py --size 11b --minutes 6 --out ...   the rows that matter most, in their order, while time lasts;
+                                                        written row by row, so that a run that is cut off is of use
     python tests/benchmark.py --views                            street views only: pictures per second of one core
 
 Where transformers or peft are not installed their columns stay empty. What makes the comparison fair:
@@ -57,7 +59,7 @@ SIZES = {
     "tiny": dict(text=[(1, 1), (8, 1), (64, 1), (256, 1), (16, 16)], image=[(1, 1), (8, 1), (64, 1), (16, 16)],
                  prompt=19, new=25, train=128, problems=16, group=16, micro=256, encode=8, seconds=2.5),
     "11b": dict(text=[(1, 1), (8, 1), (64, 1), (256, 1), (16, 16)], image=[(1, 1), (8, 1), (32, 1), (16, 16)],
-                prompt=250, new=60, train=16, problems=4, group=16, micro=8, encode=4, seconds=8.0),
+                prompt=250, new=60, train=16, problems=4, group=16, micro=16, encode=4, seconds=8.0),
 }
 
 
@@ -78,7 +80,7 @@ class Ours:
     @torch.no_grad()
     def generate(self, ids, tiles, group, new):
         image = None if tiles is None else self.images(tiles)
-        cache = M.Cache(self.model, len(ids), ids.shape[1] + new, image)
+        cache = M.Cache(self.model, len(ids), ids.shape[1], image)
         logits = self.model.extend(cache, ids, torch.full_like(ids[:, 0], ids.shape[1]))
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(group)
         if group > 1:
@@ -228,8 +230,8 @@ def peak_bytes(call):
         return None
 
 
-def compare(sides, call, budget):
-    """{side: (median seconds, peak bytes, setting)}: the sides take turns until `budget` seconds are spent, at least three
+def compare(sides, call, budget, least=3):
+    """{side: (median seconds, peak bytes, setting)}: the sides take turns until `budget` seconds are spent, at least `least`
     times. A side that runs out of memory gets no figures."""
     result = {}
     for side in list(sides):
@@ -247,7 +249,7 @@ def compare(sides, call, budget):
         except torch.cuda.OutOfMemoryError:
             gc.collect(), torch.cuda.empty_cache()
     began = time.perf_counter()
-    while result and (time.perf_counter() - began < budget or len(next(iter(result.values()))[0]) < 3):
+    while result and (time.perf_counter() - began < budget or len(next(iter(result.values()))[0]) < least):
         for side, record in result.items():
             record[0].append(seconds(lambda: call(side)))
     return {side: (statistics.median(times), peak, setting) for side, (times, peak, setting) in result.items()}
@@ -360,14 +362,68 @@ def benchmark(args):
         yield from check_11b(model, tokenizer, device)
 
 
+def quick_benchmark(args):
+    """Rows as of `benchmark` for --minutes, in the order of what they tell; none begins behind the limit. transformers' setting
+    is given (its static cache for one text, which it compiles; images fail with it), and each row is timed for seconds."""
+    s, device = SIZES[args.size], "cuda" if torch.cuda.is_available() and args.size != "tiny" else "cpu"
+    end = time.monotonic() + 60 * args.minutes
+    torch.manual_seed(0)
+    model, tokenizer = M.load_model(Path(__file__).resolve().parents[1] / "assets/tiny-gp-l")
+    if args.size != "tiny":
+        model = random_model(M.SIZES[args.size], device)
+    bandwidth, rate = measured_limits(device, model.language_model.lm_head.weight.dtype)
+    limit, ours, P, N, L = Limit(model, bandwidth, rate), Ours(model, tokenizer, s), s["prompt"], s["new"], model.config.vision.image_size
+    theirs = Theirs(model, tokenizer, s) if peft else None
+    yield f"measured: {bandwidth / 1e9:.1f} GB/s read, {rate / 1e12:.3f} TFLOP/s matrix product"
+    problems = [tasks.make("gp-l", tasks.ID_RULE, split="train", index=i, style="short") for i in range(16)]
+    pattern = [[float(i % 2) for i in range(s["group"])] for _ in problems]
+    static, dynamic, alone, adapted = "static" if device == "cuda" else None, None, "alone", ""
+
+    def texts(n, length, image=False):
+        ids = torch.randint(6, 470, (n, length), device=device)
+        ids[:, 1] = model.config.text.vocab_size if image else ids[:, 1]
+        return ids
+
+    for kind, n, group, image, cache in (
+            ("generate", 1, 1, False, static), ("generate", 16, 16, False, dynamic), ("encode", s["encode"], 1, True, dynamic),
+            ("generate", 1, 1, True, alone), ("generate", 16, 16, True, alone), ("lora", 0, 0, False, alone), ("generate", 16, 16, False, alone),
+            ("train", s["train"], 1, False, dynamic), ("grpo", 16, s["group"], False, alone), ("generate", 64, 1, False, dynamic),
+            ("generate", 256, 1, False, alone), ("grpo", s["problems"], s["group"], False, dynamic)):
+        if time.monotonic() > end:
+            return
+        if kind == "lora":
+            adapted = ", LoRA"
+            for side in filter(None, (ours, theirs)):
+                side.add_lora()
+                side.model.train()
+            continue
+        ids = texts(n, P + N * (kind == "train"), image)
+        tiles = torch.randn(n, 4, 3, L, L, device=device) if image else None
+        unit, count, call, least = {
+            "generate": ("tokens/s", n * group * N, lambda side: side.generate(ids, tiles, group, N), limit.generate(n, group, P, N, image)),
+            "encode": ("images/s", n, lambda side: side.encode(tiles), limit.encode(n)),
+            "train": ("tokens/s", ids.numel(), lambda side: side.train(ids, P), limit.train(n, P + N, N)),
+            "grpo": ("episodes/s", n * group, lambda side: side.grpo(problems[:n], group, N, pattern[:n]),
+                     limit.generate(n, group, P, N, False) + limit.train(n * group, P + N, N))}[kind]
+        sides = [ours] if theirs is None or cache == alone else [ours, theirs]
+        if len(sides) == 2:
+            theirs.settings = []
+            theirs.use("sdpa", cache)
+        figures = compare(sides, call, min(s["seconds"], 5 * args.minutes), least=2)
+        name = f"{kind}, {n}" + f" x {group}" * (group > 1) + ", image" * image + adapted
+        yield name, unit, count, [figures.get(side) for side in (ours, theirs)], least
+    if device == "cuda" and time.monotonic() < end:
+        yield from check_11b(model, tokenizer, device)
+
+
 def check_11b(model, tokenizer, device):
     """Saving and loading of the whole model, and what the dry run says of its memory."""
     M.merge_lora(model)
     with tempfile.TemporaryDirectory() as folder:
-        M.save_model(model, tokenizer, folder)
+        saved = seconds(lambda: M.save_model(model, tokenizer, folder))
         size = sum(p.stat().st_size for p in Path(folder).iterdir())
         took = seconds(lambda: M.load_model(folder, model.language_model.lm_head.weight.dtype, device))
-    yield f"load: {size / 1e9:.2f} GB in {took:.1f} s ({size / 1e9 / took:.2f} GB/s, files in the page cache)"
+    yield f"save: {size / 1e9:.2f} GB in {saved:.1f} s; load: in {took:.1f} s ({size / 1e9 / took:.2f} GB/s, files in the page cache)"
     dry = subprocess.run([sys.executable, "-m", "assets.memory", "--size", "11b"], capture_output=True, text=True, cwd=Path(M.__file__).parent)
     yield "dry run:\n\n```\n" + (dry.stdout or dry.stderr) + "```"
 
@@ -433,6 +489,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice; 1 where the machine is shared)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="begin no row after so many minutes; the most telling rows first")
     parser.add_argument("--views", action="store_true", help="measure street views only, without a model")
     parser.add_argument("--out", help="write the table there as markdown")
     args = parser.parse_args(argv)
@@ -448,16 +505,16 @@ def main(argv=None):
     def say(line):
         lines.append(line)
         print(line, flush=True)
+        if args.out:  # row by row: a run that is cut off leaves what it has
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text(f"# Benchmark, {args.size}\n\n" + "\n".join(lines) + "\n")
 
     say(f"- command: `python tests/benchmark.py --size {args.size} --threads {torch.get_num_threads()}`, {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC")
     for line in machine():
         say(line)
-    for row in benchmark(args):
+    for row in (quick_benchmark if args.minutes else benchmark)(args):
         say(show(row) if isinstance(row, tuple) else f"- {row}" + (f"\n\n{HEAD}" if row.startswith("measured") else ""))
     say(f"\n{time.time() - began:.0f} s in all")
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(f"# Benchmark, {args.size}\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

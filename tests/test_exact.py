@@ -149,7 +149,7 @@ def test_greedy_continuations(name, group):
     kv, responses = group_greedy(model, name, group)
     want = fixture(f"{name}-meta")["greedy"].tolist()
     assert responses == [w for w in want for _ in range(group)]
-    k, _ = kv.cross[CASES[name][0].text.cross_attention_layers[0]]
+    k, _ = kv.image.cross[CASES[name][0].text.cross_attention_layers[0]]
     assert len(k) == len(want)  # once per prompt, not per row
 
 
@@ -178,7 +178,7 @@ def test_rows_that_leave_take_their_images_along():
         kv = M.Cache(model, 4, 3, context)
         model.extend(kv, ids[:, :3], torch.tensor([3] * 4))
         kv.select(torch.tensor([0, 0, 1, 2, 2, 2, 3])).select(torch.tensor([5, 0, 3]))  # sets 2 and 0 are left
-        assert len(kv.image.tiles) == len(kv.cross[1][0]) == 2 and kv.image.share == 2
+        assert len(kv.image.tiles) == len(kv.image.cross[1][0]) == 2 and kv.image.share == 2
         logits = model.extend(kv.reserve(5), ids[[2, 0, 2], 3:8], torch.tensor([5] * 3))
     for row, b in enumerate((2, 0, 2)):
         assert error(logits[row], want[b, 7]) < 1e-4

@@ -334,7 +334,7 @@ def test_a_picture_of_every_position_is_encoded_once_and_only_the_latest_stays_i
     def watched(model, cache, *rest):
         tokens = 4 * model.config.vision.tokens  # of a picture
         kept.append({cache.image.tiles.shape[1], cache.image.features.shape[1] / tokens, *(
-            k.shape[2] / tokens for k, _ in cache.cross.values())})
+            k.shape[2] / tokens for k, _ in cache.image.cross.values())})
         assert (cache.shown.sum(1) <= 1).all() and len(cache.image.tiles) <= len(cache.length)
         return generate(model, cache, *rest)
     monkeypatch.setattr(M.VisionTower, "forward", lambda self, tiles, *rest: encoded.append(len(tiles)) or real(self, tiles, *rest))
