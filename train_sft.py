@@ -573,8 +573,12 @@ class RunDirectory:
         self.write_arguments(args)
 
     def write_arguments(self, args):
-        """At the beginning, and again when a run is resumed, for some may have changed."""
-        write_json(self.path / "args.json", vars(args) | {"resume": None})
+        """At the beginning, and again when a run is resumed, for some may have changed: not where
+        it lay and began, which is said as seen from where it was started."""
+        path = self.path / "args.json"
+        stored = read_json(path) if args.resume else vars(args)
+        places = {name: stored[name] for name in ("out", "init_path")}
+        write_json(path, vars(args) | places | {"resume": None})
 
     def release(self):
         """Give back a claimed directory in which no run has begun."""
