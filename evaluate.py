@@ -32,7 +32,7 @@ import torch
 
 import tasks
 from model import (Cache, ImageContext, Sampling, finite, generate, load_model, open_image,
-                   pack_images, pad_rows, read_json, save_model, write_json)
+                   pack_images, pad_rows, read_json, remedy, save_model, write_json)
 
 # ---- 1. Episodes and rollout ---------------------------------------------------------------------
 
@@ -602,8 +602,9 @@ def find_model(name: str, task: str) -> Path:
         raise ValueError(f"{path} is not a directory; give `tiny` for a task that has a shipped "
                          "base, a run directory or a model directory.")
     if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        advice = remedy(path, "config.json")
         raise ValueError(f"{path} holds neither a run with a checkpoint (file `latest`) nor a "
-                         "model (config.json).")
+                         f"model (config.json); {advice}.")
     return path
 
 

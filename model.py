@@ -1691,7 +1691,7 @@ def remedies(kind):
     return read_json(Path(__file__).parent / "assets" / "remedies.json")[kind].items()
 
 
-def remedy(directory, name):
+def remedy(directory: Path, name: str) -> str:
     """What to do about a folder that lacks a file of this name, by what it holds instead."""
     found = (advice for pattern, advice in remedies("folders") if pattern == f"no {name}"
              or os.path.isdir(directory) and any(Path(directory).glob(pattern)))
