@@ -27,7 +27,6 @@ import re
 import tempfile
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -1754,15 +1753,14 @@ def read_header(path):
     return found
 
 
+@torch.no_grad()
 def read_tensors(path, header, targets):
     """Fill targets[name] (of any float type, on any device) from a file with this header. The
     library maps the file: until it is closed its pages count beside the weights, but the system may
-    drop them. What takes time is fetching the pages, so some threads do it."""
-    def read(name):
-        with torch.no_grad():  # which holds for one thread
-            targets[name].copy_(file.get_tensor(header[name].name))
-    with safe_open(path, "pt") as file, ThreadPoolExecutor(4) as pool:
-        list(pool.map(read, header))  # as a list, so that a thread's error is raised
+    drop them."""
+    with safe_open(path, "pt") as file:
+        for name, stored in header.items():
+            targets[name].copy_(file.get_tensor(stored.name))
 
 
 def _check_tensors(files, wanted):
