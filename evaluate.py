@@ -822,8 +822,8 @@ def pass_at_k(n, c, k):
 #   args      the flags of its run
 #   self      (name of the study, name of the run, step-NNNNNN): its checkpoint
 #   start     the same of the checkpoint that its run began from
-#   scores    {(row, mode, part): (n,) float} of the parts in SCORES and those made by `add_scores`,
-#             and {(row, "nats", kind): (n,) float}
+#   scores    {(row, mode, part): (n,) float} of the parts in SCORES (the report adds others), and
+#             {(row, "nats", kind): (n,) float}
 #   episodes  [(row, its HTML)] of the samples
 
 MODES = {"greedy": "greedy", "sampled": "temperature 1"}
@@ -831,7 +831,6 @@ PARTS = {"first": "first attempt", "episode": "whole episode"}
 FIRST = ("greedy", "first")
 NATS = {"teacher": "nats of a teacher's answer, -log p: how foreign it is to the model",
         "moved": "nats of an own answer, KL from the start: how far the model has moved"}
-MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of right actions
 
 
 STAGES = ("base", "warmup", "sft", "rl")  # in the order of training
@@ -859,16 +858,11 @@ def flags_of(args):
 
 
 def add_scores(evaluation):
-    """Fill in "scores", see above. ValueError for lists that are no scores. "all read" is whether
-    all was read; where problems lead on see `kinds_of_action`."""
-    n, scores, problem = len(evaluation["classes"]), {}, task_class(evaluation)
-    for row, mode in product(evaluation["rows"], MODES):
-        lists = evaluation["rows"][row][mode]
-        found = kinds_of_action(lists, n) if problem.leads_on else {}
-        found |= {part: numbers(lists[part], n, f"{row} {mode} {part}", 0, 1)
-                  for part in problem.SCORES}
-        found["all read"] = np.floor(found["read"])
-        scores |= {(row, mode, part): values for part, values in found.items()}
+    """Fill in "scores", see above. ValueError for lists that are no scores."""
+    n, scores = len(evaluation["classes"]), {}
+    for row, mode, part in product(evaluation["rows"], MODES, task_class(evaluation).SCORES):
+        values = evaluation["rows"][row][mode][part]
+        scores[row, mode, part] = numbers(values, n, f"{row} {mode} {part}", 0, 1)
     for kind, rows in evaluation.get("nats", {}).items():
         scores |= {(row, "nats", kind): numbers(values, n, f"nats {kind} {row}", -1e9, 1e9)
                    for row, values in rows.items()}
@@ -887,24 +881,6 @@ def numbers(values, n, name, low, high):
     if array.shape != (n,) or not ((low <= array) & (array <= high)).all():
         raise ValueError(f"{name} is not a list of {n} times {low:g} to {high:g}")
     return array
-
-
-def kinds_of_action(lists, n):
-    """{"turn": share of right first answers where a turn is right, "turn count": how often it is,
-    "turn, forced": ...}, each (n,), from the marks of n walks: a word a route, a letter a position
-    reached, small where the first answer was wrong. ValueError for other marks."""
-    walks = {"": lists["marks"].split(), ", forced": lists["forced_marks"].split()}
-    alike = [forced.lower().startswith(own.lower()) for own, forced in zip(*walks.values())]
-    failed = [wrong and wrong.start() for wrong in map(re.compile("[a-z]").search, walks[""])]
-    if {*map(len, walks.values()), sum(alike)} != {n} or failed != lists["failed_at"]:
-        raise ValueError(f"marks are not {n} words of the same routes, or failed_at is not as they "
-                         "say")
-    found = {}
-    for (how, words), (mark, kind) in product(walks.items(), MARKS.items()):
-        right, wrong = np.char.count(words, mark.upper()), np.char.count(words, mark)
-        found[f"{kind}{how} count"] = count = right + wrong
-        found[f"{kind}{how}"] = right / np.maximum(count, 1)
-    return found
 
 
 def task_class(evaluation):
@@ -1103,68 +1079,19 @@ def pair_table(title, study, score, rows=None):
     return Table(title, ["", "points", ""], lines)
 
 
-def look_tables(study, score):
-    """Of problems in pictures: a line for each row that is answered, a column for each stage, and
-    RL - SFT where both are averaged over the same problems."""
-    stage, last, all_read = stages(study, score), any_eval(study), (score[0], "all read")
-    read = task_class(last).SCORES["read"]
-    lines = [(row_title(last, row), {"row": row}) for row in last["rows"] if row != "fake"]
-    columns = [(each.label, {"stage": each}) for key, each in stage.items() if key != "sft best"]
-    pair = {"stage": stage.get("rl end"), "minus": stage.get("sft end")}
-    both = columns + [("RL - SFT", pair)] * all(pair.values())
-    shown = [("success", both, score, None), (f"all {read}", both, all_read, None),
-             (read, both, (score[0], "read"), None),
-             (f"success where all {read}", columns, score, all_read)]
-    return [score_table(f"row by row: {title} in %", lines, of, score=each, among=among)
-            for title, of, each, among in shown]
-
-
-def step_tables(study, score):
-    """Of problems that lead on: what is right per step by stage, and where walks fail."""
-    (mode, part), problem, tables = score, task_class(any_eval(study)), []
-    for name in ("steps_first" if part == "first" else "steps", "forced", "read"):
-        title = problem.SCORES[name]
-        tables.append(stage_table(f"{title}, in %", study, (mode, name)))
-        if name != "read":
-            title = f"{title}: paired differences on the same {problem.WORDS.things}"
-            tables.append(pair_table(title, study, (mode, name), ["rule"]))
-    lines = [(f"{stage.label}: {ROWS[row]}", {"stage": stage, "row": row})
-             for row in ("id", "rule")
-             for key, stage in stages(study, score).items() if key != "sft best"]
-    # Where the first wrong answer is: None is a walk without any.
-    where, places = [], [*map(str, range(1, 7)), "later", "nowhere"]
-    for name, line in lines:
-        failed = ["nowhere" if at is None else places[min(at, 6)]
-                  for evaluation in line["stage"].evals.values()
-                  for at in evaluation["rows"][line["row"]][mode]["failed_at"]]
-        where.append([name, *(f"{100 * failed.count(each) / len(failed):.1f}" for each in places)])
-    kinds = [kind + how for how in ("", ", forced") for kind in MARKS.values()]
-    columns = [(kind, {"score": (mode, kind), "among": (mode, f"{kind} count")}) for kind in kinds]
-    return [*tables, Table("where walks fail first, by position, in %", ["", *places], where),
-            score_table("right first answers by kind of action, in %", lines, columns)]
-
-
-def score_tables(study, score, measures=None):
-    """The tables of a score: success by stage and its paired differences; then those of its task:
-    of walks, or of pictures (so many measures)."""
-    last = any_eval(study)
-    task = tasks.task_of(last["suite"])
+def score_tables(study, score):
+    """The tables of a score: success by stage, paired differences, nats, and all scores of the task
+    in each row of the suite. assets/report.py has more of walks and pictures."""
+    last, found = any_eval(study), stages(study, score).values()
     title = f"{score_name(score)}: success in % [95 % interval], {len(last['classes'])} problems"
     tables = [stage_table(title, study, score),
               pair_table("paired differences on the same problems", study, score)]
     tables += [stage_table(title, study, ("nats", kind), score) for kind, title in NATS.items()]
-    if task.problem.leads_on:
-        return tables + step_tables(study, score)
-    if listed := task.problem.SCORES.get("listed"):
-        tables.append(stage_table(f"{listed}, in %", study, (score[0], "listed"), score))
-    if task.pictures:
-        title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
-        lines = [(each.label, {"stage": each, "minus": each})
-                 for each in stages(study, score).values()]
-        tables.append(score_table(title, lines, [("points", {})], score=score, row="text",
-                                  other_row="id"))
-        tables += look_tables(study, score)[:measures]
-    return tables
+    lines = [(f"{row_title(last, row)}: {stage.label}", {"row": row, "stage": stage})
+             for row in last["rows"] for stage in found]
+    columns = [(title, {"score": (score[0], name)})
+               for name, title in task_class(last).SCORES.items()]
+    return [*tables, score_table(f"{MODES[score[0]]}: every row, in %", lines, columns)]
 
 
 def markdown(table):
@@ -1175,12 +1102,11 @@ def markdown(table):
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
-def table_text(study):
-    """The closing tables in markdown. The first score has the tables of its task too; the report
-    has those of the others, and more of reading."""
+def table_text(study, tables_of=score_tables):
+    """The tables of a study in markdown: all of the first score, the first two of the others."""
     shown = []
     for score in reported(study):
-        tables = score_tables(study, score, measures=2)[: 2 if shown else None]
+        tables = tables_of(study, score)[: 2 if shown else None]
         shown += [table for table in tables if table.lines]
     return "\n".join(f"{table.title[:1].upper()}{table.title[1:]}\n\n{markdown(table)}\n"
                      for table in shown)

@@ -11,7 +11,6 @@ one. The flags are those of train_sft.py, and the loop is the same; besides:
   4. Command line
 """
 import math
-import math
 import random
 import sys
 from pathlib import Path

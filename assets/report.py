@@ -8,7 +8,8 @@ import json
 import math
 import re
 import sys
-from itertools import chain
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from string import Template
 
@@ -16,9 +17,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate import (FIRST, NONE, ROWS, STAGES, Parser, Stage, Table, add_scores, any_eval, any_of, arms_of, clean,  # noqa: E402
-                      differences, flags_of, interval, name_of, pair_table, read_checked, reported, row_title, rows_of, run_main,
-                      score_name, score_tables, si, sign_of, stage_table, stages, table_text, task_class)
+import tasks  # noqa: E402
+from evaluate import (FIRST, MODES, NONE, ROWS, STAGES, Parser, Stage, Table, add_scores, any_eval, any_of, arms_of,  # noqa: E402
+                      clean, differences, flags_of, interval, name_of, pair_table, read_checked, reported, row_title, rows_of,
+                      run_main, score_name, score_table, score_tables, si, sign_of, stage_table, stages, table_text, task_class)
 from model import write_atomically  # noqa: E402
 
 # ---- 1. A study ----------------------------------------------------------------------------------
@@ -34,7 +36,35 @@ def _check(evaluation):
     # Samples are rendered here, so that one that cannot be shown is refused with its file's name.
     problem, samples = task_class(evaluation), evaluation["samples"]
     episodes = [(sample["row"], _episode(problem, sample)) for sample in samples]
-    return add_scores(evaluation) | {"episodes": episodes}
+    evaluation = add_scores(evaluation) | {"episodes": episodes}
+    scores = evaluation["scores"]
+    for row, mode in product(evaluation["rows"], MODES):
+        found = {"all read": np.floor(scores[row, mode, "read"])}
+        if problem.leads_on:
+            found |= kinds_of_action(evaluation["rows"][row][mode], len(evaluation["classes"]))
+        scores |= {(row, mode, part): values for part, values in found.items()}
+    return evaluation
+
+
+MARKS = {"t": "turn", "f": "forward", "s": "stop"}  # the letters of marks: kinds of right actions
+
+
+def kinds_of_action(lists, n):
+    """{"turn": share of right first answers where a turn is right, "turn count": how often it is,
+    "turn, forced": ...}, each (n,), from the marks of n walks: a word a route, a letter a position
+    reached, small where the first answer was wrong. ValueError for other marks."""
+    walks = {"": lists["marks"].split(), ", forced": lists["forced_marks"].split()}
+    alike = [forced.lower().startswith(own.lower()) for own, forced in zip(*walks.values())]
+    failed = [wrong and wrong.start() for wrong in map(re.compile("[a-z]").search, walks[""])]
+    if {*map(len, walks.values()), sum(alike)} != {n} or failed != lists["failed_at"]:
+        raise ValueError(f"marks are not {n} words of the same routes, or failed_at is not as they "
+                         "say")
+    found = {}
+    for (how, words), (mark, kind) in product(walks.items(), MARKS.items()):
+        right, wrong = np.char.count(words, mark.upper()), np.char.count(words, mark)
+        found[f"{kind}{how} count"] = count = right + wrong
+        found[f"{kind}{how}"] = right / np.maximum(count, 1)
+    return found
 
 
 def load_study(directory):
@@ -69,7 +99,75 @@ def load_study(directory):
             for study in studies.values()]
 
 
-# ---- 2. Figures ----------------------------------------------------------------------------------
+# ---- 2. Tables of a task -------------------------------------------------------------------------
+
+
+def look_tables(study, score):
+    """Of problems in pictures: a line for each row that is answered, a column for each stage, and
+    RL - SFT where both are averaged over the same problems."""
+    stage, last, all_read = stages(study, score), any_eval(study), (score[0], "all read")
+    read = task_class(last).SCORES["read"]
+    lines = [(row_title(last, row), {"row": row}) for row in last["rows"] if row != "fake"]
+    columns = [(each.label, {"stage": each}) for key, each in stage.items() if key != "sft best"]
+    pair = {"stage": stage.get("rl end"), "minus": stage.get("sft end")}
+    both = columns + [("RL - SFT", pair)] * all(pair.values())
+    shown = [("success", both, score, None), (f"all {read}", both, all_read, None),
+             (read, both, (score[0], "read"), None),
+             (f"success where all {read}", columns, score, all_read)]
+    return [score_table(f"row by row: {title} in %", lines, of, score=each, among=among)
+            for title, of, each, among in shown]
+
+
+def step_tables(study, score):
+    """Of problems that lead on: what is right per step by stage, and where walks fail."""
+    (mode, part), problem, tables = score, task_class(any_eval(study)), []
+    for name in ("steps_first" if part == "first" else "steps", "forced", "read"):
+        title = problem.SCORES[name]
+        tables.append(stage_table(f"{title}, in %", study, (mode, name)))
+        if name != "read":
+            title = f"{title}: paired differences on the same {problem.WORDS.things}"
+            tables.append(pair_table(title, study, (mode, name), ["rule"]))
+    lines = [(f"{stage.label}: {ROWS[row]}", {"stage": stage, "row": row})
+             for row in ("id", "rule")
+             for key, stage in stages(study, score).items() if key != "sft best"]
+    # Where the first wrong answer is: None is a walk without any.
+    where, places = [], [*map(str, range(1, 7)), "later", "nowhere"]
+    for name, line in lines:
+        failed = ["nowhere" if at is None else places[min(at, 6)]
+                  for evaluation in line["stage"].evals.values()
+                  for at in evaluation["rows"][line["row"]][mode]["failed_at"]]
+        where.append([name, *(f"{100 * failed.count(each) / len(failed):.1f}" for each in places)])
+    kinds = [kind + how for how in ("", ", forced") for kind in MARKS.values()]
+    columns = [(kind, {"score": (mode, kind), "among": (mode, f"{kind} count")}) for kind in kinds]
+    return [*tables, Table("where walks fail first, by position, in %", ["", *places], where),
+            score_table("right first answers by kind of action, in %", lines, columns)]
+
+
+def all_tables(study, score, measures=None):
+    """The tables of a score: success by stage and its paired differences; then those of its task:
+    of walks, or of pictures (so many measures)."""
+    *tables, _ = score_tables(study, score)  # but for that of all scores
+    task = tasks.task_of(any_eval(study)["suite"])
+    if task.problem.leads_on:
+        return tables + step_tables(study, score)
+    if listed := task.problem.SCORES.get("listed"):
+        tables.append(stage_table(f"{listed}, in %", study, (score[0], "listed"), score))
+    if task.pictures:
+        title = f"success in words minus in pictures, the same {task.problem.WORDS.things}"
+        lines = [(each.label, {"stage": each, "minus": each})
+                 for each in stages(study, score).values()]
+        tables.append(score_table(title, lines, [("points", {})], score=score, row="text",
+                                  other_row="id"))
+        tables += look_tables(study, score)[:measures]
+    return tables
+
+
+def all_text(study):
+    """The tables that are printed, in markdown: of reading there are more in the page."""
+    return table_text(study, partial(all_tables, measures=2))
+
+
+# ---- 3. Figures ----------------------------------------------------------------------------------
 # A panel is 430 x 330 units, its plot between LEFT..RIGHT and TOP..BOTTOM; the right margin holds
 # the names of the lines. Colours and style stand in assets/report.html.
 
@@ -211,7 +309,7 @@ def svg_standalone(svg):
     return svg.replace("<title>", f"{style}<title>", 1)
 
 
-# ---- 3. The page ---------------------------------------------------------------------------------
+# ---- 4. The page ---------------------------------------------------------------------------------
 
 
 def esc(text) -> str:
@@ -365,7 +463,7 @@ def page_part(study):
     results = ""
     for score in reported(study):
         figures = svg_curves(study, score, ["id"]), svg_curves(study, score, ["rule"])
-        tables = "".join(_table(table) for table in score_tables(study, score) if table.lines)
+        tables = "".join(_table(table) for table in all_tables(study, score) if table.lines)
         results += (f"<details><summary>{score_name(score)}</summary><div class=figures>"
                     f"{''.join(figures)}{svg_path(study, score)}</div>{tables}</details>")
     last = any_eval(study)
@@ -390,7 +488,7 @@ def write_report(study_dir):
     return path
 
 
-# ---- 4. Command line -----------------------------------------------------------------------------
+# ---- 5. Command line -----------------------------------------------------------------------------
 
 
 def write_study(directory):
@@ -400,7 +498,7 @@ def write_study(directory):
     for name, draw in (("curves", svg_curves), ("path", svg_path)):
         write_text(Path(directory) / f"{name}.svg", svg_standalone(draw(studies[0])))
     for study in studies:
-        print(f"{clean(' '.join(story(study)[:2]))}\n\n{table_text(study)}")
+        print(f"{clean(' '.join(story(study)[:2]))}\n\n{all_text(study)}")
     print(f"report: {path}")
     return studies
 

@@ -99,7 +99,7 @@ def make(directory, seeds=1, attempts=1, kind="published", n=500, base=True):
 if __name__ == "__main__":
     directory, seeds, attempts, kind = (sys.argv[1:] + ["1", "1", "published"][len(sys.argv) - 2:])[:4]
     study = make(directory, int(seeds), int(attempts), kind)
-    print(report.table_text(load_study(study)))
+    print(page_of.all_text(load_study(study)))
     (study / "curves.svg").write_text(page_of.svg_standalone(page_of.svg_curves(load_study(study))))
     (study / "path.svg").write_text(page_of.svg_standalone(page_of.svg_path(load_study(study))))
     print(page_of.write_report(study))

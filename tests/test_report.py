@@ -257,7 +257,7 @@ def test_best_checkpoint_is_chosen_in_the_view_of_its_table(study_dir):
 
 def test_table_holds_every_stage_and_difference(study_dir):
     study = fake_runs.load_study(study_dir)
-    text = report.table_text(study)
+    text = page_of.all_text(study)
     assert text.count("success in %") == 2 and "Temperature 1, first attempt" in text
     for word in ("| base ", "| start ", "| SFT, end ", "| SFT at its best OOD (step ", "| RL, end ", "| RL - best SFT checkpoint, rule OOD "):
         assert text.count(word) == (2 if " - " in word else 5)        # two scores; with what is listed and two of nats
@@ -268,23 +268,23 @@ def test_table_holds_every_stage_and_difference(study_dir):
 
 def test_the_episode_has_a_table_when_there_are_attempts(tmp_path):
     study = fake_runs.load_study(fake_runs.make(tmp_path, n=40, attempts=5))
-    assert report.table_text(study).count("whole episode: success") == 2
-    assert report.table_text(study).count("success in %") == 4
+    assert page_of.all_text(study).count("whole episode: success") == 2
+    assert page_of.all_text(study).count("success in %") == 4
 
 
 def test_what_was_listed_has_a_table(study_dir):
     study = fake_runs.load_study(study_dir)
-    title, head, lines = report.score_tables(study, report.FIRST)[4]
+    title, head, lines = page_of.all_tables(study, report.FIRST)[4]
     assert title == "numbers listed rightly, in %" and head == ["", "ID", "rule OOD", "fake rule"]
     cells = {name: [cell.split()[0] for cell in line] for name, *line in lines}
     end = study["sft"][0][-1]["scores"]
     assert cells["SFT, end"] == [f"{100 * end[row, 'greedy', 'listed'].mean():.1f}" for row in report.ROWS]
-    assert "Numbers listed rightly, in %" in report.table_text(study) and page_of.report_html(study_dir).count("numbers listed rightly") == 2
+    assert "Numbers listed rightly, in %" in page_of.all_text(study) and page_of.report_html(study_dir).count("numbers listed rightly") == 2
 
 
 def test_nats_have_tables_and_a_sentence(study_dir):
     study = fake_runs.load_study(study_dir)
-    teacher, moved = report.score_tables(study, report.FIRST)[2:4]
+    teacher, moved = page_of.all_tables(study, report.FIRST)[2:4]
     for table, kind in ((teacher, "teacher"), (moved, "moved")):
         assert table.head == ["", "ID", "rule OOD"]
         cells = {name: line for name, *line in table.lines}
@@ -294,7 +294,7 @@ def test_nats_have_tables_and_a_sentence(study_dir):
         assert mean == pytest.approx(values.mean(), abs=.006) and low < mean < high < mean + 4 * values.std() / math.sqrt(len(values))
     start = [study["warmup"][0][-1]["scores"][row, "nats", "teacher"].mean() for row in ("id", "rule")]
     assert f"has {start[0]:.1f} nats under the start (ID), {start[1]:.1f} under the other rule" in page_of.story(study)[1]
-    assert "foreign" in report.table_text(study) and page_of.report_html(study_dir).count("how foreign") == 2
+    assert "foreign" in page_of.all_text(study) and page_of.report_html(study_dir).count("how foreign") == 2
 
 
 def test_studies_without_distances_say_nothing_of_them(small_dir):
@@ -302,11 +302,11 @@ def test_studies_without_distances_say_nothing_of_them(small_dir):
         edit(path, lambda e: e.pop("nats") and None)
     for _ in range(2):
         study = fake_runs.load_study(small_dir)
-        assert "nats" not in report.table_text(study) + page_of.report_html(small_dir) + " ".join(page_of.story(study))
+        assert "nats" not in page_of.all_text(study) + page_of.report_html(small_dir) + " ".join(page_of.story(study))
         for path in small_dir.glob("*/evals/*.json"):
             edit(path, lambda e: e.update(nats={}))
     edit(small_dir / "sft/evals/000000.json", lambda e: e.update(nats={"teacher": {"id": [1.5] * 60}}))   # one arm, one row
-    text = report.table_text(fake_runs.load_study(small_dir))
+    text = page_of.all_text(fake_runs.load_study(small_dir))
     assert "1.50 [1.50, 1.50]" in text and "how foreign" in text and "has moved" not in text
 
 
@@ -333,7 +333,7 @@ def test_an_unfinished_study_has_a_report(tmp_path, gone):
         (tmp_path / arm).rename(tmp_path / f"_{arm}")
         (tmp_path / f"_{arm}" / "evals").rename(tmp_path / f"_{arm}" / "gone")
     study = fake_runs.load_study(tmp_path)
-    assert report.table_text(study) and "nan" not in page_of.report_html(tmp_path)
+    assert page_of.all_text(study) and "nan" not in page_of.report_html(tmp_path)
     for svg in (page_of.svg_curves(study), page_of.svg_path(study)):
         ElementTree.fromstring(svg)
 
@@ -376,8 +376,8 @@ def test_mean_over_some_of_the_hands():
 
 def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_path):
     study, view = fake_runs.load_study(fake_runs.make(tmp_path, kind="pictures", n=90)), ("greedy", "first")
-    cost, *tables = report.score_tables(study, view)[5:]
-    assert tables == report.look_tables(study, view)
+    cost, *tables = page_of.all_tables(study, view)[5:]
+    assert tables == page_of.look_tables(study, view)
     tables = {table.title.removeprefix("row by row: ").removesuffix(" in %"): table[1:] for table in tables}
     assert list(tables) == ["success", "all cards read", "cards read", "success where all cards read"]
     head, lines = tables["success"]
@@ -392,7 +392,7 @@ def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_pa
     assert among[1][2][4].split()[0] == f"{100 * red[read == 1].mean():.1f}" and "RL - SFT" not in among[0]
     cost = dict((label, cell.split()[0]) for label, cell in cost.lines)
     assert cost["RL, end"] == f"{100 * (end['scores'][('text', *view)] - end['scores'][('id', *view)]).mean():+.1f}"
-    assert report.table_text(study).count("Row by row: ") == 2 and page_of.report_html(tmp_path).count("row by row: ") == 8
+    assert page_of.all_text(study).count("Row by row: ") == 2 and page_of.report_html(tmp_path).count("row by row: ") == 8
 
 
 def test_the_report_shows_the_pictures(tmp_path):
@@ -407,8 +407,8 @@ def test_two_models_compared():
     rows = [{"id": {mode: dict.fromkeys(tasks.GeneralPoints.SCORES, [0, 1, 1, right]) for mode in report.MODES}} for right in (0, 1)]
     results = [{"suite": "gp-l", "rows": r, "classes": list("abcd"), "attempts": 2} for r in rows]
     table = report.table_text(report.study_of(results, ["one", "two"]))
-    assert table.count("| model one, end ") == 5 and "\nGreedy, whole episode: paired" not in table and "| model two - model one, ID | +25.0 [-66.9, +100.0] |" in table
-    assert table.count("50.0 ") == 5 and table.count("75.0 ") == 5 and table.count("+25.0 [-66.9, +100.0]") == 4
+    assert table.count("| model one, end ") == 4 and table.count("| ID: model two, end ") == 1 and "numbers listed rightly" in table and "\nGreedy, whole episode: paired" not in table and "| model two - model one, ID | +25.0 [-66.9, +100.0] |" in table
+    assert table.count("50.0 ") == 8 and table.count("75.0 ") == 8 and table.count("+25.0 [-66.9, +100.0]") == 4
 
 
 # figures
@@ -459,7 +459,7 @@ def test_a_grid_is_a_readable_figure(tmp_path):
                 (css, rate) for css in ("c0", "c1") for rate in ("1e-05", "3e-05", "0.0001", "0.0003", "0.001")}
             heights = sorted(float(y) for _, y, *_ in panel)
             assert (np.diff(heights) > 15.5).all() and page_of.TOP < heights[0] and heights[-1] < page_of.BOTTOM + 5
-    assert "sft-lr0.001" in report.table_text(study) and "sft-lr0.001" in page_of.report_html(tmp_path)
+    assert "sft-lr0.001" in page_of.all_text(study) and "sft-lr0.001" in page_of.report_html(tmp_path)
 
 
 def test_flops_and_ticks(study_dir):
@@ -629,8 +629,8 @@ def test_tables_figures_and_sentences_name_the_trained_rule(tmp_path):
     for path in tmp_path.glob("*/evals/*.json"):
         edit(path, lambda e: e.update(rule="7/target=36"))
     study, page = fake_runs.load_study(tmp_path), page_of.report_html(tmp_path)
-    assert report.score_tables(study, report.FIRST)[0].head == ["", "ID (7/target=36)", "rule OOD", "fake rule"]
-    assert "RL - SFT, ID (7/target=36) " in report.table_text(study) and "ID (7/target=36): success" in page_of.svg_curves(study)
+    assert page_of.all_tables(study, report.FIRST)[0].head == ["", "ID (7/target=36)", "rule OOD", "fake rule"]
+    assert "RL - SFT, ID (7/target=36) " in page_of.all_text(study) and "ID (7/target=36): success" in page_of.svg_curves(study)
     told = " ".join(page_of.story(study))
     assert "(ID: 7/target=36)" in told and "(rule OOD: 11,12,13/target=36)" in told and "J = Q = K" not in told + page
     edit(tmp_path / "rl/evals/000200.json", lambda e: e.pop("rule"))
@@ -675,7 +675,7 @@ def test_a_run_that_is_not_finished_and_unequal_compute_are_said_in_row_and_firs
     edit(tmp_path / "sft/args.json", lambda a: a.update(steps=60000))
     study = fake_runs.load_study(tmp_path)
     assert report.stages(study, report.FIRST)["sft end"].label == "SFT, step 1000 of 60000 (not finished)"
-    assert re.match("This is no result yet, .*SFT, step 1000 of 60000", page_of.story(study)[0]) and "| SFT, step 1000 of 60000 (not finished) " in report.table_text(study)
+    assert re.match("This is no result yet, .*SFT, step 1000 of 60000", page_of.story(study)[0]) and "| SFT, step 1000 of 60000 (not finished) " in page_of.all_text(study)
     edit(tmp_path / "sft/args.json", lambda a: a.update(steps=1000))
     edit(tmp_path / "rl/evals/000200.json", lambda e: e.update(flops=e["flops"] / 2))
     study = fake_runs.load_study(tmp_path)
@@ -700,7 +700,7 @@ def test_arms_of_any_name_have_a_start_differences_and_colours(tmp_path):
     means = {key: stages[key].interval("rule", report.FIRST)[0] for key in stages}
     for a, b in (("grpo end", "start"), ("rloo end", "start"), ("rloo end", "grpo end")):
         assert differ[a, b, "rule"][0] == pytest.approx(means[a] - means[b])
-    text = report.table_text(study)
+    text = page_of.all_text(study)
     for word in ("| start ", "| grpo, end ", "| grpo - start, ID ", "| rloo - start, fake rule ", "| rloo - grpo, rule OOD "):
         assert text.count(word) in (2, 5)
     assert re.match(r"grpo - start, ID: \+\S+ \[.*\] points, clearly higher; ", page_of.story(study)[0]) and "published" not in page_of.report_html(tmp_path)
@@ -720,7 +720,7 @@ def test_starts_are_the_checkpoints_that_the_runs_began_from(tmp_path):
     assert sorted(stages["start"].evals) == [0, 1] and stages["rl-late end"].minus[0] == "start of rl-late"
     assert stages["start of rl-late"].evals[0]["self"] == (tmp_path.name, "sft-s0", "step-001000")
     assert stages["start of rl-cold"].evals[0]["step"] == 0 and stages["sft end"].minus == ["start"]
-    assert "start of rl-late - " not in report.table_text(fake_runs.load_study(tmp_path))
+    assert "start of rl-late - " not in page_of.all_text(fake_runs.load_study(tmp_path))
 
 
 def test_one_run_alone_has_its_own_report(tmp_path, capsys):

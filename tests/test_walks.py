@@ -159,7 +159,7 @@ def test_a_malformed_sample_is_named(tmp_path, monkeypatch, change):
 
 def test_tables_of_a_study(study_dir):
     study, suite = fake_runs.load_study(study_dir), study_dir.name
-    tables = E.step_tables(study, E.FIRST)
+    tables = page_of.step_tables(study, E.FIRST)
     alone, alone_pairs, forced, forced_pairs, read, where, kinds = (table[1:] for table in tables)
     assert alone[0] == forced[0] == ["", "ID", "rule OOD", "fake rule"] + ["visual"] * (suite == "virl-vl")
     cell = {line[0]: line[2] for line in alone[1]}, {line[0]: line[2] for line in forced[1]}
@@ -170,7 +170,7 @@ def test_tables_of_a_study(study_dir):
     assert where["SFT, end: rule OOD"] == ["100.0"] + ["0.0"] * 7 and where["RL, end: ID"] == ["0.0"] * 7 + ["100.0"]
     assert where["base: ID"][1] == "100.0"
     assert [c.split()[0] for c in kinds["SFT, end: rule OOD"]] == ["0.0", E.NONE, E.NONE, "0.0", "100.0", "100.0"]
-    text = E.table_text(study)
+    text = page_of.all_text(study)
     assert "\nPer step, teacher-forced, in %" in text and "\nWhere walks fail first" in text
     for other in ("hand", "cards", "same numbers"):
         assert other not in text + page_of.report_html(study_dir).split("<style>")[0] + " ".join(page_of.story(study)), other
@@ -186,10 +186,19 @@ def test_the_story_of_walks(study_dir):
 def test_one_evaluation_and_two_compared(monkeypatch):
     one, two = evaluation(monkeypatch, by_compass), evaluation(monkeypatch, expert)
     text = E.table_text(E.study_of([one], ["one"]))
-    assert "\nPer step, teacher-forced, in %" in text and "\n| model one, end: rule OOD " in text and "Where walks fail first" in text and "cards" not in text
+    table = re.search(r"\nGreedy: every row, in %\n\n(.*?)\n\n", text, re.DOTALL)[1]
+    head, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert [cell.strip() for cell in head] == ["", *tasks.Navigation.SCORES.values()][1:] and "per step, teacher-forced" in table
+    cells = {name.strip(): [float(cell.split()[0]) for cell in line] for name, *line in lines}
+    assert list(cells) == ["ID: model one, end", "rule OOD: model one, end", "fake rule: model one, end"]
+    for row, name in (("id", "ID"), ("rule", "rule OOD")):
+        scores = one["rows"][row]["greedy"]
+        assert cells[f"{name}: model one, end"] == pytest.approx([100 * sum(scores[each]) / 8 for each in tasks.Navigation.SCORES], abs=.051)
+    assert cells["rule OOD: model one, end"][4] > 30 and "cards" not in text
     table = E.table_text(E.study_of([one, two], ["one", "two"]))
-    assert "\nPer step, until the first failure: paired differences on the same routes\n\n|" in table
-    assert re.search(r"\| model two - model one, rule OOD \| \+100.0 \[", table)
+    assert "\nPaired differences on the same problems\n\n|" in table
+    assert re.search(r"\| model two - model one, rule OOD +\| \+100.0 \[", table)
+    assert table.index("| ID: model one, end ") < table.index("| ID: model two, end ") < table.index("| rule OOD: model one, end ")
 
 
 # the report
