@@ -537,22 +537,21 @@ def teacher_nats(model, tokenizer, settings: EvalSettings, row: tasks.Row) -> tu
     episodes = [Episode.demonstrated(problem, tokenizer, problem.demonstrate(
         settings.teacher, random.Random(f"teacher/{i}"))[::2])
         for i, problem in enumerate(suite_problems(model, tokenizer, two, row))]
-
-    def log_probs(part, ids, chosen, images):
-        return model.log_probs(ids, chosen, image=images)
-    sums = response_log_probs(model, log_probs, episodes, tokenizer.pad,
-                              default_micro_batch(tokenizer))
+    sums = response_log_probs(model, episodes, tokenizer)
     return [-value for value in sums], [episode.response_tokens for episode in episodes]
 
 
 @torch.no_grad()
-def response_log_probs(model, log_probs, episodes: list, pad: int, micro_batch: int) -> list[float]:
-    """The sum of log p over the response tokens of each episode, in nats. log_probs: a function
-    (episodes, ids, chosen, images) -> (N,); model: encodes the pictures."""
+def response_log_probs(model, episodes: list, tokenizer, log_probs=None) -> list[float]:
+    """The sum of log p over the response tokens of each episode, in nats: of the model, or those
+    of a function (episodes, ids, chosen, images) -> (N,), for which the model encodes pictures."""
+    def own(part, ids, chosen, images):
+        return model.log_probs(ids, chosen, image=images)
+
     sums = {}
-    for part in micro_batches(episodes, micro_batch):
-        batch = to_batch(part, pad, model.device)
-        values = log_probs(part, batch.ids, batch.chosen, images_for(model, part))
+    for part in micro_batches(episodes, default_micro_batch(tokenizer)):
+        batch = to_batch(part, tokenizer.pad, model.device)
+        values = (log_probs or own)(part, batch.ids, batch.chosen, images_for(model, part))
         values = finite(values).double()
         of_row = batch.chosen.nonzero()[:, 0]
         rows = values.new_zeros(len(part)).index_add_(0, of_row, values)
@@ -1139,8 +1138,11 @@ def parse_args(argv=None):
     number(parser, "--n", 500, 1, 1e5, "held-out problems per row")
     add("--attempts", type=between(int, 1, 100), help="answers per question (default: the run's, "
         "else 1)")
-    add("--split", choices=("val", "test"), default="test", help="val to choose, test for claims")
+    add("--split", choices=("train", "val", "test"), help="val to choose, test for claims "
+        "(default: test, with --keep-correct train)")
     number(parser, "--k", 0, 0, 1000, "sample K answers too: pass@1 .. pass@K")
+    add("--keep-correct", metavar="FILE", help="write the right ones of K answers to each problem "
+        "of row ID, for train_sft.py --data")
     add("--max-new-tokens", type=between(int, 1, 1e5), help="tokens per answer (default: 64 for "
         "the tiny tokenizer, else 256)")
     number(parser, "--rollout-batch", 256, 1, 1e6, "episodes side by side")
@@ -1155,6 +1157,7 @@ def parse_args(argv=None):
     if sum(map(bool, (args.model or args.play, args.report, args.compare))) != 1:
         raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
                          "a study directory.")
+    args.split = args.split or ("train" if args.keep_correct else "test")
     stored = run_flags(args.model or (args.compare or args.play or [""])[0])
     args.suite = args.suite or stored.get("eval_suite") or stored.get("task", "gp-l")
     args.attempts = args.attempts or stored.get("attempts", 1)
@@ -1263,8 +1266,9 @@ def main(argv=None):
     args = parse_args(argv)
     if args.report:
         run_script("report.py", args.report)
-    if args.play is not None:
-        run_script("play.py", *(argv or sys.argv[1:]))
+    for script, wanted in (("play.py", args.play is not None), ("keep.py", args.keep_correct)):
+        if wanted:
+            run_script(script, *(argv or sys.argv[1:]))
     if args.compare:  # one after the other in memory
         for name in args.compare:
             find_model(name, args.suite.removesuffix("-probes"))  # before the first one's minutes

@@ -19,11 +19,11 @@ Contents, up to 5 the reading path
 Cards:  6. Rules as text, 7. Reading an answer (JSON and near-JSON), 8. Formulas and solver,
         9. Looks (as text, with wildcards), 10. Pictures of cards
 V-IRL:  11. V-IRL: a walk, 12. V-IRL: words, 13. V-IRL: routes, 14. V-IRL: a city, 15. V-IRL: views
-        (for the model), 16. V-IRL: signs and the map (for people), 17. V-IRL: released data
-Table:  18. Tasks and suites; the command line is assets/game.py
+        (for the model), 16. V-IRL: signs and the map (for people); released routes are walked by
+        assets/panoramas.py
+Table:  17. Tasks and suites; the command line is assets/game.py
 """
 import hashlib
-import io
 import json
 import os
 import random
@@ -44,13 +44,13 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 ASSETS = Path(__file__).parent / "assets"
 
 
-def _tuples(data):
+def as_tuples(data):
     if isinstance(data, dict):
-        return {key: _tuples(value) for key, value in data.items()}
-    return tuple(map(_tuples, data)) if isinstance(data, list) else data
+        return {key: as_tuples(value) for key, value in data.items()}
+    return tuple(map(as_tuples, data)) if isinstance(data, list) else data
 
 
-CARDS, VIRL = (_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8")))
+CARDS, VIRL = (as_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8")))
                for name in ("cards.json", "virl.json"))  # wordings, names, drawings
 
 
@@ -156,7 +156,7 @@ class Problem:
 
 def make(name: str, rule: str | None = None, visual: str | None = None, split: str = "train",
          index: int = 0, attempts: int = 1, style: str = "full", judged_by: str | None = None,
-         seed: int = 0, tile: int | None = None, data: str | None = None) -> Problem:
+         seed: int = 0, tile: int | None = None) -> Problem:
     """Make the problem (name, rule, visual, split, index): the same five give the same problem on
     every machine. ValueError, in one sentence, for anything unknown or out of range.
     rule, visual: texts, None for the trained ones; their wildcards are drawn anew for every index.
@@ -164,7 +164,7 @@ def make(name: str, rule: str | None = None, visual: str | None = None, split: s
     judged_by: the verifier's face values or rule for turns ("fake rule"; None: the prompt's). The
         target and the number of cards are the prompt's, and the expert follows the prompt.
     style: walks of "short" are shorter. tile: pixels of image tiles (None: 32; "full" walks 560).
-    data: for V-IRL, a folder of released routes to take, over and over, in place of a city's."""
+    """
     for value, known in ((name, TASKS), (split, SPLITS), (style, STYLES)):
         if value not in known:
             raise ValueError(f"{value!r} is not one of {', '.join(known)}.")
@@ -176,7 +176,7 @@ def make(name: str, rule: str | None = None, visual: str | None = None, split: s
     index += seed * 10**9 if split in ("base", "train") else 0
     return task.problem.make(
         rule=task.rule if rule is None else rule, visual=visual or task.visual, split=split,
-        index=index, attempts=attempts, style=style, judged_by=judged_by, tile=tile, data=data)
+        index=index, attempts=attempts, style=style, judged_by=judged_by, tile=tile)
 
 
 # ---- 2. Cards and rules --------------------------------------------------------------------------
@@ -347,9 +347,7 @@ class GeneralPoints(Problem):
         self.prompt = write_prompt(self.hand, self.rule, self.style, self.look)
 
     @classmethod
-    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
-        if data:
-            raise ValueError("GeneralPoints deals its hands: only V-IRL takes released data.")
+    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile):
         name, tile = f"gp/{split}/{index}", 32 if tile is None else tile
         rule = parse_rule(rule, random.Random(f"{name}/rule"))
         look = visual and Look.drawn(visual, f"{name}/look", rule.cards, tile)
@@ -547,7 +545,7 @@ def parse_formula(text: str, target: int):
     stack = tokens[::-1]  # the next token is the last one
     value = _sum(stack)
     if stack:
-        raise Illegal(f"{_quoted(stack[-1])} stands where an operator or the end should")
+        raise Illegal(f"{quoted(stack[-1])} stands where an operator or the end should")
     return value, [int(token) for token in tokens if token.isdigit()]
 
 
@@ -557,12 +555,12 @@ def _check_tokens(tokens, target):
         if token[0] in "0123456789":
             count += 1
             if len(token) > MAX_DIGITS or token[0] == "0" and len(token) > 1:
-                raise Illegal(f"{_quoted(token)} has a leading zero or more than {MAX_DIGITS} "
+                raise Illegal(f"{quoted(token)} has a leading zero or more than {MAX_DIGITS} "
                               "digits")
         elif token == "=":
             raise Illegal(f"'=' may stand only once, at the end, as '={target}'")
         elif token not in "+-*/()":
-            raise Illegal(f"{_quoted(token)} is not allowed")
+            raise Illegal(f"{quoted(token)} is not allowed")
         depth += (token == "(") - (token == ")")
         if depth > MAX_DEPTH or count > MAX_NUMBERS:
             raise Illegal(f"it has more than {MAX_NUMBERS} numbers or brackets more than "
@@ -584,14 +582,14 @@ def _atom(stack):
     if token.isdigit():
         return int(token), 1
     if token != "(":
-        raise Illegal(f"{_quoted(token)} stands where a number or '(' should")
+        raise Illegal(f"{quoted(token)} stands where a number or '(' should")
     value = _sum(stack)
     if not stack or stack.pop() != ")":
         raise Illegal("a bracket is not closed")
     return value
 
 
-def _quoted(text):
+def quoted(text):
     return f"'{printable(text)}'" if printable(text) else "an unprintable character"
 
 
@@ -1132,17 +1130,14 @@ class Navigation(Problem):
         self.cls = f"{self.route.city}: {', '.join(filter(None, words))}"
 
     @classmethod
-    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile, data):
-        """See the function `make`. ValueError for a rule, a scene, a tile or data that do not
-        fit."""
+    def make(cls, *, rule, visual, split, index, attempts, style, judged_by, tile):
+        """See the function `make`. ValueError for a rule, a scene or a tile that do not fit."""
         tile = TILE[style] if tile is None else tile
         look = visual and Scene.parse(visual, random.Random(f"virl/{split}/{index}/look"))
         if look and not (least := look.legible_from(style)) <= tile <= 1120:
             raise ValueError(f"Views of the look {str(look)!r} in style {style} need tiles of "
                              f"{least} to 1120 pixels, not {tile}.")
-        known = (released(str(data), bool(visual)).routes if data else
-                 routes(f"{split}-{index // ROUTES}", style))
-        route = known[index % len(known)]
+        route = routes(f"{split}-{index // ROUTES}", style)[index % ROUTES]
         judged_by = parse_turns(judged_by or rule)
         return cls(route, parse_turns(rule), attempts, style, judged_by, look, tile)
 
@@ -1161,12 +1156,13 @@ class Navigation(Problem):
     def picture(self, position: int):
         """The picture of a position of the route, None in text."""
         if self.look and position not in self.drawn:
-            here = self.route.rail[position]
-            folder = self.route.folder
-            shown = here.place, here.heading, self.look, self.tile
-            self.drawn[position] = (panorama_grid(folder, *shown) if folder else
-                                    draw_grid(self.route.city, self.style, *shown))
+            self.drawn[position] = self.draw(self.route.rail[position])
         return self.drawn.get(position)
+
+    def draw(self, here: "Position"):
+        """The four views at a Position."""
+        return draw_grid(self.route.city, self.style, here.place, here.heading, self.look,
+                         self.tile)
 
     @property
     def prompt(self):
@@ -1280,8 +1276,8 @@ class Navigation(Problem):
         return "".join(marks.values())
 
     def figures(self, turns):
-        """The views up to the last position reached, and the map; released routes have none."""
-        found = {} if self.route.folder else {"map": draw_map(self, 340)}
+        """The views up to the last position reached, and the map."""
+        found = {"map": draw_map(self, 340)}
         if self.look:
             last = max((turn["position"] for turn in turns), default=0)
             found["pictures"] = [self.picture(position) for position in range(last + 1)]
@@ -1388,7 +1384,7 @@ def parse_action(text):
     short = text if len(text) <= MAX_ACTION else ""
     match = ACTION.fullmatch(" ".join(short.lower().split()))
     if not match:
-        raise Illegal(f"{_quoted(text)} is not forward(), stop() or turn_direction(x)")
+        raise Illegal(f"{quoted(text)} is not forward(), stop() or turn_direction(x)")
     return match[1] or "turn", match[2] or ""
 
 
@@ -1478,10 +1474,9 @@ class Stop(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A city's name, the Positions up to the destination, the folder of a released route."""
+    """A city's name, the Positions up to the destination."""
     city: str
     rail: tuple
-    folder: str = ""
 
     def key(self):
         """Routes with one key are one problem, whatever their cities are called."""
@@ -2110,109 +2105,7 @@ def draw_map(problem: Navigation, size: int) -> Image.Image:
     return image
 
 
-# ---- 17. V-IRL: released data --------------------------------------------------------------------
-# The paper's routes, in the routes.json that assets/convert_routes.py writes. It may come from
-# anybody: it is bounded and checked field by field. A place is the name of a panorama, None
-# without one.
-
-MAX_DATA = 1 << 28  # bytes of a file
-PANORAMA = re.compile(r"[\w-]{1,64}", re.ASCII)  # a name
-
-
-class Released(NamedTuple):
-    """The content of a routes.json: routes, the folder of panoramas, their rotations in degrees."""
-    routes: tuple[Route, ...]
-    street_views: Path
-    rotations: dict
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file of at most MAX_DATA bytes. ValueError for others."""
-    try:
-        if path.is_file() and path.stat().st_size <= MAX_DATA:
-            return path.read_bytes()
-    except OSError:  # a name that is too long, no permission
-        pass
-    raise ValueError(f"{printable(str(path), 200)} cannot be read or is larger than "
-                     f"{MAX_DATA >> 20} MB: see assets/convert_routes.py.")
-
-
-@lru_cache
-def released(folder: str, pictures: bool) -> Released:
-    """The routes.json of a folder, for pictures only its routes with a panorama at every position.
-    ValueError where it is damaged, or no route is left."""
-    path = Path(folder) / "routes.json"
-    text = read_bytes(path)
-    try:
-        data = _tuples(json.loads(text))
-        rotations = data["rotations"]
-        if not all(PANORAMA.fullmatch(name) and abs(rotations[name]) <= 1e6 for name in rotations):
-            raise ValueError("a rotation is no panorama's angle")
-        rails = [_released_rail(rotations, **route) for route in data["routes"]]
-        routes = tuple(Route(Path(folder).name, rail, folder) for rail in rails
-                       if not pictures or all(here.place for here in rail))
-        if not routes:
-            raise ValueError("none can be used")
-        return Released(routes, Path(data["street_views"]), rotations)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        path = printable(str(path), 200)
-        reason = printable(f"{type(error).__name__}: {error}")
-        raise ValueError(f"{path} does not hold released routes ({reason}).") from None
-
-
-def _released_rail(rotations, facing, stops):
-    """The checked rail of a route. It starts with a turn and ends without one."""
-    stops = [Stop(*stop) for stop in stops]
-    fits = 0 <= facing <= 360 and stops[0].towards is not None and stops[-1].towards is None
-    for place, landmarks, towards in stops:
-        texts = [name + side for name, side in landmarks]
-        fits &= isinstance(landmarks, tuple) and texts == [printable(text, 120) for text in texts]
-        fits &= place is None or place in rotations
-        fits &= towards is None or 0 <= towards <= 360
-    if not fits:
-        raise ValueError("a route has a field that does not fit")
-    return make_rail(facing, stops)
-
-
-def panorama_grid(folder, name, heading, look, tile):
-    """As draw_grid, from a panorama. ValueError where it is missing or no picture of at most
-    2 * Image.MAX_IMAGE_PIXELS pixels."""
-    _, street_views, rotations = released(folder, True)
-    if name not in rotations:
-        raise ValueError(f"{_quoted(name or '')} is no name of a panorama.")
-    photo = read_bytes(street_views / f"{name}.jpg")
-    size = tile if look.tiles == 4 else tile // 2
-    try:
-        image = Image.open(io.BytesIO(photo), formats=("JPEG",))
-        panorama = np.asarray(image.convert("RGB"))
-    except (OSError, Image.DecompressionBombError):
-        raise ValueError(f"The panorama {name} is no picture that can be read.") from None
-
-    def draw_view(towards):
-        flat = panorama_view(panorama, (towards - 180) % 360 + rotations[name], 640)
-        return Image.fromarray(flat).resize((size, size), Image.Resampling.BILINEAR)
-    return four_views(heading, draw_view)
-
-
-def panorama_view(panorama: np.ndarray, yaw: float, size: int) -> np.ndarray:
-    """A flat view of size x size pixels, 90 degrees wide, pitch 0, of an equirectangular panorama
-    (H, W, 3) uint8; yaw in degrees to the right of its middle."""
-    high, wide, _ = panorama.shape
-    across = (np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1  # -1 to 1, one unit ahead
-    u = (np.arctan(across) / (2 * pi) + yaw / 360 + 0.5) % 1 * wide - 0.5  # (size,): of a column
-    v = (0.5 + np.arctan2(across[:, None], np.hypot(across, 1)) / pi) * high - 0.5  # (size, size)
-    left = np.floor(u).astype(int)
-    top = np.floor(v).astype(int)
-    share_u = np.float32(u - left)[:, None]
-    share_v = (v - top)[..., None]
-
-    def row(at):  # between two columns
-        return (1 - share_u) * panorama[at, left % wide] + share_u * panorama[at, (left + 1) % wide]
-    upper, lower = row(top), row((top + 1) % high)
-    return (upper + (lower - upper) * share_v + 0.5).astype(np.uint8)
-
-
-# ---- 18. Tasks and suites ------------------------------------------------------------------------
+# ---- 17. Tasks and suites ------------------------------------------------------------------------
 # The gap between the rows of a suite is the study's result.
 
 class Task(NamedTuple):

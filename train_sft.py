@@ -2,6 +2,7 @@
 
     python train_sft.py --task gp-l --out runs/sft            # expert answers under one rule
     python train_sft.py --rules 10:2 11,12,13 --out runs/two  # a mixture of two rules
+    python train_sft.py --data own.jsonl --out runs/own       # your own prompts and responses
 
   1. Demonstrations (problem and demonstrator -> token ids, mask of the learned ones), 2. The loss,
   3. One update, 4. The loop: up to here the reading path
@@ -22,7 +23,7 @@ import time
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +35,11 @@ from safetensors import SafetensorError
 
 import tasks
 from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, default_max_new_tokens,
-                      default_micro_batch, device_and_dtype, evaluate, find_model, images_for,
+                      device_and_dtype, evaluate, find_model, images_for,
                       micro_batches, number, prompt_style, response_log_probs, run_main, run_script,
                       show_episode, summary, to_batch)
 from model import (PARTS, LlamaVision, Tokenizer, Work, adapters_off, add_lora, add_work,
-                   count_parameters, load_model, merge_lora, pass_flops, read_json, read_start,
+                   count_parameters, load_model, merge_lora, open_image, pass_flops, read_json, read_start,
                    save_adapter, save_model, text_work, write_atomically, write_json, UMASK)
 
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
@@ -78,9 +79,11 @@ def summed(value: float | torch.Tensor):
     return value
 
 
-def sft_backward(model: LlamaVision, episodes: list, pad: int, *limits: int) -> dict:
-    """Gradients of the mean of -log p over all response tokens of the batch.
+def sft_backward(model: LlamaVision, episodes: list, pad: int, *limits: int, kind="nll") -> dict:
+    """Gradients of the loss, a mean over all response tokens of the batch.
 
+    kind: "nll", -log p of each token, or "dft", which multiplies it by p as a constant: so a token
+    that the model finds unlikely does not pull the hardest (Wu et al., arXiv 2508.05629).
     Every part (limits: of `micro_batches`) divides by the token count of the WHOLE batch: a mean of
     the parts' means would depend on them. FloatingPointError when the loss is not finite.
     """
@@ -89,7 +92,8 @@ def sft_backward(model: LlamaVision, episodes: list, pad: int, *limits: int) -> 
     for part in micro_batches(episodes, *limits):
         batch = to_batch(part, pad, model.device)
         log_probs = model.log_probs(batch.ids, batch.chosen, image=images_for(model, part))
-        part_loss = -log_probs.sum() / tokens
+        weight = log_probs.detach().exp() if kind == "dft" else 1.0
+        part_loss = -(weight * log_probs).sum() / tokens
         part_loss.backward()
         loss += part_loss.item()
     if not math.isfinite(loss):
@@ -140,7 +144,7 @@ def train(run, args):
         while run.goes_on():
             run.episodes = [data.episode(tokenizer, i) for i in run.indices(args.batch)]
             metrics = sft_backward(model, run.episodes, tokenizer.pad, args.micro_batch,
-                                   args.micro_tokens)
+                                   args.micro_tokens, kind=args.loss)
             metrics |= update(model, run.optimizer, run.lr(), args.max_grad_norm)
             run.finish_step(metrics, sft_flops(model, run.episodes))
     return run.end()
@@ -149,7 +153,8 @@ def train(run, args):
 # ==== The reading path ends here. Everything below can be skipped. ====
 
 METRICS = {  # of a step; --help prints them
-    "loss": "mean of -log p over the response tokens",
+    "loss": "mean of -log p over the response tokens (dft: of p times that)",
+    "eval_loss": "mean of -log p over the response tokens of --eval-data",
     "grad_norm": "norm of the gradient before clipping",
     "lr": "learning rate",
     "tokens": "response tokens of the batch",
@@ -432,13 +437,22 @@ class Run(Ending):
         result |= {"step": self.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
                    "seconds": round(progress.seconds, 2)}
         write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
-        self.scores = summary(result)
+        self.scores = summary(result) | self.held_out_loss()
         said = [f"{name} {100 * value:.1f}" if name.endswith("/first") else f"{name} {value:.2f}"
-                for name, value in self.scores.items() if name.endswith("/first") or "nats" in name]
+                for name, value in self.scores.items() if name.endswith(("/first", "loss")) or "nats" in name]
         self.say(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt in "
                  f"%: {', '.join(said)}")
         self.warn_truncated("held-out", result["truncated"])
         progress.eval_seconds += result["eval_seconds"]
+
+    def held_out_loss(self):
+        """{"eval_loss"} of --eval-data, {} without it."""
+        if not getattr(self.args, "eval_data", None):
+            return {}
+        episodes = [conversation(self.tokenizer, *each)
+                    for each in read_conversations(self.args.eval_data, self.args.task)]
+        sums = response_log_probs(self.model, episodes, self.tokenizer)
+        return {"eval_loss": -sum(sums) / sum(episode.response_tokens for episode in episodes)}
 
     @cached_property
     def reference(self):
@@ -448,8 +462,7 @@ class Run(Ending):
     def moved(self, episodes):
         """log p - log p under the start of each sampled episode, in nats, a list. Its mean is an
         unbiased estimate of KL(policy || start) of an episode."""
-        start = response_log_probs(self.model, self.reference, episodes, self.tokenizer.pad,
-                                   default_micro_batch(self.tokenizer))
+        start = response_log_probs(self.model, episodes, self.tokenizer, self.reference)
         return [sum(episode.log_probs) - value for episode, value in zip(episodes, start)]
 
     def warn_truncated(self, which, share):
@@ -568,7 +581,8 @@ class RunDirectory:
         for path in [here / name for name in SOURCES] + [*here.glob("assets/*.json")]:
             shutil.copy(path, self.path / "source" / path.relative_to(here))
         here = os.path.relpath(args.init_path or ".", self.path)
-        start = {"from_here": here, "weights": start_checksums(args.init_path)}
+        start = {"from_here": here, "weights": start_checksums(args.init_path),
+                 "data": data_checksums(args)}
         write_json(self.path / "start.json", start)
         self.write_arguments(args)
 
@@ -616,6 +630,9 @@ class RunDirectory:
         they were, or where they are now as seen from the run, if both were moved. ValueError when
         neither holds those very weights."""
         start = read_start(self.path)
+        if start.get("data", {}) != data_checksums(args):
+            raise ValueError(f"{self.path} began with another --data or --eval-data than "
+                             f"{args.data or args.eval_data} holds now; put it back to continue.")
         if not args.init_path or not start:
             return args.init_path
         places = [str((self.path / str(start.get("from_here"))).resolve()), args.init_path]
@@ -765,7 +782,7 @@ def size_of(folders):
 def checksums(directory, names=None, last=1 << 62):
     """{file name: [bytes, CRC-32 of the `last` bytes]} of files in a directory (default: all)."""
     found = {}
-    for name in sorted(names or os.listdir(directory)):
+    for name in sorted(os.listdir(directory) if names is None else names):
         with open(directory / name, "rb") as file:
             size, crc = os.fstat(file.fileno()).st_size, 0
             file.seek(max(0, size - last))
@@ -778,7 +795,13 @@ def checksums(directory, names=None, last=1 << 62):
 def start_checksums(path):
     """The checksums of the weights in a model directory; {} without any."""
     weights = [file.name for file in Path(path).glob("*.safetensors")] if path else []
-    return checksums(Path(path), weights, last=1 << 20) if weights else {}
+    return checksums(Path(path or ""), weights, last=1 << 20)
+
+
+def data_checksums(args):
+    """The checksums of the files of --data and --eval-data."""
+    return checksums(Path(), [vars(args)[name] for name in ("data", "eval_data")
+                              if vars(args).get(name)])
 
 
 def step_of(line):
@@ -1059,10 +1082,78 @@ class Mixture(NamedTuple):
 
 def demonstrations(args, style):
     """The data that the flags of SFT ask for."""
+    if args.data:
+        return OwnData(read_conversations(args.data, args.task), args.seed)
     visuals = read_mixture("visuals", args.visuals) if args.visuals else None
     return Demonstrations(args.task, read_mixture("rules", args.rules),
                           read_mixture("demonstrators", args.demonstrators), visuals,
                           args.split, args.seed, style)
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """The conversations of --data, in another order in every pass. Episode number `index` is a pure
+    function of the file, the seed and the index, as that of `Demonstrations`."""
+
+    conversations: list
+    seed: int
+
+    def episode(self, tokenizer, index):
+        """The one whose turn it is."""
+        number, place = divmod(index, len(self.conversations))
+        order = shuffled(len(self.conversations), f"data/{self.seed}/{number}")
+        return conversation(tokenizer, *self.conversations[order[place]])
+
+
+@lru_cache(maxsize=2)
+def shuffled(count, seed):
+    """The numbers below `count` in an order that the seed gives."""
+    return random.Random(seed).sample(range(count), count)
+
+
+def conversation(tokenizer, texts: list, picture: Path | None) -> Episode:
+    """The Episode of a user's and an assistant's texts in turn. A picture precedes the first."""
+    problem = tasks.Problem()
+    problem.prompt, problem.image = texts[0], picture and open_image(picture)
+    episode = Episode.start(problem, tokenizer)
+    for i, text in enumerate(texts[1:]):
+        if i % 2:
+            episode.append_context(tokenizer.turn(text))
+        else:
+            episode.append_response([*tokenizer.encode(text), tokenizer.eot])
+    return episode
+
+
+def read_conversations(path: str, task: str) -> list:
+    """[(texts of user and assistant in turn, path of the picture or None), ...] of a file with a
+    JSON object in each line: {"prompt", "response"} or {"messages": [{"role", "content"}, ...]},
+    and perhaps "image", a path as seen from the file. ValueError that names the line."""
+    found = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            item, roles = json.loads(line), ("user", "assistant")
+            messages = item.get("messages") or [
+                {"role": role, "content": item[name]}
+                for role, name in zip(roles, ("prompt", "response"))]
+            texts = [message["content"] for message in messages]
+            if [message["role"] for message in messages] != [*roles] * (len(texts) // 2):
+                raise ValueError("the roles must be user and assistant in turn")
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError("each message must be a text that is not empty")
+            "".join(texts).encode()  # half of a surrogate pair is no text
+            picture = item.get("image") and Path(path).parent / item["image"]
+            if picture and not (tasks.TASKS[task].pictures and picture.is_file()):
+                raise ValueError(f"there is no file {picture}, or --task {task} shows no pictures")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path}, line {number}: {clean(why)}; a line is a JSON object with "
+                             '"prompt" and "response", or with "messages".') from None
+        found.append((texts, picture or None))
+    if not found:
+        raise ValueError(f"{path} holds no line.")
+    return found
 
 
 def read_mixture(flag, items):
@@ -1219,6 +1310,7 @@ def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
 # What --resume may change, less the last.
 FREE = ("steps", "flops", "micro_tokens", "micro_batch", "rollout_batch", "recompute", "keep",
         "save_every", "device", "threads", "dry_run", "preset")
+NEWER = ("data", "eval_data", "loss")  # flags that the runs of earlier versions lack
 
 
 def resumed_arguments(parser, given, flags):
@@ -1247,7 +1339,7 @@ def read_arguments(parser, run):
     path = Path(run) / "args.json"
     stored, known = read_json(path), vars(parser.parse_args([])).keys()
     missing = known - stored.keys() if isinstance(stored, dict) else {None}
-    if missing.difference(FREE) or stored.keys() - known != {"init_path"}:
+    if missing.difference(FREE, NEWER) or stored.keys() - known != {"init_path"}:
         raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the "
                          "script that began it.")
     init_path, argv = stored.pop("init_path"), []
@@ -1272,6 +1364,13 @@ def mixture_arguments(parser, demonstrators):
     """The flags of SFT; `demonstrators` is the default mixture."""
     g = parser.add_argument_group("supervised fine-tuning")
     number(g, "--batch", 256, 1, 1e5, "demonstrations per step")
+    g.add_argument("--data", metavar="FILE", help="learn from your own lines instead of "
+                   "demonstrators: {\"prompt\", \"response\"} or {\"messages\"}, and perhaps "
+                   "{\"image\"}, in JSON")
+    g.add_argument("--eval-data", metavar="FILE", help="such lines that are not learned: their "
+                   "eval_loss, at each evaluation")
+    g.add_argument("--loss", choices=("nll", "dft"), default="nll", help="dft: each token's -log p "
+                   "times its p (arXiv 2508.05629)")
     g.add_argument("--rules", nargs="+", metavar="RULE:WEIGHT", help="mixture of rules (default: "
                    "--rule)")
     g.add_argument("--visuals", nargs="+", metavar="LOOK:WEIGHT", help="mixture of looks (default: "
@@ -1285,6 +1384,10 @@ def mixture_arguments(parser, demonstrators):
 def check_mixtures(args):
     """Fill in the defaults of the mixtures and make one problem of each part. ValueError for a
     wrong one."""
+    mixed = args.rules or args.visuals or args.demonstrators != ["expert"]
+    if args.data and mixed and not args.resume:
+        raise ValueError("--data takes the place of --demonstrators, --rules and --visuals: leave "
+                         "these out, or --data.")
     args.rules = args.rules or [args.rule]
     args.visuals = args.visuals or ([args.visual] if args.visual else None)
     for rule in read_mixture("rules", args.rules).names:
@@ -1292,10 +1395,14 @@ def check_mixtures(args):
     for visual in read_mixture("visuals", args.visuals or []).names:
         tasks.make(args.task, args.rule, visual, args.split, tile=1120)
     known = tasks.TASKS[args.task].problem.DEMONSTRATORS
+    for name in ("data", "eval_data"):
+        if path := vars(args)[name]:
+            vars(args)[name] = os.path.abspath(path)
+            read_conversations(path, args.task)
     for kind in read_mixture("demonstrators", args.demonstrators).names:
         if kind not in known:
             raise ValueError(f"--demonstrators {clean(kind)}: choose from {', '.join(known)}.")
-        args.eval_teacher = args.eval_teacher or kind
+        args.eval_teacher = args.eval_teacher or (None if args.data else kind)
 
 
 def metrics_help(metrics: dict[str, str]) -> str:

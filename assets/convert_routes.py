@@ -1,5 +1,5 @@
 """Converts the paper's routes (dataset tianzhechu/SFTvsRL_Data: nyc_1k_routes.zip, VLN_mini.zip)
-into a routes.json that tasks.py reads:
+into a routes.json that assets/panoramas.py reads:
 
     python -m assets.convert_routes FOLDER OUT
     python tasks.py --task virl-vl --data OUT
@@ -28,8 +28,10 @@ import re
 import sys
 from pathlib import Path
 
-from tasks import (NOTHING, PANORAMA, Stop, between, parse_answer, printable, random_facing,
-                   read_bytes)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from assets.panoramas import PANORAMA, read_bytes  # noqa: E402
+from tasks import NOTHING, Stop, between, parse_answer, printable, random_facing  # noqa: E402
 
 # ---- 1. Plain pickles ----------------------------------------------------------------------------
 # gps_pano_mapping.pkl is a dict {(latitude, longitude): name}. Python's own reader would run

@@ -13,6 +13,7 @@ from tempfile import NamedTemporaryFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from assets.panoramas import make as make_released  # noqa: E402
 from tasks import SPLITS, TARGETS, TASKS, GeneralPoints, Look, Scene, Step, any_of, make, printable, solutions  # noqa: E402
 
 AGAIN = " Please give another answer in the same JSON form."  # not said where none can follow
@@ -56,8 +57,10 @@ def main(args) -> list[Step]:
     reader = "an instruct model" if args.style == "full" else "the tiny model"
     steps = []
     for index in range(args.index, args.index + args.n):
-        problem = make(args.task, args.rule, args.visual, args.split, index, args.attempts,
-                       args.style, seed=args.seed, tile=args.tile, data=args.data)
+        asked = args.task, args.rule, args.visual, args.split, index
+        settings = {name: vars(args)[name] for name in ("attempts", "style", "seed", "tile")}
+        problem = (make_released(args.data, *asked, **settings) if args.data else
+                   make(*asked, **settings))
         shown = [f" | {name} {getattr(problem, name)}" for name in ("rule", "cls", "look")
                  if getattr(problem, name, None)]
         _say(f"--- {args.task} | {args.split} {index} | for {reader}" + "".join(shown))

@@ -41,6 +41,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import model as M  # noqa: E402
 import tasks  # noqa: E402
+from assets import panoramas  # noqa: E402
 from evaluate import Episode, rollout  # noqa: E402
 from make_fixtures import hf_name  # noqa: E402
 from train_rl import LossSettings, advantages, policy_loss, rl_backward, token_weights  # noqa: E402
@@ -480,7 +481,7 @@ def street_views():
         (Path(folder) / "routes.json").write_text(json.dumps(data))
         began = time.process_time()
         for heading in range(3):
-            tasks.panorama_grid(folder, "a", heading, tasks.Scene(), 560)
+            panoramas.panorama_grid(folder, "a", heading, tasks.Scene(), 560)
         size = (views / "a.jpg").stat().st_size / 1e6
         yield f"from a JPEG of 3328 x 1664 pixels ({size:.1f} MB), four views of 640: {(time.process_time() - began) / 3:.2f} s each"
 

@@ -21,11 +21,16 @@ import tasks  # noqa: E402
 from model import load_model  # noqa: E402
 from conftest import standing  # noqa: E402
 import assets.habits  # noqa: E402, F401
-from assets import convert_routes, draw_emblems  # noqa: E402
-from tasks import COMPASS, Position, Route, city, make, parse_turns, routes, turn_word  # noqa: E402
+from assets import convert_routes, draw_emblems, panoramas  # noqa: E402
+from tasks import COMPASS, Position, Route, city, parse_turns, routes, turn_word  # noqa: E402
 
 RULES = ("absolute", "relative")
 STYLES = ("full", "short")
+
+
+def make(name, *args, data=None, **settings):
+    """A problem; with `data` one of that folder's routes."""
+    return panoramas.make(str(data), name, *args, **settings) if data else tasks.make(name, *args, **settings)
 
 
 def walks(style, count=200, rule="absolute", split="train", **more):
@@ -732,7 +737,7 @@ def released(tmp_path):
 
 def converted(folder):
     """The folder with a new routes.json."""
-    tasks.released.cache_clear()
+    panoramas.released.cache_clear()
     convert_routes.main([str(folder), str(folder)])
     return folder
 
@@ -770,7 +775,7 @@ def test_released_views_show_what_the_grid_says(released):
     assert walk.image.size == (256, 256)
     panorama, began = np.zeros((1664, 3328, 3), np.uint8), time.process_time()
     for yaw in range(0, 360, 90):
-        assert tasks.panorama_view(panorama, yaw, 640).shape == (640, 640, 3)
+        assert panoramas.panorama_view(panorama, yaw, 640).shape == (640, 640, 3)
     assert time.process_time() - began < 1.5  # about 0.4 s
 
 
@@ -790,8 +795,8 @@ def test_routes_that_cannot_be_used_are_left_out_and_named(released, capsys):
         where = "" if count == 2 else " of walks in pictures"
         assert line.startswith(f"{6 - count} of 6 routes in {released} are left out{where}: 0 has 2 points but 1 milestones; 1 lacks 'route_results'; 2 ")
         assert line.endswith("4 has a milestone without a heading in degrees.") and ("3 has no panorama within 20 m" in line) == (count == 1)
-    panoramas, _ = convert_routes.read_folder(released)
-    assert walks[-1].route.rail == tasks.make_rail(*convert_routes.route_stops(route, 5, panoramas))
+    found, _ = convert_routes.read_folder(released)
+    assert walks[-1].route.rail == tasks.make_rail(*convert_routes.route_stops(route, 5, found))
     assert capsys.readouterr().err == ""
     (released / "route_infos.json").write_text(json.dumps([bad[:1] * 30, cursor]))
     assert re.search("none can be used: 0 has 2 points but 1 milestones; .*and 20 more\\.$", refused(released))
@@ -896,7 +901,7 @@ def test_broken_folders_give_one_sentence(released):
 def test_names_that_are_no_panorama_are_refused(released):
     for name in ("../../etc/passwd", "a/b", "", None, "x" * 65):
         with pytest.raises(ValueError, match="panorama"):
-            tasks.panorama_grid(str(released), name, 0, tasks.Scene(), 64)
+            panoramas.panorama_grid(str(released), name, 0, tasks.Scene(), 64)
         with pytest.raises(ValueError, match="panorama"):
             convert_routes.read_rotation(released / "street_views", name or "")
 
@@ -919,10 +924,10 @@ def test_broken_panoramas_give_one_sentence(released, capsys):
     for data in (b"", b"no picture", (folder / "pano_2.jpg").read_bytes()[:2000], bytes(huge)):
         (folder / "pano_2.jpg").write_bytes(data)
         with pytest.raises(ValueError, match="no picture"):
-            tasks.panorama_grid(str(released), "pano_2", 0, tasks.Scene(), 64)
+            panoramas.panorama_grid(str(released), "pano_2", 0, tasks.Scene(), 64)
     (folder / "pano_2.jpg").unlink()
     with pytest.raises(ValueError, match="cannot be read"):
-        tasks.panorama_grid(str(released), "pano_2", 0, tasks.Scene(), 64)
+        panoramas.panorama_grid(str(released), "pano_2", 0, tasks.Scene(), 64)
 
 
 ODD = ("x", -1, 1e999, 10**400, {}, [[]], "a" * 70, "\x1b[31m")  # fits no field but a text
@@ -970,7 +975,7 @@ def test_a_damaged_routes_json_gives_one_sentence(released):
     texts += [("cut", whole[:i]) for i in range(0, len(whole) - 1, 97)]
     for where, text in [*texts, ("deep", "[" * 100000), ("deep", '{"routes":' * 5000), ("bytes", "\udcff"), ("a list", "[]"), ("a number", "3")]:
         path.write_bytes(text.encode("utf-8", "surrogateescape"))
-        tasks.released.cache_clear()
+        panoramas.released.cache_clear()
         if text != whole:
             count += 1
             try:
@@ -981,13 +986,13 @@ def test_a_damaged_routes_json_gives_one_sentence(released):
             assert "does not hold released routes" in said, (where, said)
     assert count > 200
     path.write_text(whole)
-    tasks.released.cache_clear()
+    panoramas.released.cache_clear()
     assert make("virl-vl", data=released).route.rail[-1].place == "pano_22"
 
 
 def test_files_that_are_too_large_are_not_read(released, monkeypatch):
-    monkeypatch.setattr(tasks, "MAX_DATA", 100)
-    tasks.released.cache_clear()
+    monkeypatch.setattr(panoramas, "MAX_DATA", 100)
+    panoramas.released.cache_clear()
     with pytest.raises(ValueError, match="larger than"):
         make("virl-l", data=released)
 
