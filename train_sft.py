@@ -35,12 +35,13 @@ from safetensors import SafetensorError
 
 import tasks
 from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, default_max_new_tokens,
-                      device_and_dtype, evaluate, find_model, images_for,
-                      micro_batches, number, prompt_style, response_log_probs, run_main, run_script,
-                      show_episode, summary, to_batch)
+                      device_and_dtype, evaluate, find_model, images_for, micro_batches, number,
+                      prompt_style, response_log_probs, run_main, run_script, show_episode,
+                      summary, to_batch)
 from model import (PARTS, LlamaVision, Tokenizer, Work, adapters_off, add_lora, add_work,
-                   count_parameters, load_model, merge_lora, open_image, pass_flops, read_json, read_start,
-                   save_adapter, save_model, text_work, write_atomically, write_json, UMASK)
+                   count_parameters, load_model, merge_lora, open_image, pass_flops, read_json,
+                   read_start, save_adapter, save_model, text_work, write_atomically, write_json,
+                   UMASK)
 
 # ---- 1. Demonstrations ---------------------------------------------------------------------------
 
@@ -439,7 +440,8 @@ class Run(Ending):
         write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
         self.scores = summary(result) | self.held_out_loss()
         said = [f"{name} {100 * value:.1f}" if name.endswith("/first") else f"{name} {value:.2f}"
-                for name, value in self.scores.items() if name.endswith(("/first", "loss")) or "nats" in name]
+                for name, value in self.scores.items()
+                if name.endswith(("/first", "loss")) or "nats" in name]
         self.say(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt in "
                  f"%: {', '.join(said)}")
         self.warn_truncated("held-out", result["truncated"])
@@ -1129,7 +1131,7 @@ def read_conversations(path: str, task: str) -> list:
     JSON object in each line: {"prompt", "response"} or {"messages": [{"role", "content"}, ...]},
     and perhaps "image", a path as seen from the file. ValueError that names the line."""
     found = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    for at, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -1148,7 +1150,7 @@ def read_conversations(path: str, task: str) -> list:
                 raise ValueError(f"there is no file {picture}, or --task {task} shows no pictures")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}, line {number}: {clean(why)}; a line is a JSON object with "
+            raise ValueError(f"{path}, line {at}: {clean(why)}; a line is a JSON object with "
                              '"prompt" and "response", or with "messages".') from None
         found.append((texts, picture or None))
     if not found:
