@@ -6,7 +6,7 @@
 
   1. Demonstrations (problem and demonstrator -> token ids, mask of the learned ones), 2. The loss,
   3. One update, 4. The loop: up to here the reading path
-  5. How a run ends, 6. a run, 7. its directory, 8. start, 9. AdamW16, 10. cost, 11. command line
+  5. How a run ends, 6. a run, 7. its directory, 8. start, 9. AdamW16, 10. cost, 11. data, 12. command line
 """
 import argparse
 import fcntl
@@ -1068,7 +1068,7 @@ def text_weights(model: LlamaVision) -> int:
     return pass_flops(model, text_work(0, 1, 1), adapters=False) // 2
 
 
-# ---- 11. Command line ----------------------------------------------------------------------------
+# ---- 11. Data ------------------------------------------------------------------------------------
 
 
 class Mixture(NamedTuple):
@@ -1173,6 +1173,9 @@ def read_mixture(flag, items):
             raise ValueError(f"--{flag} {clean(item)}: the weight must be positive.")
         names.append(name)
     return Mixture(names, weights)
+
+
+# ---- 12. Command line ----------------------------------------------------------------------------
 
 
 def shared_arguments(parser: Parser, **defaults) -> None:
