@@ -6,7 +6,8 @@
 
   1. Demonstrations (problem and demonstrator -> token ids, mask of the learned ones), 2. The loss,
   3. One update, 4. The loop: up to here the reading path
-  5. How a run ends, 6. a run, 7. its directory, 8. start, 9. AdamW16, 10. cost, 11. data, 12. command line
+  5. How a run ends, 6. a run, 7. its directory, 8. start, 9. AdamW16, 10. cost, 11. data,
+  12. command line
 """
 import argparse
 import fcntl
