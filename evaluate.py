@@ -144,7 +144,8 @@ def rollout(model, tokenizer, problems: list, group: int, sampling: Sampling, fo
     started = [Episode.start(copy.copy(problem), tokenizer) for problem in problems]
     images = encode_new_pictures(model, started, known := {})  # known: those that are encoded
     ids, lengths = pad_rows([episode.ids for episode in started], tokenizer.pad, model.device)
-    cache = Cache(model, len(problems), ids.shape[1], images)
+    room = ids.shape[1] + (0 if group > 1 else sampling.max_new_tokens)  # a group's is made later
+    cache = Cache(model, len(problems), room, images)
     logits = model.extend(cache, ids, lengths).repeat_interleave(group, 0)
     cache.select(torch.arange(len(problems), device=model.device).repeat_interleave(group))
     groups = [[episode.copy() for _ in range(group)] for episode in started]

@@ -361,15 +361,16 @@ class LlamaVision(nn.Module):
 
     def extend(self, cache: Cache, ids: Tensor, lengths: Tensor) -> Tensor:
         """Feed ids (B, T), the first `lengths` (B,) of each row real, after the tokens of `cache`.
-        Returns logits (B, V) float32 behind the last real token of each row. Padding goes to slots
-        behind the row's end, which a later token overwrites before any query sees them."""
+        Returns logits (B, V) in the weights' type behind the last real token of each row. Padding
+        goes to slots behind the row's end, which a later token overwrites before any query sees
+        them."""
         cache.next_slots(ids.shape[1])
         hidden = self.language_model.model(ids, None, None, cache=cache)
         cache.length += lengths
         if ids.shape[1] > 1:
             last = (lengths - 1).clamp(min=0)[:, None, None]
             hidden = hidden.take_along_dim(last, 1)
-        return self.logits(hidden[:, 0])
+        return self.language_model.lm_head(hidden[:, 0])
 
 
 # ---- 3. Generation -------------------------------------------------------------------------------
@@ -385,10 +386,14 @@ class Sampling:
     batch: int = 256  # episodes computed side by side: memory, not the result
 
 
+DRAWN = 2**22  # logits from which is drawn at a time: each takes 20 bytes
+
+
 def sample(logits: Tensor, temperature: float, point: Tensor) -> tuple[Tensor, Tensor]:
     """One token for each row of logits (B, V), and its log-probability, both (B,). point (B, 1)
     float64: uniform random numbers. temperature 0: the likeliest token, with its log-probability at
     temperature 1."""
+    logits = logits.float()
     log_p = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         token = log_p.argmax(-1)
@@ -418,8 +423,10 @@ def generate(model: LlamaVision, cache: Cache, logits: Tensor, sampling: Samplin
     point = torch.zeros(len(logits), 1, dtype=torch.float64, device=logits.device)
 
     def draw(logits):  # in place, like all that a step changes: on a GPU a graph replays it
-        for old, new in zip((token, log_p), sample(logits, sampling.temperature, point)):
-            old.copy_(new)
+        size = max(1, DRAWN // logits.shape[1])
+        for part in zip(*(x.split(size) for x in (logits, point, token, log_p))):
+            for old, new in zip(part[2:], sample(part[0], sampling.temperature, part[1])):
+                old.copy_(new)
         running.logical_and_((token[:, None] != stops).all(1))
 
     def step():  # finished rows are computed along but do not grow: their slot is written again
@@ -830,7 +837,8 @@ class SharedPrompt(Shared):
 
     def __init__(self, kv, rows):
         sets, rows = rows.unique(return_inverse=True)
-        self.kv = {i: kv[:, sets] for i, kv in kv.items()}
+        whole = len(sets) == next(iter(kv.values())).shape[1]  # then nothing is copied
+        self.kv = kv if whole else {i: kv[:, sets] for i, kv in kv.items()}
         self.arrange(rows, len(sets))
 
     def tensors(self):
@@ -865,7 +873,7 @@ class Cache:
                  image: ImageContext | None = None):
         c, weight = model.config.text, model.language_model.lm_head.weight
         self.model, self.prompt, self.slots, self.offset = model, None, 0, 0
-        self.fixed = weight.is_cuda  # attend to free slots too: few shapes, which GPUs want
+        self.fixed = weight.device.type in MULTIPLE  # attend to free slots too: few shapes
         shape = (2, rows, c.num_key_value_heads, 0, c.head_dim)  # keys and values
         self.kv = {i: weight.new_zeros(shape) for i in range(c.num_hidden_layers)
                    if i not in c.cross_attention_layers}
@@ -879,17 +887,19 @@ class Cache:
     def reserve(self, count: int) -> Cache:
         """Make room for `count` more tokens in every row. It asks the device: once a turn."""
         self.used = int((self.length - self.start).max())
-        extra = max(0, self.used + count - self.slots)
-        extra += self.fixed * (-(self.slots + extra) % 64)
-        if extra > 0:
-            graph = GRAPHS.get(self.model)  # whose memory is free between two rollouts
+        slots = rounded(self.used + count, self.length.device)
+        if slots > self.slots:
+            some = next(iter(self.kv.values()))
+            shape = (*some.shape[:3], slots, some.shape[4])
+            # The last graph's memory is free between two rollouts: used again, or given back.
+            spare = GRAPHS[self.model].kv.get(shape) if self.model in GRAPHS else None
+            if spare is None:
+                GRAPHS.pop(self.model, None)
             for i, kv in self.kv.items():
-                shape = (*kv.shape[:3], self.slots + extra, kv.shape[4])
-                fits = graph is not None and graph.kv[i].shape == shape
-                self.kv[i] = graph.kv[i] if fits else kv.new_zeros(shape)
+                self.kv[i] = kv.new_zeros(shape) if spare is None else spare[i].zero_()
                 self.kv[i][:, :, :, : self.slots] = kv
-            self.shown = F.pad(self.shown, (0, extra))
-            self.slots += extra
+            self.shown = F.pad(self.shown, (0, slots - self.slots))
+            self.slots = slots
         return self
 
     def next_slots(self, count):
@@ -996,7 +1006,9 @@ class Cache:
                    [m.lora_on * m.lora_scale for m in linears])
             graph = GRAPHS.get(self.model)
             if graph is None or graph.key != key:
-                graph = GRAPHS[self.model] = StepGraph(key, tensors, self.kv)
+                kept = [self.kv] if self.prompt is None else [self.kv, self.prompt.kv]
+                kept = {next(iter(kv.values())).shape: kv for kv in kept}
+                graph = GRAPHS[self.model] = StepGraph(key, tensors, kept)
             for old, new in zip(graph.tensors, tensors):
                 new.set_(old.copy_(new))
             step = partial(graph.run, step)
@@ -1012,7 +1024,8 @@ GRAPHS = weakref.WeakKeyDictionary()  # {model: its last StepGraph}
 
 class StepGraph:
     """A decoding step as a CUDA graph. key: what it was captured for. tensors: all that it reads
-    and writes from one call to the next, besides the weights; they stay where they are."""
+    and writes from one call to the next, besides the weights; they stay where they are. kv: those
+    of them that hold keys and values, {shape: {layer: tensor}}."""
 
     def __init__(self, key, tensors, kv):
         self.key, self.tensors, self.kv, self.calls = key, tensors, kv, 0
@@ -1088,7 +1101,8 @@ def states_before(model, ids, chosen, image):
     if start.sum() - start[first].sum() <= ids.numel() // 16:  # too little is saved
         return model(ids[:, :-1], image)[chosen[:, 1:]]
     row, t = chosen[:, 1:].nonzero(as_tuple=True)
-    width, count = int(start.max()), int((t - start[row]).max()) + 1  # of the prompts, of the rest
+    width, count = (min(rounded(int(most), ids.device), ids.shape[1] - 1)  # of prompts, of the rest
+                    for most in (start.max(), (t - start[row]).max() + 1))
     decoder = model.language_model.model
     positions = torch.arange(ids.shape[1], device=ids.device)
     prompts = ids[first, :width]
@@ -1104,10 +1118,19 @@ def states_before(model, ids, chosen, image):
     return decoder(ids.gather(1, at), None, None, cache=own)[row, t - start[row]]
 
 
+MULTIPLE = {"cuda": 32}  # of which lengths are there: few shapes, so that memory fits again
+
+
+def rounded(count: int, device) -> int:
+    """A length, rounded up to what the device likes."""
+    return count + -count % MULTIPLE.get(torch.device(device).type, 1)
+
+
 def pad_rows(rows: list[list], pad, device) -> tuple[Tensor, Tensor]:
     """Lists of token ids -> ids (B, T), filled up with `pad` on the right, and lengths (B,)."""
     lengths = [len(row) for row in rows]
-    ids = [[*row, *[pad] * (max(lengths) - len(row))] for row in rows]
+    width = rounded(max(lengths), device)
+    ids = [[*row, *[pad] * (width - len(row))] for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 

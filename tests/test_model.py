@@ -447,24 +447,17 @@ class Capture:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Cache.fixed, and StepGraph with the graph above."""
+    """Lengths rounded up, Cache.fixed, and StepGraph with the graph above."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {"CUDAGraph": FakeGraph, "graph": Capture, "Stream": lambda: stream, "current_stream": lambda: stream,
                         "stream": lambda other: contextlib.nullcontext()}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    init, reserve, graph = M.Cache.__init__, M.Cache.reserve, M.StepGraph.__init__
-
-    def fixed(self, *args):
-        self.reserve = lambda count: self  # as reserve looks at `fixed`, which init sets
-        init(self, *args)
-        del self.reserve
-        self.fixed = True
-        self.reserve(args[2])
+    graph = M.StepGraph.__init__
 
     def noting(self, key, tensors, kv):
         FakeGraph.in_use = tensors
         graph(self, key, tensors, kv)
-    monkeypatch.setattr(M.Cache, "__init__", fixed)
+    monkeypatch.setitem(M.MULTIPLE, "cpu", 64)
     monkeypatch.setattr(M.StepGraph, "__init__", noting)
     FakeGraph.made.clear()
 
@@ -484,7 +477,7 @@ def played(model, tokenizer, prompts, group, temperature, turns=3, image=None):
             responses, log_probs = M.generate(model, cache, logits, M.Sampling(9, temperature, generator), tokenizer.stop_ids)
             found += [(list(t), r, lp) for t, r, lp in zip(told, responses, log_probs)]
             going = [i for i in range(len(told)) if (i + turn) % 4 != 1]
-            if not going:
+            if not going or turn + 1 == turns:  # as a rollout: nothing is read that is not answered
                 break
             told = [told[i] + responses[i] + ids_of(tokenizer, 2 + i % 3, seed=turn) for i in going]
             cache.select(torch.tensor(going))
@@ -612,3 +605,54 @@ def test_norms_of_half_precision_round_as_the_checkpoint_has_it():
     norm.weight.data.normal_()
     by_hand = (x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-5).rsqrt()).bfloat16() * norm.weight
     assert torch.equal(norm(x), by_hand)
+
+
+# ---- few shapes: lengths are rounded up on a GPU
+
+def training_batch(model, tokenizer, shown):
+    """Rows of three ragged prompts, two of them shared, with ragged answers; `shown`: each prompt has a picture."""
+    image, rows, chosen = model.config.text.vocab_size, [], []
+    for prompt, answers in ((7, (5, 9, 2)), (12, (4,)), (10, (8, 3))):
+        text = ids_of(tokenizer, prompt, seed=prompt)
+        text[1] = image if shown else text[1]
+        for n in answers:
+            rows.append(text + ids_of(tokenizer, n, seed=n))
+            chosen.append([0] * prompt + [1] * n)
+    context = pictures(model, 3) if shown else None
+    if context:
+        context.rows = torch.tensor([0, 0, 0, 1, 2, 2])
+        context.arrange(context.rows, 3)
+    return M.pad_rows(rows, tokenizer.pad, "cpu")[0], M.pad_rows(chosen, 0, "cpu")[0].bool(), context
+
+
+@pytest.mark.parametrize("shown", [False, True], ids=["text", "pictures"])
+@pytest.mark.parametrize("multiple", [4, 32])
+def test_rounded_lengths_change_no_log_prob_and_no_gradient(model, tokenizer, shown, multiple, monkeypatch):
+    found, shapes = [], []
+    model.vision_model.requires_grad_(False), model.multi_modal_projector.requires_grad_(False)
+    real = M.TextModel.forward
+    monkeypatch.setattr(M.TextModel, "forward", lambda self, ids, *args, **how: shapes.append(ids.shape) or real(self, ids, *args, **how))
+    for of in (1, multiple):
+        monkeypatch.setitem(M.MULTIPLE, "cpu", of)
+        for rows in (slice(None), slice(2, 5)):  # prompts that are shared and computed once; too little is shared
+            with torch.no_grad():
+                ids, chosen, context = training_batch(model, tokenizer, shown)
+            model.zero_grad()
+            image = context and context.select(torch.arange(6)[rows])
+            log_probs = model.log_probs(ids[rows], chosen[rows], 0.7, image)
+            (log_probs * torch.linspace(-1, 1, len(log_probs))).sum().backward()
+            found.append([log_probs.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[2]) > 20 and ids.shape[1] % multiple == 0
+    for plain, padded in zip(found[:2], found[2:]):
+        for a, b in zip(plain, padded, strict=True):
+            close(a, b, 1e-5 * max(1, a.abs().max().item()))
+    assert all(width % multiple == 0 or width == ids.shape[1] - 1 for _, width in shapes[3:]), shapes
+
+
+def test_rows_are_sampled_in_parts_as_together(model, tokenizer, monkeypatch):
+    """A vocabulary of 128,256 takes 20 bytes a row and token while one is drawn."""
+    want = played(model, tokenizer, ragged(tokenizer, 3), 5, 1.0)
+    sizes, real = [], M.sample
+    monkeypatch.setattr(M, "sample", lambda logits, *args: sizes.append(len(logits)) or real(logits, *args))
+    monkeypatch.setattr(M, "DRAWN", 4 * model.config.text.vocab_size)
+    assert played(model, tokenizer, ragged(tokenizer, 3), 5, 1.0) == want and set(sizes) == {3, 4}
