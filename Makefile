@@ -27,7 +27,7 @@ SEED ?= 0
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 .PHONY: demo demo-vl demo-virl demo-virl-vl base-row test bench study study-vl study-virl study-virl-vl set grid-warmup \
-	rl-cold rl-overfitted sft-retry base base-vl base-virl base-virl-vl dial sheets smoke clean
+	grid-kept rl-cold rl-overfitted sft-retry base base-vl base-virl base-virl-vl dial sheets smoke clean
 
 demo: .venv/ready
 	$(SIDE_BY_SIDE) base-row sft-s$(SEED) rl-s$(SEED)
@@ -100,18 +100,18 @@ GRID_EVALS ?= 3
 SEEDS ?= 0 1 2
 
 study: dial
-	$(MAKE) set
+	$(MAKE) set GRID_MORE="$(GRID_KEPT:%=grid-kept-%)"
 	$(MAKE) set SET=own EXPERT=expert
 	$(MAKE) set SET=some BASE_MODEL=runs/base/some
 	$(MAKE) set SET=much BASE_MODEL=runs/base/much
 	$(MAKE) set SET=long EXPERT=expert FLOPS=8e12 SEEDS=0
-	$(SIDE_BY_SIDE) STUDY="$(STUDIES)/foreign" $(SEEDS:%=sft-both-s%) rl-cold rl-overfitted rl-attempts-3 rl-attempts-5 $$(sed -n 1p "$(GRID)/chosen")
+	$(SIDE_BY_SIDE) STUDY="$(STUDIES)/foreign" $(SEEDS:%=sft-both-s%) $(SEEDS:%=sft-kept-s%) rl-cold rl-overfitted rl-overfitted-lr3e-5 rl-overfitted-lr1e-4 rl-attempts-3 rl-attempts-5 $$(sed -n 1p "$(GRID)/chosen")
 	$(SIDE_BY_SIDE) STUDY="$(STUDIES)/own" EXPERT=expert sft-retry $$(sed -n 1p "$(STUDIES)/own-grid/chosen")
 	for set in foreign own; do $(PY) evaluate.py --report "$(STUDIES)/$$set" || exit 1; done
 	$(PY) -m assets.study "$(STUDIES)"
 
 set: .venv/ready
-	$(SIDE_BY_SIDE) $(GRID_SFT:%=grid-sft-%) $(GRID_RL:%=grid-rl-%)
+	$(SIDE_BY_SIDE) $(GRID_SFT:%=grid-sft-%) $(GRID_RL:%=grid-rl-%) $(GRID_MORE)
 	while $(PY) -m assets.study --choose "$(GRID)" && [ -s "$(GRID)/next" ]; do \
 	$(SIDE_BY_SIDE) $$(sed 's/^/grid-/; s/ /-/' "$(GRID)/next") || exit 1; done
 	$(PY) evaluate.py --report "$(GRID)"
@@ -130,6 +130,20 @@ sft-best-s%: sft-s%
 	$(if $(filter $(SFT_LR),$(SFT_BEST)),@ln -sfn sft-s$* "$(STUDY)/sft-best-s$*",$(call seeded,sft-best,$(sft) --lr $(SFT_BEST),$*))
 rl-best-s%: rl-s%
 	$(if $(filter $(RL_LR),$(RL_BEST)),@ln -sfn rl-s$* "$(STUDY)/rl-best-s$*",$(call seeded,rl-best,$(rl) --lr $(RL_BEST),$*))
+# SFT on policy: it learns from the start's own right answers (rejection sampling), 4 to each of 2,000 training problems.
+# $(call kept,RUN,FILE)
+kept = @[ -s "$(2)" ] || $(PY) evaluate.py "$(1)" --suite $(TASK) --attempts $(ATTEMPTS) --n 2000 --k 4 --keep-correct "$(2)"
+sft_kept = train_sft.py --batch $(SFT_BATCH) --flops $(FLOPS) --data
+GRID_KEPT ?= 3e-6 1e-5 3e-5
+KEPT_LR ?= 1e-5
+grid-kept: grid-warmup
+	$(call kept,$(GRID)/warmup,$(GRID)/kept.jsonl)
+grid-kept-%: grid-kept
+	$(call run,kept-lr$*,$(sft_kept) "$(GRID)/kept.jsonl" $(on_grid) $*,$(GRID),val,0)
+kept-s%: warmup-s%
+	$(call kept,$(STUDY)/warmup-s$*,$(STUDY)/kept-s$*.jsonl)
+sft-kept-s%: kept-s%
+	$(call seeded,sft-kept,$(sft_kept) "$(STUDY)/kept-s$*.jsonl" --lr $(KEPT_LR),$*)
 # The same teacher under both rules; then questions about the published study: RL without a warm-up, RL from a model that SFT
 # has spoilt, answers after the verifier's words, SFT on a slip and its repair.
 sft-both-s%: warmup-s%
@@ -138,6 +152,8 @@ rl-cold: .venv/ready
 	$(call run,rl-cold,$(rl) --model $(BASE_MODEL) --evals $(EVALS) --lr $(RL_LR),$(STUDY),test,0)
 rl-overfitted: sft-s0
 	$(call run,rl-overfitted,$(rl) --init "$(STUDY)/sft-s0" --evals $(EVALS) --lr $(RL_LR),$(STUDY),test,0)
+rl-overfitted-lr%: sft-s0
+	$(call run,rl-overfitted-lr$*,$(rl) --init "$(STUDY)/sft-s0" --evals $(EVALS) --lr $*,$(STUDY),test,0)
 rl-attempts-%: private ATTEMPTS = $*
 rl-attempts-%: warmup-s0
 	$(call run,rl-attempts-$*,$(rl) --init "$(STUDY)/warmup-s0" --evals $(EVALS) --lr $(RL_LR),$(STUDY),test,0)

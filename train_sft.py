@@ -1131,6 +1131,8 @@ def read_conversations(path: str, task: str) -> list:
     """[(texts of user and assistant in turn, path of the picture or None), ...] of a file with a
     JSON object in each line: {"prompt", "response"} or {"messages": [{"role", "content"}, ...]},
     and perhaps "image", a path as seen from the file. ValueError that names the line."""
+    if not Path(path).is_file():  # a pipe could be read only once
+        raise ValueError(f"{path} is no regular file: --data and --eval-data need one.")
     found = []
     for at, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if not line.strip():

@@ -76,6 +76,8 @@ def test_a_file_without_lines_is_refused(tmp_path, tiny_run):
     (tmp_path / "own.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no line"):
         train(tiny_run, tmp_path / "run", data=tmp_path / "own.jsonl")
+    with pytest.raises(ValueError, match="is no regular file"):
+        train(tiny_run, tmp_path / "run", data=tmp_path)
 
 
 def test_pictures_are_seen_where_the_task_shows_some(tmp_path):
