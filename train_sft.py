@@ -1114,11 +1114,15 @@ def shuffled(count, seed):
     return random.Random(seed).sample(range(count), count)
 
 
-def conversation(tokenizer, texts: list, picture: Path | None) -> Episode:
-    """The Episode of a user's and an assistant's texts in turn. A picture precedes the first."""
+def conversation(tokenizer, texts: list, picture: Path | None = None, system="") -> Episode:
+    """The Episode of a user's and an assistant's texts in turn. A picture precedes the first. The
+    words of the system stand in the first text where the format has no other place for them."""
     problem = tasks.Problem()
-    problem.prompt, problem.image = texts[0], picture and open_image(picture)
-    episode = Episode.start(problem, tokenizer)
+    inside = system and (picture or tokenizer.short)
+    problem.prompt = f"{system}\n\n{texts[0]}" if inside else texts[0]
+    episode = Episode(problem, pictures=[open_image(picture)] if picture else [])
+    episode.append_context(tokenizer.prompt(problem.prompt, bool(picture),
+                                            "" if inside else system))
     for i, text in enumerate(texts[1:]):
         if i % 2:
             episode.append_context(tokenizer.turn(text))
@@ -1128,9 +1132,10 @@ def conversation(tokenizer, texts: list, picture: Path | None) -> Episode:
 
 
 def read_conversations(path: str, task: str) -> list:
-    """[(texts of user and assistant in turn, path of the picture or None), ...] of a file with a
-    JSON object in each line: {"prompt", "response"} or {"messages": [{"role", "content"}, ...]},
-    and perhaps "image", a path as seen from the file. ValueError that names the line."""
+    """[(texts of user and assistant in turn, path of the picture or None, words of the system)]
+    of a file with a JSON object in each line: {"prompt", "response"} (or TRL's "completion") or
+    {"messages": [{"role", "content"}, ...]}, and perhaps "image", a path as seen from the file.
+    ValueError that names the line."""
     if not Path(path).is_file():  # a pipe could be read only once
         raise ValueError(f"{path} is no regular file: --data and --eval-data need one.")
     found = []
@@ -1138,24 +1143,25 @@ def read_conversations(path: str, task: str) -> list:
         if not line.strip():
             continue
         try:
-            item, roles = json.loads(line), ("user", "assistant")
+            item, roles = json.loads(line), ["user", "assistant"]
             messages = item.get("messages") or [
-                {"role": role, "content": item[name]}
-                for role, name in zip(roles, ("prompt", "response"))]
+                {"role": "user", "content": item["prompt"]},
+                {"role": "assistant", "content": item.get("completion") or item["response"]}]
             texts = [message["content"] for message in messages]
-            if [message["role"] for message in messages] != [*roles] * (len(texts) // 2):
-                raise ValueError("the roles must be user and assistant in turn")
             if not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError("each message must be a text that is not empty")
             "".join(texts).encode()  # half of a surrogate pair is no text
-            picture = item.get("image") and Path(path).parent / item["image"]
+            first = messages[0]["role"] == "system"
+            if [message["role"] for message in messages[first:]] != roles * max(1, len(texts) // 2):
+                raise ValueError("the roles must be user and assistant in turn")
+            picture = item.get("image") and Path(path).parent / str(item["image"])
             if picture and not (tasks.TASKS[task].pictures and picture.is_file()):
                 raise ValueError(f"there is no file {picture}, or --task {task} shows no pictures")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            why = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:200]
             raise ValueError(f"{path}, line {at}: {clean(why)}; a line is a JSON object with "
                              '"prompt" and "response", or with "messages".') from None
-        found.append((texts, picture or None))
+        found.append((texts[first:], picture or None, texts[0] * first))
     if not found:
         raise ValueError(f"{path} holds no line.")
     return found

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import evaluate as E
 import model as M
@@ -48,16 +49,37 @@ def test_a_conversation_is_learned_in_its_responses_alone(tiny_run):
 
 def test_lines_of_every_kind_are_read(tmp_path):
     found = S.read_conversations(str(write(tmp_path / "own.jsonl")), "gp-l")
-    assert [texts for texts, _ in found] == [["A 9 J 5, make 24", "9"], ["What is 2 + 2?", "5", "No.", "4"],
+    assert [texts for texts, *_ in found] == [["A 9 J 5, make 24", "9"], ["What is 2 + 2?", "5", "No.", "4"],
                                             ["caf\u00e9\u2028 \U0001f0a1", "\U0001f44b"]]
     windows = tmp_path / "windows.jsonl"
     windows.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "own.jsonl").read_bytes().replace(b"\n", b"\r\n") + b"\r\n\r\n")
     assert S.read_conversations(str(windows), "gp-l") == found
 
 
+def test_other_tools_files_are_read(tmp_path):
+    """TRL calls a response completion; `datasets` fills a line's missing columns with null."""
+    lines = [{"prompt": "a", "completion": "b", "messages": None, "image": None},
+             {"prompt": None, "completion": None, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    assert S.read_conversations(str(write(tmp_path / "own.jsonl", lines)), "gp-l") == [(["a", "b"], None, "")] * 2
+
+
+def test_the_words_of_the_system_stand_where_the_format_has_a_place(tmp_path, tokenizer):
+    messages = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
+    (conversation,) = S.read_conversations(str(write(tmp_path / "own.jsonl", [{"messages": messages}])), "gp-l")
+    assert conversation == (["u", "a"], None, "s")
+    tiny = S.conversation(tokenizer, *conversation)
+    assert tiny.ids == tokenizer.prompt("s\n\nu") + [*tokenizer.encode("a"), tokenizer.eot]
+    bpe = Tokenizer(models.BPE(unk_token=None))
+    bpe.train_from_iterator(["s u a"], trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[
+        M.BOS, M.PAD, "<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>", "<|eom_id|>", M.EOT, M.IMAGE]))
+    full = M.Tokenizer(bpe)
+    assert not full.short and S.conversation(full, *conversation).ids == full.prompt("u", system="s") + [*full.encode("a"), full.eot]
+
+
 BAD = ['{"prompt": "a"}', '{"prompt": "a", "response": 7}', '{"prompt": "a", "response": " "}', "[]", "7", "{", "\xff\xfe", '"a"', "null",
        '{"messages": [{"role": "assistant", "content": "a"}]}', '{"messages": [{"role": "user", "content": "a"}]}',
-       '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+       '{"messages": [{"role": "user", "content": "b"}, {"role": "system", "content": "a"}, {"role": "assistant", "content": "c"}]}',
+       '{"messages": [{"role": "system", "content": "b"}]}', '{"prompt": null, "completion": null}',
        '{"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "c"}]}', '{"messages": 7}',
        '{"messages": [7]}', '{"prompt": "a", "response": "\\ud800"}', '{"prompt": "a", "response": "b", "image": "none.png"}',
        '{"prompt": "a", "response": "b", "image": 7}', "[" * 100_000]
@@ -85,7 +107,7 @@ def test_pictures_are_seen_where_the_task_shows_some(tmp_path):
     path = write(tmp_path / "own.jsonl", [{"prompt": "colour?", "response": "red", "image": "red.png"}] * 3)
     with pytest.raises(ValueError, match="line 1: .*--task gp-l shows no pictures"):
         S.read_conversations(str(path), "gp-l")
-    (_, picture), *_ = S.read_conversations(str(path), "gp-vl")
+    (_, picture, _), *_ = S.read_conversations(str(path), "gp-vl")
     model, tokenizer = M.load_model(E.find_model("tiny", "gp-vl"))
     episode = S.conversation(tokenizer, ["colour?", "red"], picture)
     assert episode.ids[: len(tokenizer.prompt("colour?", image=True))] == tokenizer.prompt("colour?", image=True)
@@ -95,7 +117,7 @@ def test_pictures_are_seen_where_the_task_shows_some(tmp_path):
 
 
 def test_every_pass_has_every_line_once_in_another_order():
-    data = S.OwnData([(["a", str(i)], None) for i in range(40)], seed=3)
+    data = S.OwnData([(["a", str(i)],) for i in range(40)], seed=3)
     orders = [S.shuffled(40, f"data/3/{number}") for number in range(3)]
     assert all(sorted(order) == list(range(40)) for order in orders) and orders[0] != orders[1] != orders[2]
 
@@ -103,7 +125,8 @@ def test_every_pass_has_every_line_once_in_another_order():
         """In place of a tokenizer."""
         eot = "end"
         encode = staticmethod(lambda text: [text])
-        prompt = staticmethod(lambda text, image: [text])
+        prompt = staticmethod(lambda text, image, system: [text])
+        short = True
     seen = [data.episode(Letters, index).ids[1] for index in range(80)]
     assert seen == [str(i) for order in orders[:2] for i in order]
 
@@ -215,13 +238,13 @@ def test_walks_that_are_right_at_once_are_kept_with_all_their_turns(tmp_path):
         walk = walks[texts[0]].restarted()
         feedback = [walk.step(response).feedback for response in texts[1::2]]
         assert walk.verdict.outcome == "correct" and feedback[:-1] == texts[2::2]
-    assert lines and [texts for texts, _ in S.read_conversations(str(path), "virl-l")]
+    assert lines and [texts for texts, *_ in S.read_conversations(str(path), "virl-l")]
 
 
 def test_own_right_answers_to_pictures_come_with_the_pictures(tmp_path):
     path, lines = kept(tmp_path, "gp-vl", "--n 6 --k 2")
     hands = [tasks.make("gp-vl", split="train", index=i, style="short") for i in range(6)]
-    for (texts, picture), line in zip(S.read_conversations(str(path), "gp-vl"), lines):
+    for (texts, picture, _), line in zip(S.read_conversations(str(path), "gp-vl"), lines):
         index = int(picture.stem)
         assert M.open_image(picture).tobytes() == hands[index].image.tobytes() and texts[0] == hands[index].prompt
     with pytest.raises(ValueError, match="several"):
