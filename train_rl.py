@@ -14,7 +14,7 @@ lines of `advantages` and in the weight that `token_weights` gives to a token.
   5. Problems, 6. measures of a step, 7. command line
 
 Shapes: P problems, G episodes of each (a group); in a micro-batch B episodes of T tokens, of which
-N were sampled.
+N were sampled; numbers (B, T) are 0 for the others.
 """
 import math
 import signal
@@ -64,35 +64,51 @@ def advantages(returns: torch.Tensor, estimator: str) -> torch.Tensor:
     raise ValueError(f"--estimator must be one of {', '.join(ESTIMATORS)}.")
 
 
+def without_truncated(advantage, groups, tokenizer):
+    """The advantages (P, G), 0 where the last answer was cut off: that it was long does not make
+    it wrong ("overlong filtering", DAPO, Yu et al., arXiv 2503.14476)."""
+    whole = [[episode.ids[-1] in tokenizer.stop_ids for episode in group] for group in groups]
+    return advantage * torch.tensor(whole)
+
+
 # ---- 2. The loss ---------------------------------------------------------------------------------
 
 def token_weights(chosen, estimator, episodes, tokens):
     """The weight of each token in the loss: (B, T), 0 where `chosen` (B, T) bool is False.
 
     grpo averages within an episode, then over the batch's `episodes`, so a token of a long answer
-    counts less. The others divide by the batch's sampled `tokens`, as SFT does: each token counts
-    the same. Both numbers are those of the WHOLE batch, episodes without signal included, never of
-    a micro-batch. Dr. GRPO divides by the longest answer that is allowed; we do not, since raising
-    a limit that no answer reaches would then shrink the gradient.
+    counts less. The others divide by the batch's sampled `tokens`, as SFT and DAPO do: each token
+    counts the same. Both numbers are those of the WHOLE batch, episodes without signal included,
+    never of a micro-batch. Dr. GRPO divides by the longest answer that is allowed; we do not, since
+    raising a limit that no answer reaches would then shrink the gradient.
     """
     if estimator == "grpo":
-        return chosen.float() / (chosen.sum(1, keepdim=True).clamp(min=1) * episodes)
+        return chosen.float() / (chosen.sum(1, keepdim=True) * episodes)
     return chosen.float() / tokens
 
 
-def policy_loss(log_probs, old_log_probs, advantage, weight, clip_eps=0.0):
-    """-sum of weight * advantage * ratio, with ratio = p / p_old. All arguments (N,).
+def policy_loss(log_probs, old_log_probs, advantage, weight, clip_eps=0.0, clip_eps_high=0.0,
+                level="token", cap=0.0):
+    """-sum of weight * advantage * ratio, with ratio = p / p_old. advantage (B, 1), others (B, T).
 
     On policy the ratio is 1 and this is the policy gradient. clip_eps > 0 stops the pull on tokens
-    whose ratio has already left [1 - eps, 1 + eps] in the direction of their advantage
-    (PPO, arXiv 1707.06347). Returns (loss, share of tokens that were clipped).
+    whose ratio has already left [1 - eps, 1 + eps] in the direction of their advantage (PPO, arXiv
+    1707.06347); the upper end may be another one (DAPO). At level "sequence" all tokens of an
+    episode have the geometric mean of their ratios (GSPO, Zheng et al., arXiv 2507.18071).
+    p_old is the rollout's, which in bfloat16 differs a little from training's: the ratios of a
+    first update correct for that. cap > 0 truncates the correction (TIS, Yao et al. 2025,
+    fengyao.notion.site/off-policy-rl). Returns (loss, number of tokens that were clipped).
     """
-    ratio = (log_probs - old_log_probs).exp()
-    gain = ratio * advantage
-    if not clip_eps:
-        return -(weight * gain).sum(), torch.zeros(())
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage
-    return -(weight * torch.minimum(gain, clipped)).sum(), (clipped < gain).float().mean()
+    log_ratio, chosen = log_probs - old_log_probs, weight > 0
+    if level == "sequence":
+        log_ratio = (log_ratio.sum(1) / chosen.sum(1))[:, None]
+    ratio = log_ratio.exp()
+    if cap:  # min(ratio, cap), with the gradient of log p kept
+        ratio = ratio * (cap / ratio.detach()).clamp(max=1)
+    gain = clipped = ratio * advantage
+    if clip_eps:
+        clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps_high or clip_eps)) * advantage
+    return -(weight * torch.minimum(gain, clipped)).sum(), (chosen & (clipped < gain)).sum()
 
 
 def kl_to_reference(log_probs, ref_log_probs):
@@ -112,8 +128,8 @@ def kl_to_reference(log_probs, ref_log_probs):
 
 def with_signal(groups, advantage, kl_coef):
     """The episodes that add to the gradient: with an advantage, or all with a KL in the loss."""
-    pairs = zip(sum(groups, []), advantage.flatten().tolist())
-    return [episode for episode, value in pairs if value or kl_coef]
+    return [episode for episode, value in zip(sum(groups, []), advantage.flatten().tolist())
+            if value or kl_coef]
 
 
 def rl_backward(model, groups, advantage, loss, pad, reference=None):
@@ -139,20 +155,21 @@ def rl_backward(model, groups, advantage, loss, pad, reference=None):
         values = [advantage_of[id(episode)] for episode in part]
         with torch.set_grad_enabled(bool(loss.kl_coef or any(values))):
             images = images_for(model, part)
-            log_probs = model.log_probs(ids, chosen, loss.temperature, images)  # (N,)
-        old_log_probs = old_log_probs[chosen]
-        weight = token_weights(chosen, loss.estimator, count, tokens)[chosen]
-        of_token = torch.tensor(values, device=model.device)[:, None].expand_as(chosen)[chosen]
-        part_loss, clipped = policy_loss(log_probs, old_log_probs, of_token, weight, loss.clip_eps)
+            log_probs = model.log_probs(ids, chosen, loss.temperature, images)  # row after row
+        weight = token_weights(chosen, loss.estimator, count, tokens)
+        of_row = torch.tensor(values, device=model.device)[:, None]
+        rows = torch.zeros_like(old_log_probs).masked_scatter(chosen, log_probs)
+        part_loss, clipped = policy_loss(rows, old_log_probs, of_row, weight, loss.clip_eps,
+                                         loss.clip_eps_high, loss.ratio, loss.ratio_cap)
         if reference is not None:
             kl = kl_to_reference(log_probs, reference(part, ids, chosen, images, loss.temperature))
-            part_loss = part_loss + loss.kl_coef * (weight * kl).sum()
+            part_loss = part_loss + loss.kl_coef * (weight[chosen] * kl).sum()
             sums["kl"] += kl.detach().sum().item() / tokens
         if part_loss.requires_grad:
             part_loss.backward()
         sums["loss"] += part_loss.item()
-        sums["clip_fraction"] += clipped.item() * len(log_probs) / tokens
-        error = (log_probs - old_log_probs).abs()
+        sums["clip_fraction"] += clipped.item() / tokens
+        error = (rows - old_log_probs).abs()
         sums["ratio_error"] = max(sums["ratio_error"], error.max().item())
         sums["ratio_error_mean"] += error.sum().item() / computed
     if not math.isfinite(sums["loss"]):
@@ -171,8 +188,7 @@ def main(argv=None):
     run.shown = SHOWN
     model, tokenizer = run.model, run.tokenizer
     sampling = Sampling(args.max_new_tokens, args.temperature, run.generator, args.rollout_batch)
-    loss = LossSettings(args.estimator, args.temperature, args.clip_eps, args.kl_coef,
-                        args.micro_batch, args.micro_tokens)
+    loss = LossSettings(**{name: vars(args)[name] for name in LossSettings.__annotations__})
     stream = ProblemStream(args.task, args.rule, args.visual, args.attempts, args.seed,
                            args.problems, prompt_style(model, tokenizer))
     reference = run.reference if args.kl_coef or args.kl_every else None
@@ -183,6 +199,8 @@ def main(argv=None):
             run.played(groups)
             returns = torch.tensor([[e.total(args.discount) for e in group] for group in groups])
             advantage = advantages(returns, args.estimator)  # (P, G), as the returns
+            if args.mask_truncated:
+                advantage = without_truncated(advantage, groups, tokenizer)
             measured = args.kl_coef or args.kl_every and run.step % args.kl_every == 0
             updates = []
             for _ in range(args.epochs):
@@ -210,6 +228,9 @@ class LossSettings:
     kl_coef: float
     micro_batch: int
     micro_tokens: int = 1 << 60
+    clip_eps_high: float = 0.0
+    ratio: str = "token"
+    ratio_cap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -267,15 +288,15 @@ def rollout_metrics(groups, returns, tokenizer, updates=({},)) -> dict:
     mean length, which is not the mean over answers of their entropy a token; in small ones it is
     biased, since long answers count in both sums.
     """
-    episodes = [episode for group in groups for episode in group]
+    episodes = sum(groups, [])
     tokens = sum(episode.response_tokens for episode in episodes)
     repeats = [repeated for episode in episodes for repeated in repeated_answers(episode.turns)]
     return {
         "reward": returns.mean().item(),
-        "success_1": sum(episode.solved(1) for episode in episodes) / len(episodes),
-        "success": sum(episode.solved() for episode in episodes) / len(episodes),
+        "success_1": fmean(episode.solved(1) for episode in episodes),
+        "success": fmean(episode.solved() for episode in episodes),
         "signal": (returns != returns[:, :1]).any(1).float().mean().item(),
-        "read": sum(episode.turns[0]["read"] for episode in episodes) / len(episodes),
+        "read": fmean(episode.turns[0]["read"] for episode in episodes),
         "repeat": sum(repeats) / max(1, len(repeats)),
         "truncated": truncated(episodes, tokenizer),
         "entropy": -sum(sum(episode.log_probs) for episode in episodes) / tokens,
@@ -312,7 +333,7 @@ def step_flops(model, groups, advantage, loss, epochs):
     update = pass_flops(model, learned, backward=True)
     if loss.kl_coef:
         update += pass_flops(model, learned, adapters=False)
-    tokens = sum(len(episode.ids) for group in groups for episode in group)
+    tokens = sum(len(episode.ids) for episode in sum(groups, []))
     flops = pass_flops(model, played) + epochs * update
     return flops, (6 * epochs + 12) * text_weights(model) * tokens
 
@@ -346,16 +367,27 @@ def parse_args(argv=None):
     number(g, "--temperature", 1.0, 0.05, 5, "of sampling, and of the log-probs in the loss")
     number(g, "--discount", 1.0, 0, 1, "per turn, in the return of an episode")
     number(g, "--clip-eps", 0.0, 0, 10, "PPO clipping of the ratio; 0: none")
+    number(g, "--clip-eps-high", 0.0, 0, 10, "its upper end, where that is another; 0: the same "
+           "(DAPO: 0.28 beside 0.2)")
+    g.add_argument("--ratio", choices=("token", "sequence"), default="token", help="sequence: one "
+                   "ratio for all tokens of an episode, their geometric mean (GSPO, with "
+                   "--estimator grpo --clip-eps 3e-4 --clip-eps-high 4e-4)")
+    number(g, "--ratio-cap", 0.0, 0, 1e6, "a token's gradient counts at most so many times, "
+           "however large its ratio (truncated importance sampling, with 2); 0: no cap")
+    g.add_argument("--mask-truncated", action="store_true", help="learn nothing from the return of "
+                   "an episode whose last answer was cut off at --max-new-tokens (DAPO)")
     number(g, "--epochs", 1, 1, 100, "updates per batch of rollouts (the log has their mean); "
-           "--clip-eps does nothing to the first")
+           "--clip-eps and --ratio do nothing to the first")
     number(g, "--kl-coef", 0.0, 0, 1e3, "weight of KL(policy || start's policy) in the loss; "
            "without LoRA the start is loaded as a second model")
     number(g, "--kl-every", 0, 0, 1e8, "measure that KL every so many steps; 0: never. Without "
            "LoRA the start is loaded as a second model")
     args = finish_arguments(parser, argv, PRESETS)
-    if args.clip_eps and args.epochs == 1:
-        raise ValueError("--clip-eps does nothing to the only update of a batch: give --epochs 2 "
-                         "or more, or leave it out.")
+    if args.epochs == 1 and (args.clip_eps or args.ratio == "sequence"):
+        raise ValueError("--clip-eps and --ratio sequence do nothing to the only update of a "
+                         "batch: give --epochs 2 or more, or leave them out.")
+    if args.clip_eps_high and not args.clip_eps:
+        raise ValueError("--clip-eps-high is the upper end of --clip-eps: give that too.")
     if args.group < 2 and args.estimator != "reinforce":
         raise ValueError("--group must be at least 2: one episode has no group to be compared "
                          "with.")

@@ -1324,7 +1324,8 @@ def or_resume(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
 # What --resume may change, less the last.
 FREE = ("steps", "flops", "micro_tokens", "micro_batch", "rollout_batch", "recompute", "keep",
         "save_every", "device", "threads", "dry_run", "preset")
-NEWER = ("data", "eval_data", "loss")  # flags that the runs of earlier versions lack
+# Flags that the runs of earlier versions lack; their defaults are what those versions did.
+NEWER = ("data", "eval_data", "loss", "clip_eps_high", "ratio", "ratio_cap", "mask_truncated")
 
 
 def resumed_arguments(parser, given, flags):

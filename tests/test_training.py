@@ -589,11 +589,56 @@ def test_policy_loss_and_clipping_by_hand():
     loss, _ = RL.policy_loss(log_p, old, adv, weight)
     r = [1.0, math.exp(0.5), math.exp(-0.5), math.exp(0.5)]
     assert loss.item() == pytest.approx(-0.25 * (r[0] + 2 * r[1] + 2 * r[2] - r[3]), rel=1e-6)
-    loss, share = RL.policy_loss(log_p, old, adv, weight, clip_eps=0.2)
+    loss, count = RL.policy_loss(log_p, old, adv, weight, clip_eps=0.2)
     assert loss.item() == pytest.approx(-0.25 * (1 + 2 * 1.2 + 2 * r[2] - r[3]), rel=1e-6)
-    assert share.item() == 0.25
+    assert count.item() == 1
     loss.backward()
     assert log_p.grad[1] == 0 and (log_p.grad[[0, 2, 3]] != 0).all()
+
+
+def test_the_upper_end_of_the_clipping_may_be_another_one():
+    """Ratios 1.25, 1.3, 0.75: clipped at 1.2 or 1.28 above, at 0.8 below."""
+    log_p, ones = torch.tensor([[1.25, 1.3, 0.75]]).log().requires_grad_(), torch.ones(1, 3)
+    for high, sign, total, moving in ((0.0, 1, 1.2 + 1.2 + 0.75, [0, 0, 1]), (0.28, 1, 1.25 + 1.28 + 0.75, [1, 0, 1]),
+                                      (0.28, -1, -1.25 - 1.3 - 0.8, [1, 1, 0])):
+        loss, count = RL.policy_loss(log_p, 0 * ones, torch.tensor([[float(sign)]]), ones, 0.2, high)
+        assert loss.item() == pytest.approx(-total, rel=1e-6) and count.item() == 3 - sum(moving)
+        grad, = torch.autograd.grad(loss, log_p)
+        assert grad.ne(0).int().tolist() == [moving]
+
+
+def test_the_ratio_of_a_sequence_by_hand():
+    """Two episodes of three and one tokens: log ratios 0.1, 0.6, -0.1 have the mean 0.2, so each of the three has exp(0.2)."""
+    log_p = torch.tensor([[0.0, -0.9, -0.4, -1.1], [-0.5, 0.0, 0.0, 0.0]], requires_grad=True)
+    old = torch.tensor([[0.0, -1.0, -1.0, -1.0], [-1.0, 0.0, 0.0, 0.0]])
+    chosen = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    weight, advantage = RL.token_weights(chosen, "grpo", 2, 4), torch.tensor([[2.0], [-3.0]])
+    both = [math.exp(0.2), math.exp(0.5)]
+    loss, count = RL.policy_loss(log_p, old, advantage, weight, level="sequence")
+    assert loss.item() == pytest.approx(-(2 * both[0] - 3 * both[1]) / 2, rel=1e-6) and count == 0  # GSPO's mean over episodes
+    grad, = torch.autograd.grad(loss, log_p)
+    assert grad[chosen].tolist() == pytest.approx([-2 * both[0] / 3 / 2] * 3 + [3 * both[1] / 2], rel=1e-6)
+    loss, count = RL.policy_loss(log_p, old, advantage, weight, 0.1, 0.15, "sequence")
+    assert loss.item() == pytest.approx(-(2 * 1.15 - 3 * both[1]) / 2, rel=1e-6) and count == 3  # all tokens of the first
+    assert torch.autograd.grad(loss, log_p)[0][0].eq(0).all()
+    token, _ = RL.policy_loss(log_p, old, advantage, weight)
+    assert token.item() == pytest.approx(-(2 * (math.exp(0.1) + math.exp(0.6) + math.exp(-0.1)) / 3 - 3 * both[1]) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("cap", [0.0, 2.0, 1.2])
+def test_the_ratio_corrects_for_a_rollout_of_other_probabilities_up_to_a_cap(cap):
+    """Enumerated: answers of q, as a rollout in bfloat16, give the exact policy gradient of p; with a cap, TIS's."""
+    q, reward = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([1.0, -2.0, 4.0])
+    logits = torch.tensor([0.5, 0.1, -0.3], requires_grad=True)
+    p = logits.softmax(0)
+    exact, = torch.autograd.grad((p * reward).sum(), logits, retain_graph=True)
+    ratio = (p / q).detach()
+    assert ratio[2] > 2 and 1.2 > ratio[1] > 1 > ratio[0]
+    truncated = (q * ratio.clamp(max=cap or math.inf) * reward * p.log()).sum()  # sum of q * min(p / q, C) * R * log p
+    wanted, = torch.autograd.grad(truncated, logits, retain_graph=True)
+    loss, _ = RL.policy_loss(p.log()[:, None], q.log()[:, None], reward[:, None], q[:, None], cap=cap)
+    found, = torch.autograd.grad(loss, logits)
+    assert torch.allclose(found, -wanted, atol=1e-6) and torch.allclose(found, -exact, atol=1e-6) == (not cap)
 
 
 def test_gradient_is_the_policy_gradient_on_a_two_token_policy():
@@ -661,6 +706,58 @@ def test_rl_update_is_the_same_in_any_micro_batch(model, tokenizer, estimator):
             assert metrics[key] == pytest.approx(results[0][0][key], rel=1e-4, abs=1e-6)
         for name, grad in results[0][1].items():
             assert torch.allclose(grad, grads[name], atol=1e-5, rtol=1e-3), name
+
+
+@pytest.mark.parametrize("changes", [{"ratio": "sequence"}, {"ratio": "sequence", "clip_eps": 0.02, "clip_eps_high": 0.05},
+                                     {"ratio_cap": 1.05}, {"clip_eps": 0.1, "clip_eps_high": 0.3}])
+def test_a_loss_off_policy_is_the_same_in_any_micro_batch(model, tokenizer, changes):
+    """Against a sum over episodes, one at a time, of what the variant means."""
+    groups, advantage = random_rollout(model, tokenizer), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    rng, wanted, clipped = random.Random(0), 0.0, []
+    for e, value in zip(sum(groups, []), advantage.flatten().tolist()):
+        shift = [rng.uniform(-0.4, 0.4) * mask for mask in e.response_mask]
+        e.log_probs = [log_p - by for log_p, by in zip(e.log_probs, shift)]
+        logs = [by for by, mask in zip(shift, e.response_mask) if mask]
+        if "ratio" in changes:
+            logs = [sum(logs) / len(logs)] * len(logs)
+        for r in map(math.exp, logs):
+            r = min(r, changes.get("ratio_cap", r))
+            ends = 1 - changes.get("clip_eps", 9), 1 + changes.get("clip_eps_high", 9)
+            gain = min(r * value, min(max(r, ends[0]), ends[1]) * value)
+            wanted -= gain / len(logs) / 12
+            clipped.append(gain < r * value)
+    assert any(clipped) == ("clip_eps" in changes)
+    results = []
+    for size in (1, 5, 12):
+        model.zero_grad()
+        metrics = RL.rl_backward(model, groups, advantage, loss_settings(estimator="grpo", micro_batch=size, **changes), tokenizer.pad)
+        assert metrics["loss"] == pytest.approx(wanted, abs=1e-4)
+        assert metrics["clip_fraction"] == pytest.approx(sum(clipped) / len(clipped))
+        results.append(gradients(model))
+    for grads in results[1:]:
+        for name, grad in results[0].items():
+            assert torch.allclose(grad, grads[name], atol=1e-5, rtol=1e-3), name
+
+
+def test_answers_that_were_cut_off_can_be_left_out(tokenizer, tiny_run, tmp_path, uneven_rewards):
+    """They keep their place in the group's mean and in the divisors; they have no advantage of their own."""
+    def answer(*ids):
+        e = E.Episode(problem())
+        e.append_context([1])
+        e.append_response([*ids], [-0.5] * len(ids))
+        return e
+    groups = [[answer(40, tokenizer.eot), answer(40, 41)], [answer(40, 41, 42), answer(tokenizer.eot)]]
+    advantage = torch.tensor([[1.0, -1.0], [2.0, -2.0]])
+    assert RL.without_truncated(advantage, groups, tokenizer).tolist() == [[1, 0], [0, -2]]
+    assert advantage.tolist() == [[1, -1], [2, -2]]
+    work = []
+    for flags, moved in (("", True), ("--mask-truncated", False)):
+        out = tmp_path / f"run{moved}"
+        RL.main(f"--init {tiny_run} --out {out} --steps 1 --problems 2 --group 4 --max-new-tokens 3 --evals 0 --device cpu {flags}".split())
+        record = lines(out)[0]
+        assert record["truncated"] == 1 and record["signal"] > 0 and (record.get("grad_norm", 0) > 0) == moved
+        work.append(record["flops"])
+    assert work[0] > 2 * work[1]  # an update that is not computed is not charged
 
 
 def shifted(model):
@@ -1053,6 +1150,36 @@ def test_resumed_equals_uninterrupted(script, extra, tiny_run, tmp_path, uneven_
         assert any(not torch.equal(a[k], start[k]) for k in a)
 
 
+def test_a_run_of_an_earlier_version_goes_on(tiny_run, tmp_path, uneven_rewards):
+    """Its args.json lacks the flags that came later: it goes on as it would have, bit for bit."""
+    flags = f"--init {tiny_run} --steps 4 --problems 2 --group 3 --max-new-tokens 6 --evals 0 --save-every 2 --device cpu"
+    RL.main(f"{flags} --out {tmp_path / 'whole'}".split())
+    for again in (["--resume", str(tmp_path / "a")], f"{flags} --out {tmp_path / 'b'} --or-resume".split()):
+        run = tmp_path / ("b" if "--out" in again else "a")
+        stop_after(RL, 2, lambda: RL.main(f"{flags} --out {run}".split()))
+        stored = json.loads((run / "args.json").read_text())
+        for name in ("clip_eps_high", "ratio", "ratio_cap", "mask_truncated"):
+            del stored[name]
+        M.write_json(run / "args.json", stored)
+        if "--or-resume" in again:
+            with pytest.raises(ValueError, match="other settings .--ratio-cap 0.0, not 2.0"):
+                RL.main([*again, "--ratio-cap", "2"])
+        RL.main(again)
+        a, b = (load_tensors(tmp_path / n / "step-000004" / M.WEIGHTS) for n in ("whole", run.name))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    M.write_json(run / "args.json", {name: value for name, value in stored.items() if name != "clip_eps"})
+    with pytest.raises(ValueError, match="was not written by"):  # a flag that every version had
+        RL.main(["--resume", str(run)])
+
+
+@pytest.mark.parametrize("flags, words", [("--clip-eps 0.2", "do nothing"), ("--ratio sequence", "do nothing"), ("--clip-eps-high 0.28", "--clip-eps-high is the upper"),
+                                          ("--ratio word", "--ratio"), ("--ratio-cap -1", "--ratio-cap"), ("--clip-eps-high nan", "--clip-eps-high")])
+def test_flags_of_the_loss_that_would_do_nothing_are_refused(flags, words):
+    with pytest.raises(ValueError, match=words):
+        RL.parse_args(flags.split())
+    RL.parse_args("--epochs 2 --clip-eps 0.2 --clip-eps-high 0.28 --ratio sequence --ratio-cap 2 --mask-truncated".split())
+
+
 def stop_after(script, steps, run):
     """Run a script whose Run asks it to stop after so many steps, as Ctrl-C does."""
     original = SFT.Run.finish_step
@@ -1221,7 +1348,8 @@ def test_every_rl_option_runs_together(tiny_run, tmp_path, capsys, uneven_reward
     for estimator in RL.ESTIMATORS:
         out = tmp_path / estimator
         RL.main(f"--init {tiny_run} --out {out} --steps 1 --problems 2 --group 2 --attempts 2 --max-new-tokens 5 --eval-n 2 "
-                f"--estimator {estimator} --epochs 2 --clip-eps 0.2 --kl-coef 0.05 --discount 0.9 --temperature 0.7 --recompute".split())
+                f"--estimator {estimator} {'--ratio sequence --ratio-cap 2 --mask-truncated' * (estimator == 'grpo')} "
+                "--epochs 2 --clip-eps 0.2 --clip-eps-high 0.28 --kl-coef 0.05 --discount 0.9 --temperature 0.7 --recompute".split())
         record = lines(out)[0]
         for key in ("reward", "success_1", "success", "signal", "repeat", "tokens", "rollout_seconds", "update_seconds", "kl",
                     "entropy", "clip_fraction", "grad_norm"):
