@@ -29,6 +29,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceb
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import tasks
 from model import (Cache, ImageContext, Sampling, finite, generate, load_model, open_image,
@@ -459,11 +460,16 @@ def play(model, tokenizer, problems, settings, mode, group=1, forced=False, move
     before it, and training goes on as if there had been no evaluation. The encoded pictures of a
     batch are dropped before the next one, and so are the pictures where they are large: a walk has
     a megabyte or more at every position.
+
+    Under torchrun each process plays its share, and all get what `evaluate` needs of each episode.
+    Greedy answers are those of one process; the others are drawn from a stream for each process.
     """
-    generator, episodes = torch.Generator(model.device).manual_seed(0), []
-    count, said = len(problems) * group, time.time()
-    sampling = Sampling(settings.max_new_tokens, TEMPERATURES[mode], generator, settings.batch)
-    for part in pieces(problems, settings.batch // group):
+    rank, number = processes()
+    generator, episodes = torch.Generator(model.device).manual_seed(rank), []
+    mine, said = problems[rank::number], time.time()
+    count, batch = len(mine) * group, eval_batch(settings.suite, settings.batch, tokenizer)
+    sampling = Sampling(settings.max_new_tokens, TEMPERATURES[mode], generator, batch)
+    for part in pieces(mine, batch // group):
         groups = rollout(model, tokenizer, part, group, sampling, forced=forced)
         part = [*chain(*groups)]
         for episode, value in zip(part, moved(part) if moved else ()):
@@ -477,7 +483,18 @@ def play(model, tokenizer, problems, settings, mode, group=1, forced=False, move
         if time.time() - said > 5 and len(episodes) < count:
             said = time.time()
             print(f"  {len(episodes):,} of {count:,} episodes", file=sys.stderr, flush=True)
-    return episodes
+    if number == 1:
+        return episodes
+    found = gathered(pieces([(e.turns, e.moved, e.ids[-1:]) for e in episodes], group))
+    return [Episode(problem, ids, turns=turns, moved=moved)
+            for problem, members in zip(problems, found) for turns, moved, ids in members]
+
+
+def eval_batch(suite: str, batch: int, tokenizer) -> int:
+    """Episodes side by side in an evaluation, `batch` or less: of a full-size model at most 64
+    where each has a picture of its own, which takes 0.4 GB there."""
+    many = tasks.task_of(suite).pictures and not tokenizer.short
+    return min(batch, 64) if many else batch
 
 
 def as_lists(scores):
@@ -642,6 +659,35 @@ def device_and_dtype(device: str) -> tuple:
         raise ValueError(f"--device {device} is not there: give auto, cpu or cuda (or cuda:1 and "
                          f"so on); torch sees {len(known)} GPUs.")
     return device.replace("auto", "cuda"), torch.bfloat16
+
+
+def processes() -> tuple:
+    """(number of this process, number of all) under torchrun; alone (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes() -> None:
+    """Meet the processes that torchrun started, if it did. Each takes the GPU of its number."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        gpu = torch.cuda.is_available()
+        # Some wait while one plays longer or saves: for a day, not the usual 10 minutes.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
+                                timeout=48 * dist.default_pg_timeout)
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def gathered(items: list) -> list:
+    """The plain data of all processes, of which each has every N-th item, in their order."""
+    lists, (rank, number) = [], processes()
+    for source in range(number):
+        text = json.dumps(items).encode() if source == rank else b""
+        size = torch.tensor(len(text))
+        dist.broadcast(size, source)
+        data = torch.tensor([*text.ljust(size)], dtype=torch.uint8)
+        dist.broadcast(data, source)
+        lists.append(json.loads(bytes(data.tolist())))
+    return [lists[i % number][i // number] for i in range(sum(map(len, lists)))]
 
 
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
@@ -1265,6 +1311,9 @@ def run_script(name: str, *argv: str) -> None:
 def main(argv=None):
     """Evaluate or report; returns the evaluation, or those of --compare."""
     args = parse_args(argv)
+    join_processes()
+    if processes()[0]:  # one says what came out; all write the same
+        sys.stdout = open(os.devnull, "w")
     if args.report:
         run_script("report.py", args.report)
     for script, wanted in (("play.py", args.play is not None), ("keep.py", args.keep_correct)):

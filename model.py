@@ -892,11 +892,11 @@ class Cache:
             some = next(iter(self.kv.values()))
             shape = (*some.shape[:3], slots, some.shape[4])
             # The last graph's memory is free between two rollouts: used again, or given back.
-            spare = GRAPHS[self.model].kv.get(shape) if self.model in GRAPHS else None
-            if spare is None:
+            spare = getattr(GRAPHS.get(self.model), "kv", {}).get(shape)
+            if not spare:
                 GRAPHS.pop(self.model, None)
             for i, kv in self.kv.items():
-                self.kv[i] = kv.new_zeros(shape) if spare is None else spare[i].zero_()
+                self.kv[i] = spare[i].zero_() if spare else kv.new_zeros(shape)
                 self.kv[i][:, :, :, : self.slots] = kv
             self.shown = F.pad(self.shown, (0, slots - self.slots))
             self.slots = slots
@@ -997,7 +997,7 @@ class Cache:
         for linear in half:
             linear.cast = linear.cast_lora(linear.weight.dtype)
         if self.fixed:
-            shared = [part for part in (self.prompt, self.image) if part is not None]
+            shared = [*filter(None, (self.prompt, self.image))]
             tensors = [*state, self.length, self.start, self.shown, *self.kv.values(),
                        *chain(*(m.cast for m in half), *(part.tensors() for part in shared))]
             key = (temperature, [t.shape for t in tensors],
@@ -1006,9 +1006,9 @@ class Cache:
                    [m.lora_on * m.lora_scale for m in linears])
             graph = GRAPHS.get(self.model)
             if graph is None or graph.key != key:
-                kept = [self.kv] if self.prompt is None else [self.kv, self.prompt.kv]
-                kept = {next(iter(kv.values())).shape: kv for kv in kept}
-                graph = GRAPHS[self.model] = StepGraph(key, tensors, kept)
+                kept = [part.kv for part in (self, self.prompt) if part]
+                graph = GRAPHS[self.model] = StepGraph(key, tensors, {
+                    next(iter(kv.values())).shape: kv for kv in kept})
             for old, new in zip(graph.tensors, tensors):
                 new.set_(old.copy_(new))
             step = partial(graph.run, step)
@@ -1028,23 +1028,19 @@ class StepGraph:
     of them that hold keys and values, {shape: {layer: tensor}}."""
 
     def __init__(self, key, tensors, kv):
-        self.key, self.tensors, self.kv, self.calls = key, tensors, kv, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.key, self.tensors, self.kv = key, tensors, kv
+        self.graph, self.calls = torch.cuda.CUDAGraph(), 0
 
     def run(self, step):
-        """Two calls warm up, the third is captured (which computes nothing) and, like all after it,
-        replayed."""
-        if self.calls < 2:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                step()
-            torch.cuda.current_stream().wait_stream(self.stream)
-        elif self.calls == 2:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                step()
-        if self.calls >= 2:
-            self.graph.replay()
+        """The first call warms up, the second is captured (which computes nothing) and, like all
+        after it, replayed."""
         self.calls += 1
+        if self.calls == 1:
+            return step()
+        if self.calls == 2:
+            with torch.cuda.graph(self.graph):
+                step()
+        self.graph.replay()
 
 
 # ---- 8. Batches ----------------------------------------------------------------------------------
@@ -1780,10 +1776,12 @@ def read_header(path):
 def read_tensors(path, header, targets):
     """Fill targets[name] (of any float type, on any device) from a file with this header. The
     library maps the file: until it is closed its pages count beside the weights, but the system may
-    drop them."""
+    drop them. A GPU copies faster from memory that stays where it is; torch keeps that for the next
+    tensor."""
     with safe_open(path, "pt") as file:
         for name, stored in header.items():
-            targets[name].copy_(file.get_tensor(stored.name))
+            tensor, target = file.get_tensor(stored.name), targets[name]
+            target.copy_(tensor.pin_memory() if target.is_cuda else tensor)
 
 
 def _check_tensors(files, wanted):

@@ -36,9 +36,9 @@ from safetensors import SafetensorError
 
 import tasks
 from evaluate import (ROWS, Episode, EvalSettings, Parser, between, clean, default_max_new_tokens,
-                      device_and_dtype, evaluate, find_model, images_for, micro_batches, number,
-                      prompt_style, response_log_probs, run_main, run_script, show_episode,
-                      summary, to_batch)
+                      device_and_dtype, evaluate, find_model, images_for, join_processes,
+                      micro_batches, number, processes, prompt_style, response_log_probs, run_main,
+                      run_script, show_episode, summary, to_batch)
 from model import (PARTS, LlamaVision, Tokenizer, Work, adapters_off, add_lora, add_work,
                    count_parameters, load_model, merge_lora, open_image, pass_flops, read_json,
                    read_start, save_adapter, save_model, text_work, write_atomically, write_json,
@@ -426,19 +426,18 @@ class Run(Ending):
         """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
         args, progress, self.phase = self.args, self.progress, "evaluation"
         progress.evals_done += 1
-        if processes()[0]:  # the first process does it, the others wait for its next step
-            return
         # On the way only the rows of the curves are evaluated.
         rows = args.eval_rows or (None if self.share() >= 1 else ROWS)
         settings = EvalSettings(args.eval_suite or args.task, args.eval_n, args.attempts,
                                 args.eval_split, args.max_new_tokens,
-                                eval_batch(args, self.tokenizer), rows and tuple(rows),
+                                args.rollout_batch, rows and tuple(rows),
                                 args.eval_teacher, args.rule, args.visual)
         moved = self.moved if args.eval_moved and args.init_path else None
         result = evaluate(self.model, self.tokenizer, settings, moved)
         result |= {"step": self.step, "flops": progress.flops, "flops_paper": progress.flops_paper,
                    "seconds": round(progress.seconds, 2)}
-        write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
+        if not processes()[0]:
+            write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
         self.scores = summary(result) | self.held_out_loss()
         said = [f"{name} {100 * value:.1f}" if name.endswith("/first") else f"{name} {value:.2f}"
                 for name, value in self.scores.items()
@@ -500,11 +499,6 @@ class Run(Ending):
 def parameter_sums(parameters):
     """The sum of each parameter, in float64: some differ after any update that moved something."""
     return torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters])
-
-
-def processes():
-    """(number of this process, number of all) under torchrun; alone (0, 1)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def share_of(step: int, count: int) -> range:
@@ -828,7 +822,11 @@ def start_run(args: argparse.Namespace, load=None, optimizer_for=None) -> Run:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    join_processes(args)
+    join_processes()
+    for name in ("batch", "problems"):
+        if getattr(args, name, 0) % processes()[1]:
+            raise ValueError(f"--{name} must be a multiple of torchrun's {processes()[1]} "
+                             "processes.")
     directory = (OtherProcess(args.out) if processes()[0] else
                  RunDirectory(args.out, bool(args.resume), args.keep))
     try:
@@ -852,21 +850,6 @@ def start_run(args: argparse.Namespace, load=None, optimizer_for=None) -> Run:
         if run.eval_due():
             run.evaluate()
     return run
-
-
-def join_processes(args):
-    """Meet the processes that torchrun started, if it did. Each takes the GPU of its number."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
-        gpu = torch.cuda.is_available()
-        # The first process evaluates while the others wait: for a day, not the usual 10 minutes.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
-                                timeout=48 * dist.default_pg_timeout)
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    for name in ("batch", "problems"):
-        if getattr(args, name, 0) % processes()[1]:
-            raise ValueError(f"--{name} must be a multiple of torchrun's {processes()[1]} "
-                             "processes.")
 
 
 def check_disk(run):
@@ -913,13 +896,6 @@ def set_limits(args, tokenizer):
     args.max_new_tokens = args.max_new_tokens or default_max_new_tokens(tokenizer)
     args.micro_batch = args.micro_batch or 256
     args.micro_tokens = args.micro_tokens or (2**20 if tokenizer.short else 4096)
-
-
-def eval_batch(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
-    """Episodes side by side in an evaluation: of a full-size model at most 64 where each has a
-    picture of its own, which takes 0.4 GB there."""
-    many = tasks.TASKS[args.task].pictures and not tokenizer.short
-    return min(args.rollout_batch, 64) if many else args.rollout_batch
 
 
 def check_legible(args, style):

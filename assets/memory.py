@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import assets.habits  # noqa: E402, F401  so that runs of assets/make_base.py can be estimated
 import tasks  # noqa: E402
 import train_sft  # noqa: E402
-from evaluate import (Episode, Parser, by_prompt, device_and_dtype, micro_batches, number,  # noqa: E402
+from evaluate import (Episode, Parser, by_prompt, device_and_dtype, eval_batch, micro_batches, number,  # noqa: E402
                       prompt_style, run_main)
 from model import (ADAPTER_CONFIG, SIZES, Config, LlamaVision, add_lora, config_from_json, count_parameters,  # noqa: E402
                    image_tokens, load_tokenizer, read_adapter, read_json)
@@ -219,7 +219,7 @@ def estimate_run(args) -> dict[str, dict[str, float]]:
     # Rollouts of training, of an evaluation: their rows as far as they are played side by side.
     whole, rollouts = load_of(played), []
     for rows, size, batch in ((getattr(args, "problems", 0) * group, group, args.rollout_batch),
-                              (args.eval_n * (args.evals > 0), 1, train_sft.eval_batch(args, tokenizer))):
+                              (args.eval_n * (args.evals > 0), 1, eval_batch(args.task, args.rollout_batch, tokenizer))):
         prompts = min(rows, max(size, batch)) // size
         load = whole._replace(rows=prompts * size, prompts=prompts, images=whole.images * prompts // count)
         rollouts.append(rollout_memory(model, load) if prompts else {})

@@ -1,9 +1,7 @@
 """model.py: the same numbers however they are computed."""
 
-import contextlib
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -432,7 +430,7 @@ class FakeGraph(TorchDispatchMode):
 
 class Capture:
     """torch.cuda.graph: what is computed while capturing is not computed, so all that it wrote is put back."""
-    def __init__(self, graph, stream=None):
+    def __init__(self, graph):
         self.graph = graph
 
     def __enter__(self):
@@ -448,10 +446,8 @@ class Capture:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Lengths rounded up, Cache.fixed, and StepGraph with the graph above."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {"CUDAGraph": FakeGraph, "graph": Capture, "Stream": lambda: stream, "current_stream": lambda: stream,
-                        "stream": lambda other: contextlib.nullcontext()}.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
     graph = M.StepGraph.__init__
 
     def noting(self, key, tensors, kv):
