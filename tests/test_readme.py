@@ -1,17 +1,27 @@
 """The README: its links, its commands and its code are those of the repository."""
 
+import dataclasses
 import importlib.util
+import json
+import os
 import random
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import evaluate
+import model as models
 import tasks
 import train_rl
+import train_sft
+from assets import make_base
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,15 +94,131 @@ def test_the_step_is_the_one_of_main():
         "run.played", "if args.mask_truncated", "advantage", "measured", "metrics", "flops"]  # measures, and one flag
 
 
-def test_the_diff_fits():
-    diff, = block("diff")
-    source = (ROOT / "train_rl.py").read_text(encoding="utf-8")
+# ---- "Change it": every row of the table has its effect
+
+def patched(text, diff):
+    """A file's text after a diff without line numbers: its lines are met in their order."""
+    lines, done = text.splitlines(), []
     for line in diff.splitlines():
-        assert line[0] == "+" or line[1:] in source
-    added = "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+    "))
+        if line[0] != "+":
+            place = lines.index(line[1:])
+            done, lines = done + lines[:place], lines[place + 1:]
+        done += [line[1:]] if line[0] != "-" else []
+    return "\n".join(done + lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """A copy of the repository with README's changes to files: an estimator, a reward, a row in each suite of cards."""
+    folder = tmp_path_factory.mktemp("changed")
+    for name in ("tasks", "model", "evaluate", "train_sft", "train_rl"):
+        shutil.copy(ROOT / f"{name}.py", folder)
+    (folder / "assets").symlink_to(ROOT / "assets")
+    path = folder / "train_rl.py"
+    path.write_text(patched(path.read_text(), *block("diff")))
+    row, = re.findall(r"`(Row\(.*?\))` in `CARDS_SUITE`", README)
+    penalty, = re.findall(r'`REWARD` .*`("illegal": -\d)`', README)
+    path = folder / "tasks.py"
+    text = path.read_text()
+    for old, new in (('"illegal": -3', penalty), ('"illegal": -1', penalty), ('    Row("rule", OOD_RULE),', f'    {row},\n    Row("rule", OOD_RULE),'),
+                     ('    Row("red", ID_RULE', '    Row("own", ID_RULE, visual="red/style=dark"),\n    Row("red", ID_RULE')):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return folder
+
+
+def test_an_estimator_a_reward_and_a_row_are_changed_and_trained(changed, tmp_path):
+    """In a process of its own, two steps; then the same with the files as they are: the first rollout is the same one."""
+    flags = "--init tiny --steps 2 --problems 4 --group 8 --temperature 1.6 --eval-n 4 --device cpu --evals"
+    command, = (command for command in COMMANDS if "--estimator best" in command)
+    _, script, *given = shlex.split(command)
+    done = subprocess.run([sys.executable, script, *given, *flags.split(), "1", "--out", tmp_path / "best"], cwd=changed, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    train_rl.main([*flags.split(), "0", "--out", str(tmp_path / "plain")])
+    best, plain = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("best", "plain"))
+    assert [step["step"] for step in best] == [1, 2] and all(step["signal"] > 0 and step["grad_norm"] > 0 for step in best)
+    assert all(step["loss"] < 0 for step in best) and best[0]["loss"] < plain[0]["loss"]  # no negative advantage is left
+    assert best[0]["tokens"] == plain[0]["tokens"] and best[0]["success"] == plain[0]["success"]
+    lost = (plain[0]["reward"] - best[0]["reward"]) * 32  # of the 32 episodes the illegal ones lost 2 more
+    assert lost > 0 and lost % 2 == pytest.approx(0, abs=1e-4)
+    result = json.loads((tmp_path / "best/evals/000002.json").read_text())
+    assert [*result["rows"]] == ["id", "mine", "rule", "fake"]
+    mine = [each["prompt"] for each in result["samples"] if each["row"] == "mine"]
+    assert mine and all("JQK=7,8,9, make 36" in prompt for prompt in mine)
+    assert '"best"' in (tmp_path / "best/source/train_rl.py").read_text()
+
+
+def test_the_diff_adds_an_estimator(changed):
+    module = module_of((changed / "train_rl.py").read_text(encoding="utf-8"))
     returns = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0]])
-    best = module_of(f"def best(centred, estimator):\n{added}").best
-    assert best(returns - returns.mean(1, keepdim=True), "best").tolist() == [[0.5, 0, 0, 0.5], [0, 0, 0, 0]]
+    assert module.ESTIMATORS == (*train_rl.ESTIMATORS, "best")
+    assert module.advantages(returns, "best").tolist() == [[0.5, 0, 0, 0.5], [0, 0, 0, 0]]
+    for estimator in train_rl.ESTIMATORS:
+        assert torch.equal(module.advantages(returns, estimator), train_rl.advantages(returns, estimator))
+
+
+def test_rewards_and_rows_are_changed_for_cards_and_walks(changed, monkeypatch):
+    spec = importlib.util.spec_from_file_location("changed_tasks", changed / "tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "changed_tasks", module)
+    spec.loader.exec_module(module)
+    for name, before in (("gp-l", -3), ("gp-vl", -3), ("virl-l", -1), ("virl-vl", -1)):
+        new, old = (place.make(name).step("nonsense").reward for place in (module, tasks))
+        assert new - old == -5 - before
+    assert [row.name for row in module.suite_rows("gp-vl")][:4] == ["id", "mine", "rule", "fake"]
+    own, = (row for row in module.suite_rows("gp-vl") if row.name == "own")
+    picture = module.make("gp-vl", own.rule, own.visual, "test", 0).image.tobytes()
+    assert picture == tasks.make("gp-vl", "10", "red/style=dark", "test", 0).image.tobytes()
+    assert picture != tasks.make("gp-vl", "10", "black", "test", 0).image.tobytes()
+
+
+@pytest.mark.parametrize("flag", ["--rule", "--visual"])
+def test_a_rule_and_a_look_take_no_code(flag, tmp_path):
+    """The problems that are trained and those of the row "id" have this rule or this look."""
+    command, = (command for command in COMMANDS if re.match(rf"python train_rl.py (--task gp-vl )?{flag} ", command))
+    train_rl.main([*shlex.split(command)[2:], *"--steps 1 --problems 2 --group 2 --eval-n 2 --evals 1 --eval-rows id --device cpu "
+                   f"--max-new-tokens 4 --out {tmp_path / 'run'}".split()])
+    trained = json.loads((tmp_path / "run/samples/000001.json").read_text())
+    evaluated = json.loads((tmp_path / "run/evals/000001.json").read_text())["samples"]
+    assert len(trained) == 2 and evaluated and all(each["row"] == "id" for each in evaluated)
+    if flag == "--rule":
+        assert all("JQK=7,8,9, make 36" in each["prompt"] for each in trained + evaluated)
+    for split, each in (("train", trained[0]), ("val", evaluated[0])) if flag == "--visual" else ():
+        wanted, usual = (evaluate._png(tasks.make("gp-vl", "10", look, split, 0, style="short").image, False)
+                         for look in (command.split()[-1], "black"))
+        assert each["picture"] == wanted != usual
+
+
+def test_a_mixture_and_an_own_demonstrator_are_what_sft_learns(tmp_path, monkeypatch):
+    learned, asked, backward, demonstrate = [], [], train_sft.sft_backward, tasks.Problem.demonstrate
+
+    def noted(model, episodes, *more, **kind):
+        learned.append(episodes)
+        return backward(model, episodes[:4], *more, **kind)
+    monkeypatch.setattr(train_sft, "sft_backward", noted)
+    monkeypatch.setattr(tasks.Problem, "demonstrate", lambda self, kind, rng: asked.append(kind) or demonstrate(self, kind, rng))
+    monkeypatch.setitem(tasks.GeneralPoints.DEMONSTRATORS, "own", lambda problem, rng: ["own words"])
+    command, = (command for command in COMMANDS if "--demonstrators careful:2" in command)
+    for name, flags in (("mixed", shlex.split(command)[2:]), ("own", ["--demonstrators", "own"])):
+        train_sft.main([*flags, *f"--init tiny --steps 1 --batch 300 --evals 0 --device cpu --out {tmp_path / name}".split()])
+    mixed, own = learned
+    rules = ["JQK=10," in e.problem.prompt for e in mixed]
+    assert 170 < sum(rules) < 230 and all("JQK=11,12,13," in e.problem.prompt for e, ten in zip(mixed, rules) if not ten)
+    assert 170 < asked[:300].count("careful") < 230 and {*asked[:300]} == {"careful", "expert"} and {*asked[300:]} == {"own"}
+    said = {tuple(token for token, mask in zip(e.ids, e.response_mask) if mask) for e in own}
+    assert len(own) == 300 and len(said) == 1
+
+
+def test_a_model_size_is_the_entry_of_the_table(tmp_path, monkeypatch):
+    tiny = models.SIZES["tiny"]
+    text = dataclasses.replace(tiny.text, num_hidden_layers=4, hidden_size=64, vocab_size=400)
+    monkeypatch.setitem(models.SIZES, "small", dataclasses.replace(tiny, text=text))
+    command, = (command for command in COMMANDS if "--model small" in command)
+    make_base.main([*shlex.split(command)[3:], *f"--steps 1 --batch 4 --evals 0 --device cpu --out {tmp_path / 'base'}".split()])
+    trained, tokenizer = models.load_model(evaluate.find_model(str(tmp_path / "base"), "gp-l"))
+    assert trained.config.text == text and len(trained.language_model.model.layers) == 4 and tokenizer.bpe.get_vocab_size() == 401
 
 
 def test_the_task_works(monkeypatch):
