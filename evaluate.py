@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 import tasks
-from model import (Cache, ImageContext, Sampling, finite, generate, load_model, open_image,
+from model import (GRAPHS, Cache, ImageContext, Sampling, finite, generate, load_model, open_image,
                    pack_images, pad_rows, read_json, remedy, save_model, write_json)
 
 # ---- 1. Episodes and rollout ---------------------------------------------------------------------
@@ -380,6 +380,7 @@ def evaluate(model, tokenizer, settings: EvalSettings, moved=None) -> dict:
             # 3. A number for each problem and score.
             scores[row.name][mode] = as_lists(
                 [problem.scores(*played) for problem, *played in zip(problems, answers, forced)])
+    GRAPHS.pop(model, None)  # training would go without what it holds
     return {
         "suite": settings.suite, "split": settings.split,
         "n": settings.n, "attempts": settings.attempts,

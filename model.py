@@ -44,6 +44,7 @@ from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+AT_ONCE = 2**21  # numbers that an MLP reads, or logits that are drawn from, where memory counts
 # cuDNN's attention takes 0.1 s to plan each new shape, and lengths of text are always new.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -224,6 +225,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
+        large = x.numel() > AT_ONCE and len(x) > 1 and x.device.type in MULTIPLE
+        if large and not torch.is_grad_enabled():  # it holds three times F on the way
+            return torch.cat([self(rows) for rows in x.split(max(1, AT_ONCE // x[0].numel()))])
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -386,15 +390,12 @@ class Sampling:
     batch: int = 256  # episodes computed side by side: memory, not the result
 
 
-DRAWN = 2**22  # logits from which is drawn at a time: each takes 20 bytes
-
-
 def sample(logits: Tensor, temperature: float, point: Tensor) -> tuple[Tensor, Tensor]:
     """One token for each row of logits (B, V), and its log-probability, both (B,). point (B, 1)
     float64: uniform random numbers. temperature 0: the likeliest token, with its log-probability at
     temperature 1."""
-    logits = logits.float()
-    log_p = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
+    log_p = logits.float()
+    log_p = (log_p if temperature in (0, 1) else log_p / temperature).log_softmax(-1)
     if temperature == 0:
         token = log_p.argmax(-1)
     else:
@@ -423,7 +424,7 @@ def generate(model: LlamaVision, cache: Cache, logits: Tensor, sampling: Samplin
     point = torch.zeros(len(logits), 1, dtype=torch.float64, device=logits.device)
 
     def draw(logits):  # in place, like all that a step changes: on a GPU a graph replays it
-        size = max(1, DRAWN // logits.shape[1])
+        size = max(1, AT_ONCE // logits.shape[1])
         for part in zip(*(x.split(size) for x in (logits, point, token, log_p))):
             for old, new in zip(part[2:], sample(part[0], sampling.temperature, part[1])):
                 old.copy_(new)
@@ -955,12 +956,14 @@ class Cache:
     def select(self, rows: Tensor) -> Cache:
         """Keep, drop or repeat rows: one prompt becomes a group of episodes, solved ones leave."""
         if self.prompt is not None:
+            GRAPHS.pop(self.model, None)  # or its memory would be held beside what is left
             self.prompt = SharedPrompt(self.prompt.kv, self.prompt.rows[rows])
         elif len(rows.unique()) < len(rows):
             self.prompt, self.start = SharedPrompt(self.kv, rows), self.length
             self.kv = {i: kv[:, :, :, :0] for i, kv in self.kv.items()}
             self.offset, self.slots = self.slots, 0
-        self.kv = {i: kv[:, rows] for i, kv in self.kv.items()}
+        for i, kv in self.kv.items():
+            self.kv[i] = kv[:, rows]
         self.length, self.start, self.shown = (
             x[rows] for x in (self.length, self.start, self.shown))
         self.image = self.image and self.image.select(rows)

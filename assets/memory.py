@@ -6,6 +6,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,8 @@ import tasks  # noqa: E402
 import train_sft  # noqa: E402
 from evaluate import (Episode, Parser, by_prompt, device_and_dtype, eval_batch, micro_batches, number,  # noqa: E402
                       prompt_style, run_main)
-from model import (ADAPTER_CONFIG, SIZES, Config, LlamaVision, add_lora, config_from_json, count_parameters,  # noqa: E402
-                   image_tokens, load_tokenizer, read_adapter, read_json)
+from model import (ADAPTER_CONFIG, AT_ONCE, SIZES, Config, LlamaVision, add_lora, config_from_json, count_parameters,  # noqa: E402
+                   image_tokens, load_tokenizer, read_adapter, read_json, rounded)
 
 
 def parameter_parts(model):
@@ -50,9 +51,10 @@ class Load(NamedTuple):
 def estimate_memory(config: Config, settings) -> dict[str, dict[str, float]]:
     """{"training", "recompute", "rollout": {use: bytes}}; settings: the flags of parse_args.
 
-    Products of sizes, which met eleven peaks on an H200 within 2 % (tests/test_checkpoints.py). Not
-    in them: the CUDA context, workspaces, fragmentation, and here, unlike with --dry-run, prompts
-    that rows of a training pass share.
+    Products of sizes. Those of training met three peaks on an H200 within 2 % (tests/test_checkpoints.py),
+    before norms kept less; those of rollouts, whose code has changed, met none yet. bfloat16 means a GPU:
+    lengths are rounded up, and a decoding step is a graph. Not in them: the CUDA context, workspaces,
+    fragmentation, and here, unlike with --dry-run, prompts that rows of a training pass share.
     """
     s = settings
     with torch.device("meta"):
@@ -99,9 +101,10 @@ def training_memory(model, load, recompute):
     image_keys = KV * (norm + 2 * n)
     vision_layer = tower_layer(model, n)
     shared = load.prompts < load.rows
+    scored = load.rows * load.rest  # without what is rounded up
+    load = on_device(load, n)
     tokens = load.prompts * load.prompt + load.rows * load.rest
     repeated = shared * load.rows * (load.prompt + load.rest) * 2 * KV * n  # keys, values for each row
-    scored = load.rows * load.rest
     logits, mlp = scored * V * (8 + n), tokens * 4 * F * n  # of the backward pass
     layers, beside = (own_layer, cross_layer, image_keys, vision_layer), mlp
     if recompute:
@@ -123,37 +126,51 @@ def tower_slots(model):
     return v.max_num_tiles * (v.tokens + -v.tokens % 8)
 
 
+def on_device(load, n):
+    """The Load with its lengths as a device has them that computes with n bytes a number."""
+    length = partial(rounded, device="cuda" if n == 2 else "cpu")
+    return load._replace(prompt=length(load.prompt), rest=length(load.rest))
+
+
 def tower_layer(model, n):
-    """Bytes that a patch leaves in a layer of the tower; its part of the mask is the last."""
+    """Bytes that a patch leaves in a layer of the tower."""
     v = model.config.vision
-    return n * (8 * v.hidden_size + 2 * v.intermediate_size + tower_slots(model))
+    return n * (8 * v.hidden_size + 2 * v.intermediate_size)
 
 
 def encoding_memory(model, images):
     """Bytes that frozen eyes need for so many images side by side, one layer after the other."""
     n, slots = model.language_model.lm_head.weight.itemsize, tower_slots(model)
-    return 0 if model.trains_vision else images * slots * (tower_layer(model, n) + slots)
+    return 0 if model.trains_vision else images * slots * tower_layer(model, n)
 
 
 def rollout_memory(model, load):
-    """{use: bytes} of a rollout, beside what is there all the time. Prompts are read and images
-    encoded once for a group, all of a batch at once."""
+    """{use: bytes} of a rollout, beside what is there all the time. Prompts are read and images encoded
+    once for a group, all of a batch at once; a group's prompt stays in the cache once."""
     c, n = model.config.text, model.language_model.lm_head.weight.itemsize
     cross = len(c.cross_attention_layers)
     KV = c.num_key_value_heads * c.head_dim
     pair = 2 * KV * n  # a key and a value of one token in one layer
     now = min(load.images, load.rows)  # on a walk only the latest picture stays in the cache
     seen = now * image_tokens(model.config)
-    length = load.prompt + load.rest
-    kept = {"KV cache": load.rows * length * (c.num_hidden_layers - cross) * pair,
+    load, tokens = on_device(load, n), load.rows * (load.prompt + load.rest)
+    if load.prompts < load.rows:
+        tokens = load.prompts * load.prompt + load.rows * load.rest
+    elif n == 2:
+        tokens = load.rows * rounded(load.prompt + load.rest, "cuda")
+    kept = {"KV cache": tokens * (c.num_hidden_layers - cross) * pair,
             "cross-attention K/V": seen * cross * pair,
             "image features": load.images * image_tokens(model.config) * n * c.hidden_size}
-    layer = 2 * c.hidden_size + 3 * c.intermediate_size
-    reading = max(load.prompts * load.prompt * n * layer, seen * KV * (8 + n))
-    slots = tower_slots(model)
-    encoding = now * slots * (tower_layer(model, n) + slots) - sum(kept.values())
-    drawing = load.rows * c.vocab_size * (20 + n)
-    return kept | {"other activations": max(reading, encoding, drawing)}
+    drawn = load.rows * c.vocab_size
+    if n == 2:  # the graph's own: logits and what is made of some of them; adapters in bfloat16
+        adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+        kept["decoding step"] = drawn * n + 16 * min(drawn, AT_ONCE) + adapters * n
+    read = load.prompts * load.prompt  # tokens of prompts
+    mlp = min(read, AT_ONCE // c.hidden_size) if n == 2 else read
+    reading = n * max(read * 6 * c.hidden_size, read * 4 * c.hidden_size + mlp * 3 * c.intermediate_size)
+    encoding = encoding_memory(model, now) - sum(kept.values())
+    drawing = drawn * (n if n == 2 else 24)  # the first tokens are drawn outside of the graph
+    return kept | {"other activations": max(reading, seen * KV * (8 + n), encoding, drawing)}
 
 
 # ---- of the flags of a trainer -------------------------------------------------------------------
@@ -223,8 +240,10 @@ def estimate_run(args) -> dict[str, dict[str, float]]:
         prompts = min(rows, max(size, batch)) // size
         load = whole._replace(rows=prompts * size, prompts=prompts, images=whole.images * prompts // count)
         rollouts.append(rollout_memory(model, load) if prompts else {})
-    if "group" in args:  # all pictures of its rollouts stay encoded
+    if "group" in args:  # all pictures of its rollouts stay encoded, and on a GPU the graph of a step is kept
         column["image features"] = rollout_memory(model, whole)["image features"] * args.problems / count
+        if "decoding step" in rollouts[0]:
+            column["kept from the rollout"] = rollouts[0]["decoding step"] + rollouts[0]["KV cache"]
     return {"training": column, "rollout": both | max(rollouts, key=lambda uses: sum(uses.values())),
             "disk": {"checkpoints": train_sft.disk_bytes(model, args)}}
 

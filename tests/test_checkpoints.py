@@ -652,8 +652,8 @@ def test_estimate_against_real_tensors(model):
         p.grad = torch.zeros_like(p)
     state.step()
     assert training["optimizer"] == sum(t.nbytes for s in state.state.values() for t in s.values() if t.dim())
-    cache = M.Cache(model, 4, 9 + 5)
-    assert rollout["KV cache"] == sum(t.nbytes for t in cache.kv.values())
+    cache = M.Cache(model, 2, 9).select(torch.tensor([0, 0, 1, 1])).reserve(5)  # a prompt once for its group
+    assert rollout["KV cache"] == sum(t.nbytes for kv in (cache.kv, cache.prompt.kv) for t in kv.values())
     features = torch.zeros(2, 2 * 4 * model.config.vision.tokens, 32)
     keys, values = model.language_model.model.layers[2].cross_attn.keys_values(features)
     assert rollout["cross-attention K/V"] == keys.nbytes + values.nbytes
@@ -694,25 +694,43 @@ def test_estimated_activations_are_those_that_autograd_keeps(line, recompute):
 
 
 # Gigabytes on one H200, torch 2.11, 11B in bfloat16, prompts of 250 tokens, 60 new ones, 2026-11-27: weights and all that a call
-# made. Rollouts without adapters: (batch, group, images of a prompt). LoRA steps of rank 8 without images: (micro-batch, column).
-ROLLOUT_PEAKS = {(1, 1, 0): 21.4, (8, 1, 0): 21.9, (64, 1, 0): 25.8, (256, 1, 0): 38.9, (256, 16, 0): 32.9, (1, 1, 1): 21.8,
+# made. LoRA steps of rank 8 without images: (micro-batch, column). Rollouts without adapters: (batch, group, images of a prompt);
+# there each row had its own copy of its prompt, prompts went through the MLP at once and the tower had a mask.
+EARLIER_ROLLOUT_PEAKS = {(1, 1, 0): 21.4, (8, 1, 0): 21.9, (64, 1, 0): 25.8, (256, 1, 0): 38.9, (256, 16, 0): 32.9, (1, 1, 1): 21.8,
                  (32, 1, 1): 33.7, (256, 16, 1): 37.3}
 TRAINING_PEAKS = {(16, "training"): 52.7, (8, "training"): 37.4, (16, "recompute"): 24.7}
 
 
-@pytest.mark.parametrize("case", [*ROLLOUT_PEAKS, *TRAINING_PEAKS])
+@pytest.mark.parametrize("case", EARLIER_ROLLOUT_PEAKS)
+def test_a_rollout_takes_less_than_it_did(case):
+    """What comes on top of the weights; of 16 prompts with 16 answers each a quarter, 3 GB. Not measured on a GPU yet."""
+    batch, group, images = case
+    a = flags(f"--batch {batch} --group {group} --micro-batch {group} --images {images} --prompt-tokens 250 --new-tokens 60")
+    estimate = memory.estimate_memory(M.SIZES["11b"], a)["rollout"]
+    adapted = sum(p.numel() for p in adapters_of("11b", a.lora_rank)) * 2  # a copy of them in bfloat16
+    beyond = (sum(size for use, size in estimate.items() if use not in ("weights", "adapters", "optimizer")) - adapted) / 1e9
+    before = EARLIER_ROLLOUT_PEAKS[case] - estimate["weights"] / 1e9
+    print(case, f"before {before:.2f} GB, now {beyond:.2f}")
+    assert beyond < before + 0.05  # the peaks were noted to 0.1
+    if case == (256, 16, 0):
+        assert beyond < 3.0 and before > 11.5
+
+
+def adapters_of(size, rank):
+    with torch.device("meta"):
+        model = M.LlamaVision(M.SIZES[size])
+        M.add_lora(model, rank, 1.0)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("case", TRAINING_PEAKS)
 def test_estimate_against_peaks_that_were_measured(case):
     """Within 10 %, and what comes on top of the weights within 20 %."""
-    if case in ROLLOUT_PEAKS:
-        batch, group, images = case
-        a = flags(f"--batch {batch} --group {group} --micro-batch {group} --images {images} --prompt-tokens 250 --new-tokens 60")
-        column, without, measured = "rollout", ("adapters", "optimizer"), ROLLOUT_PEAKS[case]
-    else:
-        size, column = case
-        a = flags(f"--micro-batch {size} --images 0 --prompt-tokens 250 --new-tokens 60 --lora-rank 8")
-        without, measured = (), TRAINING_PEAKS[case]
+    size, column = case
+    a = flags(f"--micro-batch {size} --images 0 --prompt-tokens 250 --new-tokens 60 --lora-rank 8")
+    measured = TRAINING_PEAKS[case]
     estimate = memory.estimate_memory(M.SIZES["11b"], a)[column]
-    peak = sum(size for use, size in estimate.items() if use not in without) / 1e9
+    peak = sum(estimate.values()) / 1e9
     weights = estimate["weights"] / 1e9
     print(case, f"measured {measured}, estimated {peak:.2f} ({peak / measured - 1:+.1%}); beyond the weights "
           f"{measured - weights:.2f}, {peak - weights:.2f}")

@@ -650,5 +650,19 @@ def test_rows_are_sampled_in_parts_as_together(model, tokenizer, monkeypatch):
     want = played(model, tokenizer, ragged(tokenizer, 3), 5, 1.0)
     sizes, real = [], M.sample
     monkeypatch.setattr(M, "sample", lambda logits, *args: sizes.append(len(logits)) or real(logits, *args))
-    monkeypatch.setattr(M, "DRAWN", 4 * model.config.text.vocab_size)
+    monkeypatch.setattr(M, "AT_ONCE", 4 * model.config.text.vocab_size)
     assert played(model, tokenizer, ragged(tokenizer, 3), 5, 1.0) == want and set(sizes) == {3, 4}
+
+
+def test_a_long_prompt_goes_through_the_mlp_in_parts(model, tokenizer, monkeypatch):
+    rows = torch.tensor([ids_of(tokenizer, 12, seed=n) for n in range(5)])
+    with torch.no_grad():
+        want, sizes, real = model(rows), [], M.F.silu
+        monkeypatch.setitem(M.MULTIPLE, "cpu", 4)
+        monkeypatch.setattr(M, "AT_ONCE", 2 * 12 * model.config.text.hidden_size)
+        monkeypatch.setattr(M.F, "silu", lambda x: sizes.append(len(x)) or real(x))
+        close(model(rows), want)
+    assert max(sizes) <= 2 and sum(sizes) == 5 * (model.config.text.num_hidden_layers - 1)  # text: no cross layer
+    sizes.clear()
+    model(rows)  # with gradients, which need all of it anyway
+    assert set(sizes) == {5}

@@ -405,17 +405,18 @@ def shape_of_11b(tmp_path_factory):
 
 
 def test_dry_runs_meet_the_peaks_that_were_measured(shape_of_11b, monkeypatch):
-    """Those of tests/results/11b-h200.md, within 10 %; rollouts were measured without adapters."""
+    """Those of tests/results/11b-h200.md, within 10 %; a rollout, which took 32.9 GB there, keeps each prompt once by now."""
     monkeypatch.setattr(SFT, "demonstrations", lambda args, style: Given())
     for flags, peak in (("--micro-batch 16", 52.7), ("--micro-batch 8", 37.4), ("--micro-batch 8 --recompute", 24.7)):
         args = SFT.parse_args(["--model", str(shape_of_11b), *f"--lora-rank 8 --batch 16 --micro-tokens 5000 {flags}".split()])
         assert sum(memory.estimate_run(args)["training"].values()) / 1e9 == pytest.approx(peak, rel=0.1), flags
     monkeypatch.setattr(memory, "longest", lambda problem, tokenizer, new: Given().episode(tokenizer, 0))
-    for flags, peak in (("--problems 16 --group 16", 32.9), ("--problems 8 --group 8 --rollout-batch 64", None)):
+    for flags, peak in (("--problems 16 --group 16", 24.4), ("--problems 8 --group 8 --rollout-batch 64", 22.4)):
         args = RL.parse_args(["--model", str(shape_of_11b), *f"--lora-rank 8 --evals 0 {flags}".split()])
         found = memory.estimate_run(args)
         without = sum(size for use, size in found["rollout"].items() if use not in ("adapters", "optimizer")) / 1e9
-        assert peak is None or without == pytest.approx(peak, rel=0.1)
+        assert without == pytest.approx(peak, rel=0.03)
+        assert found["training"]["kept from the rollout"] > 0.1 * 1e9  # the graph of a step
         assert sum(found["training"].values()) < 80e9  # the defaults fit
 
 
