@@ -44,7 +44,9 @@ from tokenizers import Tokenizer as BPE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-AT_ONCE = 2**21  # numbers that an MLP reads, or logits that are drawn from, where memory counts
+# On a GPU lengths are rounded up, so that shapes come again, and so does their memory; and at most
+# so many numbers are read by an MLP, or logits drawn from, at a time.
+MULTIPLE, AT_ONCE = {"cuda": 32}, 2**21
 # cuDNN's attention takes 0.1 s to plan each new shape, and lengths of text are always new.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -1115,9 +1117,6 @@ def states_before(model, ids, chosen, image):
     mask = torch.cat([of_prompt, causal], 2)[:, None]
     own = Prompts(model, ids, at, image, mask, shared, torch.tensor(rows, device=ids.device))
     return decoder(ids.gather(1, at), None, None, cache=own)[row, t - start[row]]
-
-
-MULTIPLE = {"cuda": 32}  # of which lengths are there: few shapes, so that memory fits again
 
 
 def rounded(count: int, device) -> int:
