@@ -253,23 +253,24 @@ class ProblemStream:
 
 # ---- 6. Measures of a step -----------------------------------------------------------------------
 
-METRICS = {  # --help prints them
+METRICS = {  # named as in TRL where they are the same; --help prints them
     "reward": "mean return",
-    "success_1": "share solved by the first answer",
     "success": "share solved by any answer",
     "read": "share of what there is to see that the first answer names rightly",
     "signal": "share of groups with unequal returns",
     "entropy": "sum of -log p of the sampled tokens over their number, in nats",
     "kl": "of the policy to the start's, in nats a token of any episode",
     "grad_norm": "norm of the gradient before clipping",
-    "rollout_seconds": "time of the rollout",
-    "update_seconds": "time of the update",
-    "seconds": "time of the step",
+    "step_time": "seconds of the step",
+    "success_1": "share solved by the first answer",
+    "mean_length": "sampled tokens of an episode",
     "loss": "policy loss",
-    "lr": "learning rate",
+    "learning_rate": "of the step",
     "repeat": "share of second and later answers that were given before",
     "truncated": "share of answers that were cut off",
     "tokens": "sampled tokens",
+    "rollout_seconds": "time of the rollout",
+    "update_seconds": "time of the update",
     "rollout_speed": "those a second of the rollout",
     "update_speed": "those a second of the update",
     "peak_gb": "most memory that a GPU held in the step, in 10^9 bytes",
@@ -277,7 +278,7 @@ METRICS = {  # --help prints them
     "ratio_error": "largest |log p of training - log p of the rollout|",
     "ratio_error_mean": "its mean over the tokens of the update",
 }
-SHOWN = list(METRICS)[:10]  # on the terminal
+SHOWN = list(METRICS)[:8]  # on the terminal
 
 
 def rollout_metrics(groups, returns, tokenizer, updates=({},)) -> dict:
@@ -300,6 +301,7 @@ def rollout_metrics(groups, returns, tokenizer, updates=({},)) -> dict:
         "repeat": sum(repeats) / max(1, len(repeats)),
         "truncated": truncated(episodes, tokenizer),
         "entropy": -sum(sum(episode.log_probs) for episode in episodes) / tokens,
+        "mean_length": tokens / len(episodes),
         "tokens": summed(tokens),
     } | {name: fmean(metrics[name] for metrics in updates) for name in updates[0]}
 

@@ -10,6 +10,7 @@
   12. command line
 """
 import argparse
+import csv
 import fcntl
 import json
 import math
@@ -25,7 +26,9 @@ import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 if __name__ == "__main__":  # Ctrl-C while torch is loaded ends without a traceback
@@ -108,8 +111,8 @@ def sft_backward(model: LlamaVision, episodes: list, pad: int, *limits: int, kin
 def update(model: LlamaVision, optimizer, lr: float, max_grad_norm: float) -> dict:
     """Clip the gradient to `max_grad_norm` and take one step with the rate `lr`.
 
-    Returns {"grad_norm" (before clipping), "lr", "moved"}, or {} where no episode gave a gradient.
-    FloatingPointError, before anything moves, when the norm is not finite.
+    Returns {"grad_norm" (before clipping), "learning_rate", "moved"}, or {} where no episode gave a
+    gradient. FloatingPointError, before anything moves, when the norm is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     used = summed(torch.tensor([float(p.grad is not None) for p in trained]))
@@ -127,7 +130,7 @@ def update(model: LlamaVision, optimizer, lr: float, max_grad_norm: float) -> di
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     moved = not torch.equal(before, parameter_sums(trained[-8:]))
-    return {"grad_norm": norm, "lr": lr, "moved": moved}
+    return {"grad_norm": norm, "learning_rate": lr, "moved": moved}
 
 
 # ---- 4. The loop ---------------------------------------------------------------------------------
@@ -154,15 +157,15 @@ def train(run, args):
 
 # ==== The reading path ends here. Everything below can be skipped. ====
 
-METRICS = {  # of a step; --help prints them
+METRICS = {  # of a step, named as in TRL where they are the same; --help prints them
     "loss": "mean of -log p over the response tokens (dft: of p times that)",
     "eval_loss": "mean of -log p over the response tokens of --eval-data",
     "grad_norm": "norm of the gradient before clipping",
-    "lr": "learning rate",
+    "learning_rate": "of the step",
     "tokens": "response tokens of the batch",
     "update_speed": "those a second of the update",
     "peak_gb": "most memory that a GPU held in the step, in 10^9 bytes",
-    "seconds": "time of the step",
+    "step_time": "seconds of the step",
 }
 ADDED = ("loss", "kl", "clip_fraction", "ratio_error_mean")  # each process has a part of them
 
@@ -291,7 +294,8 @@ class Run(Ending):
     It ends after --steps, or after --flops when a budget is given: so two arms spend the same.
     """
 
-    shown = None  # names of the metrics on the terminal; None: all
+    shown = METRICS  # their names are the columns on the terminal, as far as they are measured
+    columns = ()
     episodes = ()  # of the step
     random = None  # states after the last whole step; None while an update may be half made
 
@@ -363,7 +367,7 @@ class Run(Ending):
         progress.step += 1
         progress.flops += summed(flops[0])
         progress.flops_paper += summed(flops[1])
-        progress.seconds += metrics["seconds"]
+        progress.seconds += metrics["step_time"]
         self.notice_waste(metrics, moved)
         self.notice_collapse(metrics)
         self.say(self.line(metrics))
@@ -383,7 +387,7 @@ class Run(Ending):
     def measures(self, tokens):
         """Times, speeds and memory of a step in which so many tokens were sampled or learned."""
         seconds, played = time.time() - self.clock, self.laps.get("rollout_seconds", 0)
-        found = self.laps | {"seconds": seconds, "update_speed": tokens / (seconds - played)}
+        found = self.laps | {"step_time": seconds, "update_speed": tokens / (seconds - played)}
         if played:
             found |= {"update_seconds": seconds - played, "rollout_speed": tokens / played}
         if self.generator.device.type == "cuda":
@@ -395,8 +399,9 @@ class Run(Ending):
         learned = "grad_norm" in metrics
         if learned:
             self.count_waste("update", not moved, 10, "no trained parameter moved "
-                             f"(--lr {metrics['lr']:g}, gradient norm {metrics['grad_norm']:g}): "
-                             "raise --lr, or see why the loss has no gradient.")
+                             f"(--lr {metrics['learning_rate']:g}, gradient norm "
+                             f"{metrics['grad_norm']:g}): raise --lr, or see why the loss has "
+                             "no gradient.")
         self.count_waste("signal", not learned, 50, "no group had unequal returns (success "
                          f"{100 * metrics.get('success', 0):.0f} %), so nothing could be learned: "
                          "raise --group or --temperature, or give another --init.")
@@ -410,17 +415,19 @@ class Run(Ending):
             self.useless = f"stopped after {limit} steps in which {sentence}"
 
     def line(self, metrics):
-        """The line that the terminal shows of a step."""
+        """The line that the terminal shows of a step, now and then below the names of its cells."""
         share, progress = self.share(), self.progress
         evals_left = max(0, self.args.evals - progress.evals_done)
         left = progress.seconds / max(share, 1e-9) * (1 - share)
         left += evals_left * progress.eval_seconds / max(1, progress.evals_done)
-        text = f"step {self.step:4d} {100 * share:3.0f}% left {left // 60:.0f}:{left % 60:02.0f} |"
-        for name in self.shown or metrics:
-            if name in metrics:
-                value = metrics[name]
-                text += f" {name} {value:.4g}" if isinstance(value, float) else f" {name} {value}"
-        return text
+        minutes, seconds = divmod(round(left), 60)
+        cells = {"step": self.step, "done": f"{100 * share:.0f}%",
+                 "left": f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"}
+        measured = {*self.columns, *metrics}
+        cells |= {name: metrics.get(name, "-") for name in self.shown if name in measured}
+        head = self.step % 20 == 1 or [*self.columns] != [*cells]
+        self.columns = cells
+        return aligned(dict(zip(cells, cells))) * head + aligned(cells).rstrip("\n")
 
     def evaluate(self):
         """Evaluate the model as it is now, write evals/NNNNNN.json and print one line."""
@@ -442,8 +449,9 @@ class Run(Ending):
         said = [f"{name} {100 * value:.1f}" if name.endswith("/first") else f"{name} {value:.2f}"
                 for name, value in self.scores.items()
                 if name.endswith(("/first", "loss")) or "nats" in name]
-        self.say(f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt in "
-                 f"%: {', '.join(said)}")
+        said = (f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt in %: "
+                f"{', '.join(said)}")
+        self.say(fill(said, 100, subsequent_indent="    "))
         self.warn_truncated("held-out", result["truncated"])
         progress.eval_seconds += result["eval_seconds"]
 
@@ -496,6 +504,18 @@ class Run(Ending):
                       f"none is right: start again with a --lr below {self.args.lr:g}.")
 
 
+def aligned(cells):
+    """A line of cells {name: value}, each in a column that is wide enough for its name."""
+    line = ""
+    for name, value in cells.items():
+        width = max(7, len(name))
+        if isinstance(value, float):
+            usual = f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+            value = usual if len(usual) <= width else f"{value:.1e}"
+        line += f" {value:>{width}}"
+    return line + "\n"
+
+
 def parameter_sums(parameters):
     """The sum of each parameter, in float64: some differ after any update that moved something."""
     return torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters])
@@ -545,6 +565,8 @@ class RunDirectory:
 
     args.json          its arguments
     metrics.jsonl      one JSON object a step
+    metrics.csv        the same as a table, up to the newest checkpoint: written whole with it, so
+                       that --resume, which goes back to a checkpoint, never finds later lines
     evals/NNNNNN.json  an evaluation, problem by problem
     samples/           episodes in plain text (RL)
     step-NNNNNN/       a checkpoint: a model directory in the hub's layout (an adapter in PEFT's),
@@ -646,6 +668,23 @@ class RunDirectory:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def lines(self, step):
+        """The lines of metrics.jsonl up to a step."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text("utf-8", "replace").split("\n") if path.is_file() else []
+        return [line for line in lines if step_of(line) <= step]
+
+    def write_table(self, step):
+        """metrics.csv up to a step; what was not measured in all steps stays empty in others."""
+        records = [json.loads(line) for line in self.lines(step)]
+
+        def write(path):
+            with open(path, "w", newline="") as file:
+                table = csv.DictWriter(file, dict.fromkeys(chain(*records)))
+                table.writeheader()
+                table.writerows(records)
+        write_atomically(self.path / "metrics.csv", write)
+
     def write_samples(self, step, groups, count=4):
         """The first episode of a few groups as readable JSON."""
         if groups:
@@ -666,6 +705,7 @@ class RunDirectory:
                 write_atomically(fresh / "state.pt", lambda path: torch.save(state, path))
                 write_json(fresh / CHECKSUMS, checksums(fresh))
             self.point_to(name)
+            self.write_table(step)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three words
             raise ValueError(f"the checkpoint of step {step} could not be written to {self.path} "
                              f"({str(error)[:120]}); those before it are as they were. Make room, "
@@ -722,11 +762,8 @@ class RunDirectory:
         if directory:
             self.point_to(directory.name)
         self.saved = step = state["step"] if state else 0
-        metrics, lines = self.path / "metrics.jsonl", []
-        if metrics.is_file():
-            lines = metrics.read_text("utf-8", "replace").split("\n")
-        kept = "".join(line + "\n" for line in lines if step_of(line) <= step)
-        write_atomically(metrics, lambda path: path.write_text(kept))
+        kept = "".join(line + "\n" for line in self.lines(step))
+        write_atomically(self.path / "metrics.jsonl", lambda path: path.write_text(kept))
         for folder in (self.path / "evals", self.path / "samples"):
             if folder.is_symlink():
                 raise ValueError(f"{folder} is a link; put the directory itself there to continue.")
@@ -1399,7 +1436,7 @@ def check_mixtures(args):
 def metrics_help(metrics: dict[str, str]) -> str:
     """The end of --help: the meaning of every name in a log line."""
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in metrics.items())
-    return f"names in a log line and in metrics.jsonl: {meanings}"
+    return f"names in a log line, in metrics.jsonl and metrics.csv: {meanings}"
 
 
 PAPER = "--batch 128 --optimizer adamw16 --lr-end 0 "  # with bfloat16 in place of several GPUs

@@ -42,7 +42,7 @@ def check(script, task, model, out, flags):
     assert all(step.get("grad_norm", 0) > 0 for step in steps), "a step had no gradient"
     assert moved > len(up) / 4, f"only {moved} of {len(up)} adapters moved"
     last = steps[-1]
-    seen = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "grad_norm", "ratio_error", "seconds", "peak_gb") if name in last)
+    seen = ", ".join(f"{name} {last[name]:.4g}" for name in ("loss", "grad_norm", "ratio_error", "step_time", "peak_gb") if name in last)
     if "ratio_error" in last:
         assert last["ratio_error"] < 0.5, "rollout and training disagree about the log-probs"
     return f"ok: {script.__name__} {task}: 2 updates, the second after --resume; {moved} of {len(up)} adapters moved; {seen}"

@@ -237,7 +237,7 @@ def test_one_lucky_group_does_not_hide_the_others():
     run = SFT.Run(RL.parse_args([]), None, type("M", (), {"device": "cpu"}), None, None)
     for step in range(90):
         lucky = step % 30 == 29
-        run.notice_waste({"grad_norm": 1.0, "lr": 1e-4} if lucky else {"success": 0.0}, True if lucky else None)
+        run.notice_waste({"grad_norm": 1.0, "learning_rate": 1e-4} if lucky else {"success": 0.0}, True if lucky else None)
     assert "no group had unequal returns" in run.useless
 
 
