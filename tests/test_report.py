@@ -397,7 +397,7 @@ def test_every_row_in_pictures_has_success_recognition_and_the_difference(tmp_pa
 
 def test_the_report_shows_the_pictures(tmp_path):
     page = page_of.report_html(fake_runs.make(tmp_path, kind="pictures", n=40))
-    assert page.count(f'src="data:image/png;base64,{fake_runs.PIXEL}"') == 4 * 9  # 4 arms, 3 of ID and rule OOD, 1 of the others
+    assert page.count(f'src="data:image/png;base64,{fake_runs.PIXEL}"') == 4 * 9 + 2 * 4  # 4 arms, 3 of ID and rule OOD, 1 of the others; two problems of each along SFT and RL
     edit(tmp_path / "rl/evals/000000.json", lambda e: e["samples"][0].update(picture='"><script>'))
     with pytest.raises(ValueError, match="cannot be used"):
         fake_runs.load_study(tmp_path)
