@@ -1175,6 +1175,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("model", nargs="?", help="tiny (the shipped base), a run directory or a model directory")
     add("--report", metavar="STUDY", help="print a study's tables and write its report.html")
+    add("--watch", metavar="STUDY", help="write its report.html again and again while runs go on")
     add("--compare", metavar=("A", "B"), nargs=2, help="evaluate two models and their difference")
     add("--play", metavar="B", nargs="*", help="deal problems to the model, perhaps beside others")
     add("--distance", metavar="DEMONSTRATOR", help="print how foreign its answers are to the "
@@ -1201,10 +1202,11 @@ def parse_args(argv=None):
     add("--image", metavar="FILE", help="a picture that goes with --ask")
     add("--export", metavar="DIR", help="write the model there, adapters merged, in bfloat16")
     add("--device", default="auto", help="auto, cpu or cuda")
+    number(parser, "--threads", 0, 0, 1024, "CPU threads; 0: torch's choice")
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.model or args.play, args.report, args.compare))) != 1:
-        raise ValueError("give one of: a model to evaluate, --compare and two models, --report and "
-                         "a study directory.")
+    if sum(map(bool, (args.model or args.play, args.report, args.watch, args.compare))) != 1:
+        raise ValueError("give one of: a model to evaluate, --compare and two models, --report or "
+                         "--watch and a study directory.")
     args.split = args.split or ("train" if args.keep_correct else "test")
     stored = run_flags(args.model or (args.compare or args.play or [""])[0])
     args.suite = args.suite or stored.get("eval_suite") or stored.get("task", "gp-l")
@@ -1255,6 +1257,8 @@ def evaluated(args):
 def load(name, args):
     """(model, tokenizer, EvalSettings) of a name on the command line and the flags."""
     directory = find_model(name, args.suite.removesuffix("-probes"))
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype(args.device)
     model, tokenizer = load_model(directory, dtype, device)
     return model, tokenizer, EvalSettings(
@@ -1317,6 +1321,8 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
     if args.report:
         run_script("report.py", args.report)
+    if args.watch:
+        run_script("report.py", args.watch, "--watch")
     for script, wanted in (("play.py", args.play is not None), ("keep.py", args.keep_correct)):
         if wanted:
             run_script(script, *(argv or sys.argv[1:]))

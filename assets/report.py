@@ -322,7 +322,7 @@ def axis(name, values, low=None, tell="{:.3g}".format):
     step *= next(each for each in (1, 2, 2.5, 5, 10) if span / 4 <= each * step * 1.001)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     last = max(last, first + 1)
-    ticks = [(i * step, f"{i * step:.6g}") for i in range(first, last + 1)]
+    ticks = [(i * step, f"{i * step:.9g}") for i in range(first, last + 1)]
     return Axis(name, first * step, last * step, ticks, tell)
 
 
