@@ -797,7 +797,7 @@ def progress_html(runs):
                      f"<td>step {step}<td>{state}<td>{ago} ago")
         if not run.finished() and (shown := training_samples(run, most=1, each=1)):
             (step, newest), = shown.items()
-            samples += f"<h3>{name}, step {step}: a sample of training</h3>{newest}"
+            samples += f"<h3>A sample of training: {name}, step {step}</h3>{newest}"
     head = "".join(f"<th scope=col>{name}</th>" for name in ("", "done", "", "training", "last change"))
     told = (f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>" if lines else
             "<p>No run has begun yet.</p>")
