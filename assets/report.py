@@ -95,8 +95,11 @@ def load_study(directory):
     RUN is an arm's name with `-sN` for seed N, or without for seed 0. ValueError, one sentence,
     when there is nothing, or a file is malformed.
     """
-    studies = {}
-    for file in evaluation_files(directory):
+    studies, files, said = {}, evaluation_files(directory), time.time()
+    for i, file in enumerate(files):
+        if time.time() - said > 5:
+            said = time.time()
+            print(f"  {i} of {len(files)} evaluations read", file=sys.stderr, flush=True)
         run = file.absolute().parent.parent
         arm, seed = arm_and_seed(run.name)
         args = read_checked(run / "args.json", flags_of) if (run / "args.json").exists() else {}

@@ -319,3 +319,13 @@ def test_evaluate_takes_threads(monkeypatch):
     evaluate.load("tiny", evaluate.parse_args(["tiny", "--threads", "3", "--device", "cpu"]))
     evaluate.load("tiny", evaluate.parse_args(["tiny", "--device", "cpu"]))
     assert asked == [3]
+
+
+def test_a_report_that_takes_long_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    fake_runs.make(tmp_path, n=30)
+    page_of.load_study(tmp_path)
+    assert capsys.readouterr().err == ""
+    clock = iter(range(0, 9999, 3))
+    monkeypatch.setattr(page_of.time, "time", lambda: next(clock))
+    page_of.load_study(tmp_path)
+    assert capsys.readouterr().err.splitlines()[0] == "  1 of 24 evaluations read"
