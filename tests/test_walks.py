@@ -13,7 +13,7 @@ import tasks
 from assets import report as page_of
 from conftest import standing
 
-MODEL = SimpleNamespace(config=SimpleNamespace(vision=SimpleNamespace(image_size=32)), device="cpu")
+MODEL = type("Model", (), {"config": SimpleNamespace(vision=SimpleNamespace(image_size=32)), "device": "cpu"})()  # can be weakly referenced, as a model
 TOKENIZER = SimpleNamespace(short=True, stop_ids=(0,))
 HOSTILE = '</pre><script>alert(1)</script><img src=x onerror="x">\x1b[31m\u202e'
 
