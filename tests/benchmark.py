@@ -2,8 +2,9 @@
 
     python tests/benchmark.py                                    tiny, CPU, under three minutes
     python tests/benchmark.py --size 11b --out tests/results/11b.md    random weights in bf16, made on the GPU
-    python tests/benchmark.py --size 11b --minutes 6 --out ...   the rows that matter most, in their order, while time lasts;
-                                                        written row by row, so that a run that is cut off is of use
+    python tests/benchmark.py --size 11b --minutes 8 --out ...   one GPU for a quarter of an hour: tests/gpu_checks.py, then the rows
+                                                        that matter most, in their order, while time lasts; written row by row,
+                                                        so that a run that is cut off is of use, and what fails is said in its row
     python tests/benchmark.py --views                            street views only: pictures per second of one core
 
 Where transformers or peft are not installed their columns stay empty. What makes the comparison fair:
@@ -25,6 +26,8 @@ import datetime
 import gc
 import json
 import platform
+import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -81,7 +84,7 @@ class Ours:
     @torch.no_grad()
     def generate(self, ids, tiles, group, new):
         image = None if tiles is None else self.images(tiles)
-        cache = M.Cache(self.model, len(ids), ids.shape[1], image)
+        cache = M.Cache(self.model, len(ids), ids.shape[1] + new * (group == 1), image)  # as a rollout does
         logits = self.model.extend(cache, ids, torch.full_like(ids[:, 0], ids.shape[1]))
         rows = torch.arange(len(ids), device=ids.device).repeat_interleave(group)
         if group > 1:
@@ -100,6 +103,18 @@ class Ours:
 
     def update(self):
         update(self.model, self.optimizer, 1e-5, 1.0)
+
+    def ragged(self, problems, group, new, seed):
+        """(seconds of the rollout, of the update) of a GRPO step whose prompts and answers differ in length, also from step to step."""
+        rng, tokenizer, problems = random.Random(seed), copy.copy(self.tokenizer), [copy.copy(problem) for problem in problems]
+        tokenizer.stop_ids = set(range(0, self.model.config.text.vocab_size, 2 * new // 3))  # random weights meet one now and then
+        for problem in problems:
+            problem.prompt = " ".join([problem.prompt] + ["make 24"] * rng.randint(self.s["prompt"] // 4, self.s["prompt"] // 3))
+        loss = LossSettings("grpo", temperature=1.0, clip_eps=0.0, kl_coef=0.0, micro_batch=self.s["micro"])
+        found = []
+        took = [seconds(lambda: found.extend(rollout(self.model, tokenizer, problems, group, M.Sampling(new))))]
+        advantage = advantages(torch.tensor([[float(i % 2) for i in range(group)] for _ in problems]), "grpo")
+        return [*took, seconds(lambda: (rl_backward(self.model, found, advantage, loss, tokenizer.pad), self.update()))]
 
     def train(self, ids, prompt):
         episodes = [Episode(SimpleNamespace(image=None), row, [0] * prompt + [1] * (len(row) - prompt), [0.0] * len(row)) for row in ids.tolist()]
@@ -213,6 +228,7 @@ def seconds(call):
 
 def peak_bytes(call):
     """Bytes that a call needed at its worst beyond what was held before it; None where the system does not tell."""
+    M.GRAPHS.clear()  # what the graph of a step keeps counts too
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -247,7 +263,8 @@ def compare(sides, call, budget, least=3):
                 setting = f"{side.attention} {side.cache or 'dynamic'}"
             call(side)
             result[side] = [[], peak_bytes(lambda: call(side)), setting]
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:  # theirs, with a setting that fails here; or no memory: the other side goes on
+            print(f"{type(side).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
             gc.collect(), torch.cuda.empty_cache()
     began = time.perf_counter()
     while result and (time.perf_counter() - began < budget or len(next(iter(result.values()))[0]) < least):
@@ -360,7 +377,12 @@ def benchmark(args):
     yield row(f"GRPO step, {len(problems)} problems x {G}", "episodes/s", B, lambda side: side.grpo(problems, G, N, pattern), least)
     yield row("GRPO step, rewards as they come", "episodes/s", B, lambda side: side.grpo(problems, G, N, None), least)
     if args.size == "11b":
-        yield from check_11b(model, tokenizer, device)
+        yield check_saving(model, tokenizer, device)
+
+
+# tokens/s (images/s, episodes/s) of commit 04e1318 on an H200 by tests/results/11b-h200.md
+BEFORE = {"generate, 1": 31, "generate, 16 x 16": 12466, "generate, 1, image": 36, "generate, 16 x 16, image": 5252, "encode, 4": 15.3,
+          "train, 16, LoRA": 13227, "generate, 64": 1680, "generate, 256": 5460}
 
 
 def quick_benchmark(args):
@@ -368,6 +390,9 @@ def quick_benchmark(args):
     is given (its static cache for one text, which it compiles; images fail with it), and each row is timed for seconds."""
     s, device = SIZES[args.size], "cuda" if torch.cuda.is_available() and args.size != "tiny" else "cpu"
     end = time.monotonic() + 60 * args.minutes
+    if args.size != "tiny" or args.minutes > 0.1:
+        checks = subprocess.run([sys.executable, Path(__file__).with_name("gpu_checks.py")], capture_output=True, text=True)
+        yield "tests/gpu_checks.py:\n\n```\n" + checks.stdout + checks.stderr[-1500:] + "```"
     torch.manual_seed(0)
     model, tokenizer = M.load_model(Path(__file__).resolve().parents[1] / "assets/tiny-gp-l")
     if args.size != "tiny":
@@ -386,47 +411,72 @@ def quick_benchmark(args):
         return ids
 
     for kind, n, group, image, cache in (
-            ("generate", 1, 1, False, static), ("generate", 16, 16, False, dynamic), ("encode", s["encode"], 1, True, dynamic),
-            ("generate", 1, 1, True, alone), ("generate", 16, 16, True, alone), ("lora", 0, 0, False, alone), ("generate", 16, 16, False, alone),
-            ("train", s["train"], 1, False, dynamic), ("grpo", 16, s["group"], False, alone), ("generate", 64, 1, False, dynamic),
-            ("generate", 256, 1, False, alone), ("grpo", s["problems"], s["group"], False, dynamic)):
+            ("generate", 1, 1, False, static), ("generate", 16, 16, False, alone), ("lora", 0, 0, False, alone), ("generate", 16, 16, False, alone),
+            ("ragged", 16, s["group"], False, alone), ("generate", 1, 1, True, alone), ("encode", s["encode"], 1, True, dynamic),
+            ("train", s["train"], 1, False, dynamic), ("generate", 16, 16, True, alone), ("save", 0, 0, False, alone),
+            ("generate", 16, 16, False, dynamic), ("grpo", s["problems"], s["group"], False, dynamic), ("generate", 64, 1, False, dynamic),
+            ("generate", 256, 1, False, alone)):
         if time.monotonic() > end:
             return
-        if kind == "lora":
-            adapted = ", LoRA"
-            for side in filter(None, (ours, theirs)):
-                side.add_lora()
-                side.model.train()
-            continue
-        ids = texts(n, P + N * (kind == "train"), image)
-        tiles = torch.randn(n, 4, 3, L, L, device=device) if image else None
-        unit, count, call, least = {
-            "generate": ("tokens/s", n * group * N, lambda side: side.generate(ids, tiles, group, N), limit.generate(n, group, P, N, image)),
-            "encode": ("images/s", n, lambda side: side.encode(tiles), limit.encode(n)),
-            "train": ("tokens/s", ids.numel(), lambda side: side.train(ids, P), limit.train(n, P + N, N)),
-            "grpo": ("episodes/s", n * group, lambda side: side.grpo(problems[:n], group, N, pattern[:n]),
-                     limit.generate(n, group, P, N, False) + limit.train(n * group, P + N, N))}[kind]
-        sides = [ours] if theirs is None or cache == alone else [ours, theirs]
-        if len(sides) == 2:
-            theirs.settings = []
-            theirs.use("sdpa", cache)
-        figures = compare(sides, call, min(s["seconds"], 5 * args.minutes), least=2)
-        name = f"{kind}, {n}" + f" x {group}" * (group > 1) + ", image" * image + adapted
-        yield name, unit, count, [figures.get(side) for side in (ours, theirs)], least
-    if device == "cuda" and time.monotonic() < end:
-        yield from check_11b(model, tokenizer, device)
+        try:
+            if kind == "lora":
+                adapted = ", LoRA"
+                for side in filter(None, (ours, theirs)):
+                    side.add_lora()
+                    side.model.train()
+                continue
+            if kind == "save":
+                yield check_saving(model, tokenizer, device)
+                continue
+            if kind == "ragged":
+                steps = [ours.ragged(problems[:n], group, N, seed) for seed in range(5)]
+                yield (f"GRPO, {n} x {group} ragged prompts and answers, micro-batch {s['micro']}, seconds of rollout + update: " + ", ".join(
+                    f"{a:.2f} + {b:.2f}" for a, b in steps) + " (04e1318 on an H200: 8.1 + 10.8, 4.7 + 8.2)" * (args.size == "11b"))
+                continue
+            ids = texts(n, P + N * (kind == "train"), image)
+            tiles = torch.randn(n, 4, 3, L, L, device=device) if image else None
+            unit, count, call, least = {
+                "generate": ("tokens/s", n * group * N, lambda side: side.generate(ids, tiles, group, N), limit.generate(n, group, P, N, image)),
+                "encode": ("images/s", n, lambda side: side.encode(tiles), limit.encode(n)),
+                "train": ("tokens/s", ids.numel(), lambda side: side.train(ids, P), limit.train(n, P + N, N)),
+                "grpo": ("episodes/s", n * group, lambda side: side.grpo(problems[:n], group, N, pattern[:n]),
+                         limit.generate(n, group, P, N, False) + limit.train(n * group, P + N, N))}[kind]
+            sides = [ours] if theirs is None or cache == alone else [ours, theirs]
+            if len(sides) == 2:
+                theirs.settings = []
+                theirs.use("sdpa", cache)
+            figures = compare(sides, call, min(s["seconds"], 5 * args.minutes), least=2)
+            name = f"{kind}, {n}" + f" x {group}" * (group > 1) + ", image" * (image and kind != "encode")
+            before = BEFORE.get(name + adapted * (kind == "train")) if args.size == "11b" else None
+            if device == "cuda" and ours in figures and kind in ("generate", "train"):
+                yield beside_dry_run(name + adapted, figures[ours][1], kind, n * group, group, image, P, N, bool(adapted))
+            yield name + adapted + (f" (before: {before:,})" if before else ""), unit, count, [figures.get(side) for side in (ours, theirs)], least
+        except Exception as error:  # the next row may do
+            yield f"{kind}, {n} x {group}{adapted}: failed ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+            gc.collect()
 
 
-def check_11b(model, tokenizer, device):
-    """Saving and loading of the whole model, and what the dry run says of its memory."""
-    M.merge_lora(model)
-    with tempfile.TemporaryDirectory() as folder:
+def beside_dry_run(name, peak, kind, rows, group, image, prompt, new, adapted):
+    """What a call held at its peak beyond what was there, beside the estimate of assets/memory.py."""
+    from assets import memory
+    flags = f"--batch {rows} --group {group} --micro-batch {rows} --images {int(image)} --prompt-tokens {prompt} --new-tokens {new}"
+    column = memory.estimate_memory(M.SIZES["11b"], memory.parse_args(f"{flags} --lora-rank {RANK * adapted}".split()))[
+        "rollout" if kind == "generate" else "training"]
+    said = sum(size for use, size in column.items() if use not in ("weights", "adapters", "optimizer"))
+    return f"memory, {name}: peak {peak / 1e9:.2f} GB beyond the weights, dry run {said / 1e9:.2f} GB"
+
+
+def check_saving(model, tokenizer, device):
+    """Saving and loading of the whole model, adapters merged, in memory where there is room; the files come from the page cache."""
+    size = sum(p.nbytes for p in model.parameters())
+    room = Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 1.2 * size
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if room else None) as folder:
         saved = seconds(lambda: M.save_model(model, tokenizer, folder))
         size = sum(p.stat().st_size for p in Path(folder).iterdir())
+        read = seconds(lambda: [path.read_bytes() and None for path in Path(folder).glob("*.safetensors")])
         took = seconds(lambda: M.load_model(folder, model.language_model.lm_head.weight.dtype, device))
-    yield f"save: {size / 1e9:.2f} GB in {saved:.1f} s; load: in {took:.1f} s ({size / 1e9 / took:.2f} GB/s, files in the page cache)"
-    dry = subprocess.run([sys.executable, "-m", "assets.memory", "--size", "11b"], capture_output=True, text=True, cwd=Path(M.__file__).parent)
-    yield "dry run:\n\n```\n" + (dry.stdout or dry.stderr) + "```"
+    return (f"save: {size / 1e9:.2f} GB in {saved:.1f} s; load: in {took:.1f} s ({size / 1e9 / took:.2f} GB/s; reading the files alone: "
+            f"{size / 1e9 / read:.2f} GB/s). Of 21.3 GB on an H200 04e1318 took 28.5 and 15 s")
 
 
 def random_model(config, device):
