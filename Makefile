@@ -64,7 +64,7 @@ EVALS_VIRL_VL ?= 3
 N_VIRL_VL ?= 150
 STUDY_VIRL_VL ?= runs/demo-virl-vl
 demo-virl-vl:
-	$(MAKE) demo $(VIRL_VL) STUDY="$(STUDY_VIRL_VL)" RL_LR=3e-5
+	$(MAKE) demo $(VIRL_VL) STUDY="$(STUDY_VIRL_VL)" RL_LR=3e-4 SFT_LR=1e-3
 study-virl-vl:
 	$(MAKE) set $(VIRL_VL) SET=virl-vl
 
