@@ -368,9 +368,9 @@ class Run(Ending):
         progress.flops += summed(flops[0])
         progress.flops_paper += summed(flops[1])
         progress.seconds += metrics["step_time"]
+        self.say(self.line(metrics))
         self.notice_waste(metrics, moved)
         self.notice_collapse(metrics)
-        self.say(self.line(metrics))
         record = {"step": self.step, "flops": progress.flops, **metrics}
         due = self.eval_due()
         try:
@@ -446,7 +446,7 @@ class Run(Ending):
         if not processes()[0]:
             write_json(self.directory.path / "evals" / f"{self.step:06d}.json", result)
         self.scores = summary(result) | self.held_out_loss()
-        said = [f"{name} {100 * value:.1f}" if name.endswith("/first") else f"{name} {value:.2f}"
+        said = [f"{name} {100 * value:.1f}" if name.endswith("/first") else f"{name} {value:.3g}"
                 for name, value in self.scores.items()
                 if name.endswith(("/first", "loss")) or "nats" in name]
         said = (f"  eval at step {self.step}, {args.eval_n} held-out problems, first attempt in %: "
@@ -1146,9 +1146,9 @@ def conversation(tokenizer, texts: list, picture: Path | None = None, system="")
 
 def read_conversations(path: str, task: str) -> list:
     """[(texts of user and assistant in turn, path of the picture or None, words of the system)]
-    of a file with a JSON object in each line: {"prompt", "response"} (or TRL's "completion") or
-    {"messages": [{"role", "content"}, ...]}, and perhaps "image", a path as seen from the file.
-    ValueError that names the line."""
+    of a file with a JSON object in each line: {"prompt", "response"} (or TRL's "completion"; both
+    may be lists of messages) or {"messages": [{"role", "content"}, ...]}, and perhaps "image", a
+    path as seen from the file. ValueError that names the line."""
     if not Path(path).is_file():  # a pipe could be read only once
         raise ValueError(f"{path} is no regular file: --data and --eval-data need one.")
     found = []
@@ -1157,9 +1157,13 @@ def read_conversations(path: str, task: str) -> list:
             continue
         try:
             item, roles = json.loads(line), ["user", "assistant"]
-            messages = item.get("messages") or [
-                {"role": "user", "content": item["prompt"]},
-                {"role": "assistant", "content": item.get("completion") or item["response"]}]
+            if not isinstance(item, dict):
+                raise ValueError("this is no object")
+            messages = item.get("messages")
+            if not messages:
+                asked, answer = item["prompt"], item.get("completion") or item["response"]
+                messages = asked + answer if isinstance(asked, list) else [
+                    {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
             texts = [message["content"] for message in messages]
             if not all(isinstance(text, str) and text.strip() for text in texts):
                 raise ValueError("each message must be a text that is not empty")

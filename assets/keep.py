@@ -56,6 +56,8 @@ def right_lines(args):
 def main(argv=None):
     """Write the file; returns its lines."""
     args = parse_args(argv)
+    if not args.model:
+        raise ValueError("--keep-correct keeps the answers of one model: name that, without --compare.")
     path = Path(args.keep_correct)
     if path.exists() or Path(f"{path}.images").exists():
         raise ValueError(f"{clean(path)} or its folder of pictures is there already: choose another --keep-correct.")

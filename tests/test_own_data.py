@@ -58,9 +58,19 @@ def test_lines_of_every_kind_are_read(tmp_path):
 
 def test_other_tools_files_are_read(tmp_path):
     """TRL calls a response completion; `datasets` fills a line's missing columns with null."""
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     lines = [{"prompt": "a", "completion": "b", "messages": None, "image": None},
-             {"prompt": None, "completion": None, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    assert S.read_conversations(str(write(tmp_path / "own.jsonl", lines)), "gp-l") == [(["a", "b"], None, "")] * 2
+             {"prompt": None, "completion": None, "messages": [asked, answer]},
+             {"prompt": [asked], "completion": [answer]}]
+    assert S.read_conversations(str(write(tmp_path / "own.jsonl", lines)), "gp-l") == [(["a", "b"], None, "")] * 3
+    with_system = {"prompt": [{"role": "system", "content": "s"}, asked, answer, asked], "completion": [answer]}
+    assert S.read_conversations(str(write(tmp_path / "own.jsonl", [with_system])), "gp-l") == [(["a", "b"] * 2, None, "s")]
+
+
+def test_a_file_that_is_one_array_is_told_in_plain_words(tmp_path):
+    (tmp_path / "own.json").write_text(json.dumps(LINES))
+    with pytest.raises(ValueError, match=r"own\.json, line 1: this is no object; a line is a JSON object"):
+        S.read_conversations(str(tmp_path / "own.json"), "gp-l")
 
 
 def test_the_words_of_the_system_stand_where_the_format_has_a_place(tmp_path, tokenizer):
@@ -81,7 +91,7 @@ BAD = ['{"prompt": "a"}', '{"prompt": "a", "response": 7}', '{"prompt": "a", "re
        '{"messages": [{"role": "user", "content": "b"}, {"role": "system", "content": "a"}, {"role": "assistant", "content": "c"}]}',
        '{"messages": [{"role": "system", "content": "b"}]}', '{"prompt": null, "completion": null}',
        '{"messages": [{"role": "user", "content": [{"type": "text"}]}, {"role": "assistant", "content": "c"}]}', '{"messages": 7}',
-       '{"messages": [7]}', '{"prompt": "a", "response": "\\ud800"}', '{"prompt": "a", "response": "b", "image": "none.png"}',
+       '{"messages": [7]}', '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', '{"prompt": "a", "response": "\\ud800"}', '{"prompt": "a", "response": "b", "image": "none.png"}',
        '{"prompt": "a", "response": "b", "image": 7}', "[" * 100_000]
 
 
@@ -131,13 +141,14 @@ def test_every_pass_has_every_line_once_in_another_order():
     assert seen == [str(i) for order in orders[:2] for i in order]
 
 
-def test_a_run_on_own_lines_learns_them_and_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch):
+def test_a_run_on_own_lines_learns_them_and_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "own.jsonl"), write(tmp_path / "held.jsonl", LINES[:2])
     scores = train(tiny_run, "whole", "--steps 6 --lr 3e-3 --eval-data held.jsonl", data="own.jsonl")
     train(tiny_run, "part", "--steps 4 --lr 3e-3 --eval-data held.jsonl --schedule constant", data="own.jsonl")
     whole = logged(tmp_path / "whole")
     assert whole[-1]["loss"] < whole[0]["loss"] and scores["eval_loss"] == whole[-1]["eval_loss"]
+    assert f"eval_loss {scores['eval_loss']:.3g}" in capsys.readouterr().out.replace("\n    ", " ")  # "0.00" says little
     train(tiny_run, "other", "--steps 6 --lr 3e-3 --eval-data held.jsonl --schedule constant", data="own.jsonl")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -255,3 +266,8 @@ def test_no_right_answer_leaves_no_file(tmp_path, tiny_run):
     with pytest.raises(ValueError, match="none of 4 answers is right"):
         keep.main(f"{tiny_run} --keep-correct {tmp_path / 'own.jsonl'} --n 4 --device cpu".split())
     assert not (tmp_path / "own.jsonl").exists()
+
+
+def test_of_two_models_none_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="--keep-correct keeps the answers of one model"):
+        keep.main(f"--compare tiny tiny --keep-correct {tmp_path / 'own.jsonl'} --n 1 --device cpu".split())

@@ -233,6 +233,14 @@ def test_a_collapse_is_named_with_its_rate(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+def test_a_warning_about_a_step_stands_below_its_line(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(SFT.Run, "say", lambda self, text, file=None: said.append(text))
+    monkeypatch.setattr(SFT.Run, "notice_collapse", lambda self, metrics: self.say("warning"))
+    SFT.main(f"--steps 1 --batch 2 --evals 0 --device cpu --out {tmp_path / 'run'}".split())
+    assert "100%" in said[said.index("warning") - 1]
+
+
 def test_one_lucky_group_does_not_hide_the_others():
     run = SFT.Run(RL.parse_args([]), None, type("M", (), {"device": "cpu"}), None, None)
     for step in range(90):
