@@ -1310,7 +1310,10 @@ def run_script(name: str, *argv: str) -> None:
     """Run a script of assets/, which imports these files, never the reverse; ends with its
     status."""
     sys.stdout.flush()
-    sys.exit(subprocess.call([sys.executable, Path(__file__).parent / "assets" / name, *argv]))
+    script = subprocess.Popen([sys.executable, Path(__file__).parent / "assets" / name, *argv])
+    with suppress(KeyboardInterrupt):  # the script gets Ctrl-C too, and ends in its own way
+        script.wait()
+    sys.exit(script.wait())
 
 
 def main(argv=None):

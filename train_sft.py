@@ -759,9 +759,10 @@ class RunDirectory:
         """`newest_whole_checkpoint`, and everything that the run wrote after it is taken back:
         later lines of the metrics and later evaluations come again."""
         directory, state = self.newest_whole_checkpoint()
+        self.saved = step = state["step"] if state else 0
         if directory:
             self.point_to(directory.name)
-        self.saved = step = state["step"] if state else 0
+            self.write_table(step)
         kept = "".join(line + "\n" for line in self.lines(step))
         write_atomically(self.path / "metrics.jsonl", lambda path: path.write_text(kept))
         for folder in (self.path / "evals", self.path / "samples"):
@@ -834,8 +835,7 @@ def start_checksums(path):
 
 def data_checksums(args):
     """The checksums of the files of --data and --eval-data."""
-    return checksums(Path(), [vars(args)[name] for name in ("data", "eval_data")
-                              if vars(args).get(name)])
+    return checksums(Path(), filter(None, map(vars(args).get, ("data", "eval_data"))))
 
 
 def step_of(line):

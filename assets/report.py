@@ -13,6 +13,7 @@ import math
 import re
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -148,7 +149,8 @@ class Training(NamedTuple):
 
     def finished(self):
         """Whether the last step is written."""
-        return bool(self.records) and not unfinished(self.args, self.records[-1])
+        last = self.records[-1] if self.records else {}
+        return bool(last) and not unfinished(self.args, {name: number(last.get(name, 0)) for name in ("step", "flops")})
 
     def seconds_left(self):
         """Of training, evaluations aside, at the pace so far; NaN where nothing is known yet."""
@@ -608,7 +610,7 @@ def changes(study, arm, most=2):
     for evaluation in study[arm][seed]:
         alike = {}
         for sample in evaluation["samples"]:
-            key = sample["row"], sample["prompt"], sample.get("picture")
+            key = sample["row"], str(sample["prompt"]), sample.get("picture")
             alike[key] = alike.get(key, 0) + 1
             found.setdefault((*key, alike[key]), {})[evaluation["step"]] = sample
     parts, problem = [], task_class(study[arm][seed][-1])
@@ -841,8 +843,11 @@ QUIET = 60  # seconds without a change, after which finished runs are all that t
 
 def over(directory, runs):
     """Whether all runs are finished and no other has begun for a while."""
-    files = [run.written for run in runs] + [file.stat().st_mtime for file in evaluation_files(directory)]
-    return bool(runs) and all(run.finished() for run in runs) and time.time() - max(files) > QUIET
+    times = [run.written for run in runs]
+    for file in evaluation_files(directory):
+        with suppress(FileNotFoundError):  # a resumed run takes back what is later than its checkpoint
+            times.append(file.stat().st_mtime)
+    return bool(runs) and all(run.finished() for run in runs) and time.time() - max(times) > QUIET
 
 
 def watch(directory, seconds=10):

@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import signal
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -93,6 +94,16 @@ def test_the_table_holds_nothing_later_than_the_checkpoint(tmp_path):
     assert [line["step"] for line in table(run)] == ["1", "2"] and "kl" not in table(run)[0]
     directory.write_table(3)
     assert table(run)[2]["kl"] == "2.0" and table(run)[0]["kl"] == ""
+
+
+def test_the_table_goes_back_with_the_run(tmp_path):
+    """Where the newest checkpoint is damaged, the lines behind the one before it are taken back, from the table too."""
+    run = tmp_path / "run"
+    SFT.main(f"--out {run} --steps 4 --evals 0 --save-every 2 {BATCH}".split())
+    (run / "step-000004" / "state.pt").write_bytes(b"damaged")
+    assert [line["step"] for line in table(run)] == list("1234")
+    SFT.RunDirectory(run, True).resume_point()
+    assert [line["step"] for line in table(run)] == ["1", "2"] and len(lines(run)) == 2
 
 
 def test_every_metric_of_a_step_is_explained(tmp_path, capsys):
@@ -281,6 +292,47 @@ def test_ctrl_c_ends_watching_quietly(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(page_of.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
     page_of.main([str(tmp_path), "--watch"])
     assert 'http-equiv="refresh"' not in (tmp_path / "report.html").read_text() and "Traceback" not in capsys.readouterr().err
+
+
+def test_ctrl_c_lets_a_started_script_end_in_its_own_way(tmp_path, monkeypatch):
+    """A terminal sends it to both processes, and the last page of a study takes longer than the quarter of a second that subprocess.call gives."""
+    script = tmp_path / "assets" / "slow.py"
+    script.parent.mkdir()
+    script.write_text("import os, signal, sys, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(1.5)\n"
+                      "open(sys.argv[1], 'w').write('written')\nsys.exit(3)\n")
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # as run_main does
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as ended:
+            evaluate.run_script("slow.py", str(tmp_path / "page"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.type is SystemExit and ended.value.code == 3 and (tmp_path / "page").read_text() == "written"
+
+
+def test_an_evaluation_that_a_resumed_run_takes_back_does_not_end_watching(tmp_path):
+    run = training_run(tmp_path / "rl", steps=10)
+    (run / "evals").mkdir()
+    (run / "evals" / "000004.json").symlink_to("gone")              # seen by glob, and then it is not there
+    assert not page_of.over(tmp_path, page_of.load_runs(tmp_path))
+    for name in ("args.json", "metrics.jsonl"):
+        os.utime(run / name, (1, 1))
+    assert page_of.over(tmp_path, page_of.load_runs(tmp_path))
+
+
+@pytest.mark.parametrize("flops", ['"x"', "null", "[1]", "NaN"])
+def test_a_run_whose_compute_is_no_number_is_not_finished(flops, tmp_path):
+    run = training_run(tmp_path / "rl", steps=1, flops=1e9)
+    (run / "metrics.jsonl").write_text(f'{{"step": 1, "flops": {flops}, "loss": 1.0}}\n')
+    assert "to go" in page_of.report_html(tmp_path, every=5)
+
+
+def test_a_prompt_that_is_no_text_is_shown_as_it_is(tmp_path):
+    fake_runs.make(tmp_path, n=40)
+    for path in (tmp_path / "rl/evals").glob("*.json"):
+        evaluation = json.loads(path.read_text())
+        path.write_text(json.dumps(evaluation | {"samples": [sample | {"prompt": ["<a>"]} for sample in evaluation["samples"]]}))
+    assert "[&#x27;&lt;a&gt;&#x27;]" in page_of.changes(fake_runs.load_study(tmp_path), "rl")
 
 
 def test_watching_waits_for_the_first_run(tmp_path, capsys, monkeypatch):
