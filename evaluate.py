@@ -1319,9 +1319,6 @@ def run_script(name: str, *argv: str) -> None:
 def main(argv=None):
     """Evaluate or report; returns the evaluation, or those of --compare."""
     args = parse_args(argv)
-    join_processes()
-    if processes()[0]:  # one says what came out; all write the same
-        sys.stdout = open(os.devnull, "w")
     if args.report:
         run_script("report.py", args.report)
     if args.watch:
@@ -1329,6 +1326,9 @@ def main(argv=None):
     for script, wanted in (("play.py", args.play is not None), ("keep.py", args.keep_correct)):
         if wanted:
             run_script(script, *(argv or sys.argv[1:]))
+    join_processes()
+    if processes()[0]:  # one says what came out; all write the same
+        sys.stdout = open(os.devnull, "w")
     if args.compare:  # one after the other in memory
         for name in args.compare:
             find_model(name, args.suite.removesuffix("-probes"))  # before the first one's minutes

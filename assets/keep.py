@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tasks  # noqa: E402
-from evaluate import clean, legible_rows, load, parse_args, play, run_main, suite_problems  # noqa: E402
+from evaluate import clean, join_processes, legible_rows, load, parse_args, play, processes, run_main, suite_problems  # noqa: E402
 from model import write_atomically  # noqa: E402
 
 
@@ -45,7 +45,7 @@ def right_lines(args):
             line = line_of(episode)
             if pictures:
                 name = folder / f"{i // count:06d}.png"
-                if not name.exists():
+                if not processes()[0] and not name.exists():
                     folder.mkdir(parents=True, exist_ok=True)
                     problems[i // count].image.save(name)
                 line["image"] = str(name.relative_to(folder.parent))
@@ -64,9 +64,12 @@ def main(argv=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):  # before the work
         raise ValueError(f"{clean(path.parent)} cannot be written to: choose another --keep-correct.")
+    join_processes()
     lines, count = right_lines(args)
     if not lines:
         raise ValueError(f"none of {count} answers is right, so there is nothing to keep: give a model that solves some.")
+    if processes()[0]:  # the first one writes
+        return lines
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
     rule = args.rule or tasks.task_of(args.suite).rule

@@ -83,6 +83,15 @@ def test_processes_share_the_evaluations_of_a_run(tiny_run, tmp_path):
         assert len(two["nats"]["moved"]["id"]) == 3
 
 
+def test_processes_share_the_answers_that_are_kept(tmp_path):
+    """Each plays its problems once, and the first one writes."""
+    path = tmp_path / "own.jsonl"
+    said = torchrun(2, "evaluate", "tiny", "--suite", "gp-vl", "--keep-correct", path, *"--n 5 --k 2 --device cpu --max-new-tokens 40".split())
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert said.count("right answers of 10 to 5 train problems") == 1 and f"{len(lines)} right answers" in said
+    assert {(tmp_path / line["image"]).is_file() for line in lines} == {True} and lines == sorted(lines, key=lambda line: line["image"])
+
+
 def test_a_share_that_does_not_come_out_even_is_a_sentence(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(SFT, "processes", lambda: (1, 2))
     with pytest.raises(ValueError, match="--batch must be a multiple of torchrun's 2 processes"):
