@@ -213,7 +213,7 @@ smoke: .venv/ready
 	$(PY) -m assets.smoke "$(MODEL)" --ask "$(ASK)" $(if $(IMAGE),--image "$(IMAGE)")
 
 # Two halves of about the same length, side by side, since a test uses one core.
-HALF = tests/test_robustness.py tests/test_training.py
+HALF = tests/test_robustness.py tests/test_training.py tests/test_parallel.py
 test: .venv/ready
 	@half=$$(mktemp); $(PY) -m pytest -q $(HALF) >$$half 2>&1 & other=$$!; \
 	$(PY) -m pytest -q tests $(addprefix --ignore=,$(HALF)); one=$$?; \
