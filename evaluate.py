@@ -750,6 +750,8 @@ def run_main(main) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        if dist.is_initialized():  # a process that ends with its group open can abort
+            dist.destroy_process_group()
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -1127,7 +1127,7 @@ def shuffled(count, seed):
     return random.Random(seed).sample(range(count), count)
 
 
-def conversation(tokenizer, texts: list, picture: Path | None = None, system="") -> Episode:
+def conversation(tokenizer, texts, picture: Path | None = None, system="") -> Episode:
     """The Episode of a user's and an assistant's texts in turn. A picture precedes the first. The
     words of the system stand in the first text where the format has no other place for them."""
     problem = tasks.Problem()
