@@ -30,7 +30,7 @@ SHELL := bash
 	grid-kept rl-cold rl-overfitted sft-retry base base-vl base-virl base-virl-vl dial sheets smoke clean
 
 demo: .venv/ready
-	$(SIDE_BY_SIDE) base-row sft-s$(SEED) rl-s$(SEED)
+	$(SIDE_BY_SIDE) rl-s$(SEED) sft-s$(SEED) base-row
 	$(PY) evaluate.py --report "$(STUDY)"
 base-row: .venv/ready
 	@$(PY) evaluate.py $(BASE_MODEL) --suite $(TASK) --n $(N) --attempts $(ATTEMPTS) $(K) --out "$(STUDY)/base" --or-resume
@@ -80,7 +80,7 @@ rl = train_rl.py --problems $(PROBLEMS) --flops $(FLOPS)
 
 # The arms of one seed: both go on from one warm-up.
 warmup-s%: .venv/ready
-	$(call run,warmup-s$*,$(warmup) --evals 1,$(STUDY),test,$*)
+	$(call run,warmup-s$*,$(warmup) --evals 0,$(STUDY),test,$*)
 # $(call seeded,ARM,SCRIPT AND FLAGS,SEED)
 seeded = $(call run,$(1)-s$(3),$(2) --init "$(STUDY)/warmup-s$(3)" --evals $(EVALS),$(STUDY),test,$(3))
 sft-s%: warmup-s%

@@ -148,7 +148,8 @@ def rollout(model, tokenizer, problems: list, group: int, sampling: Sampling, fo
     room = ids.shape[1] + (0 if group > 1 else sampling.max_new_tokens)  # a group's is made later
     cache = Cache(model, len(problems), room, images)
     logits = model.extend(cache, ids, lengths).repeat_interleave(group, 0)
-    cache.select(torch.arange(len(problems), device=model.device).repeat_interleave(group))
+    if group > 1:
+        cache.select(torch.arange(len(problems), device=model.device).repeat_interleave(group))
     groups = [[episode.copy() for _ in range(group)] for episode in started]
     playing = [episode for members in groups for episode in members]
     while True:
@@ -1269,19 +1270,6 @@ def load(name, args):
         args.distance, args.rule, args.visual)
 
 
-def distance_table(model, tokenizer, settings):
-    """How foreign the answers of the demonstrator settings.teacher are to a model, under both
-    rules, as markdown."""
-    lines = []
-    for row in legible_rows(model, replace(settings, rows=("id", "rule"))):
-        nats, tokens = map(np.array, teacher_nats(model, tokenizer, settings, row))
-        classes = [each.cls for each in suite_problems(model, tokenizer, settings, row)]
-        lines.append([ROWS[row.name], brackets(t_interval(nats, classes)),
-                      f"{nats.sum() / tokens.sum():.4f}", f"{tokens.mean():.1f}"])
-    return markdown(Table("", ["", "nats a demonstration [95 % interval]", "nats a token",
-                               "tokens"], lines))
-
-
 def report_result(model, tokenizer, settings, args):
     """Evaluate a model, print its tables, and write the evaluation where --out says. -> it"""
     path = Path(args.out or "", EVALUATION)
@@ -1325,7 +1313,8 @@ def main(argv=None):
         run_script("report.py", args.report)
     if args.watch:
         run_script("report.py", args.watch, "--watch")
-    for script, wanted in (("play.py", args.play is not None), ("keep.py", args.keep_correct)):
+    for script, wanted in (("play.py", args.play is not None), ("keep.py", args.keep_correct),
+                           ("distance.py", args.distance)):
         if wanted:
             run_script(script, *(argv or sys.argv[1:]))
     join_processes()
@@ -1340,10 +1329,7 @@ def main(argv=None):
     if args.out and (kept := evaluated(args)):
         return kept
     model, tokenizer, settings = load(args.model, args)
-    if args.distance:
-        print(f"{clean(args.model)}: -log p of the answers of {args.distance}, {args.n} "
-              f"{args.split} problems\n{distance_table(model, tokenizer, settings)}")
-    elif args.export:
+    if args.export:
         save_model(model, tokenizer, args.export, torch.bfloat16)
         print(f"written: {clean(args.export)}")
     elif args.ask:

@@ -277,7 +277,7 @@ class TextModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config.text
-        self.embed_tokens = nn.Embedding(c.vocab_size + 8, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size + 8, c.hidden_size)
         self.layers = nn.ModuleList(
             CrossLayer(c, config.mask_prefix_attention) if i in c.cross_attention_layers
             else SelfLayer(c) for i in range(c.num_hidden_layers))
@@ -1186,12 +1186,20 @@ class VisionLayer(nn.Module):
         return x + (self.gate_ffn.tanh() * m if self.gated else m)
 
 
+class Embedding(nn.Embedding):
+    """Drawn when made, but not on the meta device: there torch would load its compiler for it."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class TileEmbedding(nn.Module):
     """x (I, M, P, C) + tanh(gate) * what the aspect ratio says of the position of each tile."""
 
     def __init__(self, c):
         super().__init__()
-        self.embedding = nn.Embedding(9, c.max_num_tiles * c.hidden_size)
+        self.embedding = Embedding(9, c.max_num_tiles * c.hidden_size)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, ratio_ids):
@@ -1206,7 +1214,7 @@ class PositionEmbedding(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.embedding = nn.Parameter(torch.zeros(c.tokens, c.hidden_size))
-        self.tile_embedding = nn.Embedding(9, c.max_num_tiles * c.tokens * c.hidden_size)
+        self.tile_embedding = Embedding(9, c.max_num_tiles * c.tokens * c.hidden_size)
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, ratio_ids):
@@ -1624,7 +1632,9 @@ def load_model(directory, dtype: torch.dtype = torch.float32,
         attach(model, adapter)  # on a model without data: the adapter is checked
     merge_lora(model)
     try:
-        model.to_empty(device=device)
+        # Not model.to_empty, for which torch would load its compiler: half a second.
+        model.load_state_dict({name: torch.empty(t.shape, dtype=t.dtype, device=device)
+                               for name, t in model.state_dict().items()}, assign=True)
     except RuntimeError:
         size = sum(p.nbytes for p in model.parameters()) / 1e9
         raise ValueError(f"{device} has no room for {base}: {size:.1f} GB as {str(dtype)[6:]}."

@@ -240,6 +240,7 @@ def split_of(cls: str) -> str:
     return "train" if percent < 60 else "val" if percent < 70 else "test"
 
 
+@lru_cache(maxsize=1 << 14)
 def deal(rule: Rule, split: str, index: int, suits: int = 4) -> tuple[tuple, Rule]:
     """(hand, rule with its target drawn): the first that fits in the stream of hands of an index.
     Every hand is solvable under its rule. In "val" and "test" it has a face card and is solvable
@@ -493,6 +494,8 @@ def _json_tokens(text, position):
 
 
 def _unescaped(token):
+    if "\\" not in token:
+        return token[1:-1]
     try:
         return json.loads(token, strict=False)  # one string, bounded: only its escapes are read
     except ValueError:

@@ -769,7 +769,7 @@ def test_command_line_exits_with_2():
         assert "error: " in done.stderr and len(done.stderr.splitlines()) == 1
 
 @pytest.mark.parametrize("script, flags", [
-    ("evaluate", ["{}", "--n", "4"]), ("evaluate", ["{}", "--distance", "expert", "--n", "4"]),
+    ("evaluate", ["{}", "--n", "4"]), ("assets.distance", ["{}", "--distance", "expert", "--n", "4"]),
     ("evaluate", ["{}", "--ask", "K 7 2 A, JQK=10,10,10, make 24"]), ("evaluate", ["--compare", "tiny", "{}", "--n", "4"]),
     ("train_rl", ["--model", "{}", "--steps", "1", "--problems", "2", "--group", "2", "--evals", "0", "--out", "{}-rl"]),
     ("train_sft", ["--model", "{}", "--steps", "1", "--batch", "2", "--evals", "0", "--out", "{}-sft"])])
@@ -781,7 +781,7 @@ def test_a_model_with_a_nan_gives_a_sentence_and_no_score(script, flags, tmp_pat
     M.save_model(model, tokenizer, tmp_path / "nan")
     main = importlib.import_module(script).main
     with pytest.raises(ValueError, match="not finite"):
-        main([flag.format(tmp_path / "nan") for flag in flags] + ["--task", "gp-l"] * (script != "evaluate"))
+        main([flag.format(tmp_path / "nan") for flag in flags] + ["--task", "gp-l"] * script.startswith("train"))
 
 
 def test_a_folder_of_a_trainer_with_deepspeed_is_a_model(copy):

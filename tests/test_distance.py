@@ -10,6 +10,7 @@ import evaluate as E
 import model as M
 import assets.habits  # noqa: F401: adds its demonstrators
 import tasks
+from assets import distance
 
 
 def problem(rule="11,12,13", judged_by=None):
@@ -27,7 +28,7 @@ def test_the_numbers_that_an_answer_lists_are_judged_by_the_verifiers_rule():
 
 
 def test_the_distance_of_a_teacher_is_printed_in_nats_under_both_rules(tiny_run, capsys):
-    E.main(f"{tiny_run} --distance sorted --n 5 --split val --device cpu".split())
+    distance.main(f"{tiny_run} --distance sorted --n 5 --split val --device cpu".split())
     head, *table = capsys.readouterr().out.splitlines()
     assert "-log p of the answers of sorted, 5 val problems" in head
     lines = dict(re.findall(r"\| (ID|rule OOD) +\| (.*) \|", "\n".join(table)))
