@@ -14,6 +14,7 @@ Each check says whether it holds, and the next one follows; status 1 when one do
 """
 import sys
 import traceback
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -89,20 +90,22 @@ def check_loading():
     return f"{len(here)} tensors are the same"
 
 
-def check_graph():
+CASES = [(*how, *size) for how in product((False, True), (0.0, 1.0)) for size in ((1, 1), (4, 1), (3, 5), (1, 16))]
+
+
+def check_graph(cases=CASES):
+    """cases: (image, temperature, prompts, answers to each)."""
     model, change = tiny()
     worst = 0.0
-    for image in (False, True):
-        for temperature in (0.0, 1.0):
-            for count, group in ((1, 1), (4, 1), (3, 5), (1, 16)):
-                for again in range(2):  # the second time from the graph of the first, with other weights
-                    change()
-                    prompts = texts(model, count, again, image)
-                    with step_by_step():
-                        want = play(model, prompts, group, temperature, image)
-                    got = play(model, prompts, group, temperature, image)
-                    assert [r for _, r, _ in got] == [r for _, r, _ in want], (image, temperature, count, group)
-                    worst = max(worst, *(abs(a - b) for x, y in zip(got, want) for a, b in zip(x[2], y[2])))
+    for image, temperature, count, group in cases:
+        for again in range(2):  # the second time from the graph of the first, with other weights
+            change()
+            prompts = texts(model, count, again, image)
+            with step_by_step():
+                want = play(model, prompts, group, temperature, image)
+            got = play(model, prompts, group, temperature, image)
+            assert [r for _, r, _ in got] == [r for _, r, _ in want], (image, temperature, count, group)
+            worst = max(worst, *(abs(a - b) for x, y in zip(got, want) for a, b in zip(x[2], y[2])))
     assert worst < 1e-4, worst
     return f"graph and single steps: the same tokens, log-probs within {worst:.1e}"
 

@@ -331,3 +331,11 @@ def test_characters_that_hide_are_removed(text):
 def test_killed_evaluations_and_reports_leave_whole_files():
     import kill_reads
     assert kill_reads.main(["--kills", "3"]) == (3, 0)
+
+
+def test_a_model_is_loaded_without_torchs_compiler():
+    """Which would take longer than all else that evaluate.py does before its first answer."""
+    code = ("import sys, evaluate; evaluate.load_model(evaluate.find_model('tiny', 'gp-vl')); "
+            "assert not {'torch._dynamo', 'sympy'} & {*sys.modules}")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
