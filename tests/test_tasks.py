@@ -266,6 +266,7 @@ def test_both_styles_state_the_same_problem():
 def test_targets_are_drawn_from_TARGETS(monkeypatch):
     for bounds in ((10, 14), tasks.TARGETS):
         monkeypatch.setattr(tasks, "TARGETS", bounds)
+        tasks.deal.cache_clear()
         problems = [make("gp-l", "10/target=*", index=i) for i in range(300)]
         drawn = {problem.rule.target for problem in problems}
         assert all(target_fits(target, 0) for target in drawn) and len(drawn) >= min(10, bounds[1] - bounds[0] + 1)
