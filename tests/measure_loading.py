@@ -21,7 +21,6 @@ import torch, model as M
 from pathlib import Path
 directory, what, cold = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "cold"
 torch.set_num_threads(1)
-torch.nn.Embedding(1, 1, device="meta")  # the first of these imports 800 modules of torch, which takes a second
 def peak():  # unlike ru_maxrss not inherited from the parent
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 files = sorted(directory.glob("*.safetensors"))
