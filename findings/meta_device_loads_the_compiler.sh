@@ -4,13 +4,13 @@
 # Versions: torch 2.13.0, Python 3.11, CPU.
 # The usual way to read large weights is to make the model on the meta device, then module.to_empty(device=...). Drawing a Linear there is
 # done at once. Drawing an Embedding (normal_) goes to a reference in Python whose decorator imports torch._dynamo; to_empty goes to
-# one that imports sympy. That happens once a process, but every script of a small model pays it: here it is more than the
-# loading of the model, and nearly as much as `import torch`.
+# one that imports sympy. That happens once a process, but every script of a small model pays it: here that takes as long as
+# `import torch`.
 # Output seen (modules loaded, seconds; the seconds differ from machine to machine):
-#   import torch         1.3 s
-#   Linear on meta       0 modules, compiler no, sympy no
-#   to_empty             491 modules, compiler no, sympy yes, 0.4 s
-#   Embedding on meta    754 modules, compiler yes, sympy yes, 0.9 s
+#   import torch         2.0 s
+#   Linear on meta       0 modules, compiler no, sympy no, 0.0 s
+#   to_empty             487 modules, compiler no, sympy yes, 0.6 s
+#   Embedding on meta    336 modules, compiler yes, sympy yes, 1.5 s
 # Exits with 1 when this has changed. VENV=FOLDER keeps and reuses a virtual environment; without it one is made and deleted.
 set -e
 [ -n "$VENV" ] || { VENV=$(mktemp -d); trap 'rm -rf "$VENV"' EXIT; }
