@@ -12,7 +12,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate import ROWS, Table, brackets, clean, legible_rows, load, markdown, parse_args, run_main, suite_problems, t_interval, teacher_nats  # noqa: E402, E501
+from evaluate import (ROWS, Table, brackets, clean, join_processes, legible_rows, load, markdown, parse_args, processes,  # noqa: E402
+                      run_main, suite_problems, t_interval, teacher_nats)
 
 COLUMNS = ["", "nats a demonstration [95 % interval]", "nats a token", "tokens"]
 
@@ -22,6 +23,9 @@ def main(argv=None):
     args = parse_args(argv)
     if not args.model:
         raise ValueError("--distance measures one model: name that, without --compare.")
+    join_processes()
+    if processes()[0]:  # under torchrun one measures and prints
+        return
     model, tokenizer, settings = load(args.model, args)
     lines = []
     for row in legible_rows(model, replace(settings, rows=("id", "rule"))):

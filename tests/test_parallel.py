@@ -92,6 +92,11 @@ def test_processes_share_the_answers_that_are_kept(tmp_path):
     assert {(tmp_path / line["image"]).is_file() for line in lines} == {True} and lines == sorted(lines, key=lambda line: line["image"])
 
 
+def test_one_process_measures_and_prints_a_distance(tiny_run):
+    said = torchrun(2, "evaluate", tiny_run, *"--distance sorted --n 3 --device cpu".split())
+    assert said.count("-log p of the answers of sorted") == said.count("| ID ") == 1
+
+
 def test_a_share_that_does_not_come_out_even_is_a_sentence(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(SFT, "processes", lambda: (1, 2))
     with pytest.raises(ValueError, match="--batch must be a multiple of torchrun's 2 processes"):
