@@ -228,7 +228,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         large = x.numel() > AT_ONCE and len(x) > 1 and x.device.type in MULTIPLE
-        if large and not torch.is_grad_enabled():  # it holds three times F on the way
+        if large and not torch.is_grad_enabled():  # it makes three of intermediate_size
             return torch.cat([self(rows) for rows in x.split(max(1, AT_ONCE // x[0].numel()))])
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -389,7 +389,7 @@ class Sampling:
     max_new_tokens: int = 64
     temperature: float = 1.0  # 0 = greedy
     generator: torch.Generator | None = None
-    batch: int = 256  # episodes computed side by side: memory, not the result
+    batch: int = 256  # episodes computed side by side: memory, and which answers are drawn
 
 
 def sample(logits: Tensor, temperature: float, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -1632,7 +1632,7 @@ def load_model(directory, dtype: torch.dtype = torch.float32,
         attach(model, adapter)  # on a model without data: the adapter is checked
     merge_lora(model)
     try:
-        # Not model.to_empty, for which torch would load its compiler: half a second.
+        # Not model.to_empty, for which torch would load sympy: half a second.
         model.load_state_dict({name: torch.empty(t.shape, dtype=t.dtype, device=device)
                                for name, t in model.state_dict().items()}, assign=True)
     except RuntimeError:

@@ -346,11 +346,18 @@ ADAPTERS = [
 CASES = [(kind, *case) for kind, cases in (("one", ONE), ("shards", SHARDS), ("adapter", ADAPTERS)) for case in cases]
 
 
+def no_memory(monkeypatch, refuse):
+    """Of the tensors that load_model makes, those with data are refused."""
+    def empty(*args, device=None, empty=torch.empty, **kwargs):
+        return refuse() if device == "cpu" else empty(*args, device=device, **kwargs)
+    monkeypatch.setattr(torch, "empty", empty)
+
+
 @pytest.mark.parametrize("kind, damage, words", [pytest.param(k, d, w, id=f"{k}: {n}") for k, n, d, w in CASES])
 def test_damage_is_named_in_one_sentence_before_memory_is_taken(kind, damage, words, copy, monkeypatch):
     directory = copy(kind)
     damage(directory)
-    monkeypatch.setattr(M.LlamaVision, "to_empty", lambda *a, **k: pytest.fail("memory was taken"))
+    no_memory(monkeypatch, lambda: pytest.fail("memory was taken"))
     with pytest.raises(ValueError) as caught:
         M.load_model(directory)
     sentence = str(caught.value)
@@ -366,11 +373,9 @@ def test_a_directory_that_is_none(tmp_path):
 
 
 def test_no_room_is_said_in_a_sentence(saved, monkeypatch):
-    def full(*args, device=None, empty=torch.empty, **kwargs):
-        if device == "cpu":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return empty(*args, device=device, **kwargs)
-    monkeypatch.setattr(torch, "empty", full)
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    no_memory(monkeypatch, full)
     with pytest.raises(ValueError, match="no room for .* GB as float32"):
         M.load_model(saved / "one")
 
