@@ -101,10 +101,10 @@ class Episode:
 
     def append_feedback(self, tokenizer, step: tasks.Step) -> bool:
         """Append the verifier's text; after a right action, behind the next picture. -> done"""
-        moved = step.outcome == "right_action" and self.problem.image is not None
+        walked = step.outcome == "right_action" and self.problem.image is not None
         if not step.done:
-            self.pictures += [self.problem.image] if moved else []
-            self.append_context(tokenizer.turn(step.feedback, image=moved))
+            self.pictures += [self.problem.image] if walked else []
+            self.append_context(tokenizer.turn(step.feedback, image=walked))
         return step.done
 
     def replace_by_expert(self, tokenizer, text: str) -> bool:

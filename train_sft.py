@@ -111,8 +111,8 @@ def sft_backward(model: LlamaVision, episodes: list, pad: int, *limits: int, kin
 def update(model: LlamaVision, optimizer, lr: float, max_grad_norm: float) -> dict:
     """Clip the gradient to `max_grad_norm` and take one step with the rate `lr`.
 
-    Returns {"grad_norm" (before clipping), "learning_rate", "moved"}, or {} where no episode gave a
-    gradient. FloatingPointError, before anything moves, when the norm is not finite.
+    Returns {"grad_norm" (before clipping), "learning_rate", "changed" (whether it did anything)},
+    or {} without a gradient. FloatingPointError, before that, when the norm is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     used = summed(torch.tensor([float(p.grad is not None) for p in trained]))
@@ -126,11 +126,11 @@ def update(model: LlamaVision, optimizer, lr: float, max_grad_norm: float) -> di
         raise FloatingPointError("the gradient is not finite")
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = parameter_sums(trained[-8:])  # what moves any parameter moves some of the last ones
+    before = parameter_sums(trained[-8:])  # what changes any one changes some of the last
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    moved = not torch.equal(before, parameter_sums(trained[-8:]))
-    return {"grad_norm": norm, "learning_rate": lr, "moved": moved}
+    changed = not torch.equal(before, parameter_sums(trained[-8:]))
+    return {"grad_norm": norm, "learning_rate": lr, "changed": changed}
 
 
 # ---- 4. The loop ---------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ class Run(Ending):
         groups: the rollouts of RL, of which an evaluation keeps samples."""
         for episode in sum(groups, []):
             episode.encoded = []  # frees the pictures before an evaluation encodes others
-        progress, moved = self.progress, metrics.pop("moved", None)
+        progress, changed = self.progress, metrics.pop("changed", None)
         metrics = over_processes(metrics | self.measures(metrics["tokens"]))
         self.random = random_states(self.generator)
         progress.step += 1
@@ -369,7 +369,7 @@ class Run(Ending):
         progress.flops_paper += summed(flops[1])
         progress.seconds += metrics["step_time"]
         self.say(self.line(metrics))
-        self.notice_waste(metrics, moved)
+        self.notice_waste(metrics, changed)
         self.notice_collapse(metrics)
         record = {"step": self.step, "flops": progress.flops, **metrics}
         due = self.eval_due()
@@ -394,11 +394,11 @@ class Run(Ending):
             found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return found
 
-    def notice_waste(self, metrics, moved):
+    def notice_waste(self, metrics, changed):
         """Count steps in a row that taught nothing; too many end the run, after a save."""
         learned = "grad_norm" in metrics
         if learned:
-            self.count_waste("update", not moved, 10, "no trained parameter moved "
+            self.count_waste("update", not changed, 10, "no trained parameter moved "
                              f"(--lr {metrics['learning_rate']:g}, gradient norm "
                              f"{metrics['grad_norm']:g}): raise --lr, or see why the loss has "
                              "no gradient.")
@@ -1285,8 +1285,8 @@ def evaluation_arguments(parser):
                    "answers (default: of SFT the first of --demonstrators)")
     g.add_argument("--eval-moved", action="store_true", help="measure KL(policy || start) on the "
                    "policy's answers; without LoRA the start is loaded as a second model")
-    number(g, "--rollout-batch", 256, 1, 1e6, "episodes played side by side: memory, not the "
-           "result")
+    number(g, "--rollout-batch", 256, 1, 1e6, "episodes played side by side: memory, and "
+           "which answers are drawn, not their distribution")
 
 
 def finish_arguments(parser: Parser, argv: list[str] | None, presets=None) -> argparse.Namespace:

@@ -187,7 +187,7 @@ def test_few_parameters_are_read_to_see_whether_something_moved(model, monkeypat
     read, real = [], SFT.parameter_sums
     monkeypatch.setattr(SFT, "parameter_sums", lambda ps: read.append(len(ps)) or real(ps))
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert SFT.update(model, torch.optim.AdamW(trained), 1e-3, 1.0)["moved"] and read == [8, 8] and len(trained) > 16
+    assert SFT.update(model, torch.optim.AdamW(trained), 1e-3, 1.0)["changed"] and read == [8, 8] and len(trained) > 16
 
 
 def test_a_picture_is_encoded_once_and_seen_in_every_turn_and_in_training(model, tokenizer, monkeypatch):
@@ -966,14 +966,14 @@ def test_an_update_uses_its_rate_and_clips(model):
     run, total = run_with(""), math.sqrt(sum(p.numel() for p in model.parameters()))
     start, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=123.0)
     metrics = SFT.update(model, optimizer, 0.5, total / 4)
-    assert metrics == {"grad_norm": pytest.approx(total, rel=1e-4), "learning_rate": 0.5, "moved": True}
+    assert metrics == {"grad_norm": pytest.approx(total, rel=1e-4), "learning_rate": 0.5, "changed": True}
     for p, q in zip(model.parameters(), start.parameters()):
         assert torch.allclose(p, q - 0.5 / 4, atol=1e-5) and p.grad is None
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model)
     metrics = SFT.update(model, optimizer, 0.0, 1.0)
-    run.notice_waste(metrics, metrics.pop("moved"))
+    run.notice_waste(metrics, metrics.pop("changed"))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())) and run.progress.idle["update"] == 1
 
 
