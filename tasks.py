@@ -58,7 +58,7 @@ CARDS, VIRL = (as_tuples(json.loads((ASSETS / name).read_text(encoding="utf-8"))
 
 SPLITS = ("base", "train", "val", "test")  # "base" stands in for pretraining
 STYLES = ("full", "short")  # of prompts and feedback: for an instruct model; of few tokens
-TASKS: dict[str, "Task"] = {}  # the table of section 18
+TASKS: dict[str, "Task"] = {}  # the table of section 17
 RIGHT = ("right_action", "correct")  # outcomes
 LAST_ATTEMPT, MISREAD = -1, -1.5  # in addition: no attempt is left; a picture is not read rightly
 

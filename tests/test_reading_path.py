@@ -75,6 +75,19 @@ def test_every_name_on_the_reading_path_is_defined_on_it_or_taken_on_trust():
     assert trusted <= {each for _, each in behind}, f"not used on the path: {trusted - {each for _, each in behind}}"
 
 
+def test_a_file_uses_nothing_of_those_that_are_read_later():
+    order = re.findall(r"(?m)^\d\. `(\w+)\.py`", (ROOT / "README.md").read_text())
+    assert sorted(order) == sorted(FILES)
+    early = {f"{name}: {place}.{each}" for name in FILES for place, each in used(name) if order.index(place) > order.index(name)}
+    assert not early
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_sections_that_comments_name_are_there(name):
+    named = {int(number) for number in re.findall(r"\bsection (\d+)", SOURCE[name])}
+    assert named <= {int(number) for number in re.findall(r"(?m)^# -{4,} ?(\d+)\. ", SOURCE[name])}, named
+
+
 def test_the_reading_path_is_short():
     ends = {name: path_end(name) for name in FILES}
     assert sum(ends.values()) <= 1450, ends
