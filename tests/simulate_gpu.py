@@ -2,10 +2,11 @@
 
     python tests/simulate_gpu.py            all checks, one line each; or some: python tests/simulate_gpu.py RL
 
-An operation that mixes such a tensor with one in plain memory is refused, as a GPU would refuse it. While a decoding step is
-captured, asking the device for a value or copying to it is refused too, and the step is replayed as a CUDA graph replays. So run
-the checks of tests/gpu_checks.py and, in bfloat16, the scripts: SFT and RL in text and in pictures, adapters, a KL, recomputation,
-resume, evaluations. The numbers come from the CPU's kernels: speed, memory and rounding on a GPU stay unknown.
+An operation that mixes such a tensor with one in plain memory is refused, as a GPU would refuse it (an index in plain memory too, which
+a GPU copies to itself). While a decoding step is captured, asking the device for a value or copying to it is refused too, and the
+step is replayed as a CUDA graph replays. So run the checks of tests/gpu_checks.py and, in bfloat16, the scripts: SFT and RL in text
+and in pictures, adapters, a KL, recomputation, resume, evaluations. The numbers come from the CPU's kernels: speed, memory and
+rounding on a GPU stay unknown.
 """
 import contextlib
 import importlib
@@ -192,7 +193,7 @@ def simulated():
 
 
 def check_refusals():
-    """That the simulation refuses what a GPU refuses, and computes what is right."""
+    """That the simulation refuses what it says, and computes what is right."""
     there, here = torch.arange(6.0, device="gpu").view(2, 3), torch.ones(2, 3)
     assert (there @ there.mT).cpu().tolist() == [[5, 14], [14, 50]]
     graph = torch.cuda.CUDAGraph()

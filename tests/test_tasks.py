@@ -332,6 +332,7 @@ def test_the_stream_does_not_change(monkeypatch):
     assert [tasks.rank_names(make("gp-l", split="train", index=i).hand) for i in range(3)] == [
         ["5", "4", "8", "9"], ["6", "4", "A", "8"], ["K", "4", "A", "A"]]
     monkeypatch.setattr(tasks, "TARGETS", (1, 60))
+    tasks.deal.cache_clear()
     drawn = [make("gp-l", "*,*,*/cards=3/target=*", split="test", index=i) for i in range(3)]
     assert [(tasks.rank_names(problem.hand), str(problem.rule)) for problem in drawn] == [
         (["10", "J", "6"], "11,1,2/target=50/cards=3"), (["2", "3", "J"], "10,1,10/target=10/cards=3"), (["Q", "5", "J"], "13,3,2/target=5/cards=3")]
