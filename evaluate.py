@@ -1224,6 +1224,8 @@ def parse_args(argv=None):
         raise ValueError(f"--distance {args.distance}: choose from {', '.join(known)}.")
     if args.image and not args.ask:
         raise ValueError("--image goes with --ask: give a question about the picture.")
+    if args.export and Path(args.export, "args.json").exists():  # whose checkpoint would be loaded
+        raise ValueError(f"--export {args.export} holds a run: choose another directory.")
     return args
 
 

@@ -541,6 +541,7 @@ OTHERS = [
     ("no tokenizer, and a trainer's file", lambda d: (drop(TOKENIZER)(d), write("training_args.bin", b"")(d)), "copy it from the model"),
     ("a cache root", left_by("snapshots/123"), "give the folder in its snapshots"),
     ("checkpoints", left_by("checkpoint-60"), "one of its checkpoint-N"),
+    ("a folder of runs", left_by("sft-s0/latest"), "it holds runs: give one of them"),
     ("pickles", left_by("pytorch_model.bin"), "save_pretrained as safetensors"),
     ("Meta's own", left_by("consolidated.00.pth"), "in the hub's format"),
     ("an adapter without its config", left_by("adapter_model.safetensors"), "adapter_config.json that was saved with it"),
