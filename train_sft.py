@@ -1369,11 +1369,12 @@ def resumed_arguments(parser, given, flags):
 def read_arguments(parser, run):
     """The arguments in a run's args.json: read as flags, so that each is checked as a flag is."""
     path = Path(run) / "args.json"
-    stored, known = read_json(path), vars(parser.parse_args([])).keys()
-    missing = known - stored.keys() if isinstance(stored, dict) else {None}
-    if missing.difference(FREE, NEWER) or stored.keys() - known != {"init_path"}:
-        raise ValueError(f"{path} was not written by {parser.prog}; continue the run with the "
-                         "script that began it.")
+    stored, known = read_json(path), {"init_path", *vars(parser.parse_args([]))}
+    stored = stored if isinstance(stored, dict) else {}
+    if differ := sorted((known ^ stored.keys()).difference(FREE, NEWER)):
+        raise ValueError(f"{path} was not written by {parser.prog} as it is now (they differ in "
+                         f"{', '.join(differ[:3])}); continue the run with the script that began "
+                         "it, or name a flag that you have added in NEWER of train_sft.py.")
     init_path, argv = stored.pop("init_path"), []
     for name, value in stored.items():
         flag = "--" + name.replace("_", "-")
