@@ -52,6 +52,11 @@ def test_a_new_rule_keeps_the_cards_and_changes_the_prompt(session):
     assert len(re.search(r"^(.*), JQK=10,10,10", dealt, re.MULTILINE)[1].split()) == 5  # a rule that needs other cards
 
 
+def test_what_readme_says_to_type_changes_the_rule(session):
+    typed, other = re.findall(r'--play .*?"(.*?)".*?"(.*?)"', (ROOT / "README.md").read_text())[0]
+    assert "A 9 J 5, JQK=11,10,10, make 24" in rounds(session("tiny", typed))[1] and play.HELP in session("tiny", other)
+
+
 def test_an_index_deals_again_after_typed_cards(session):
     _, typed, after = rounds(session("tiny", "Q 7 4 A", "index 0"))
     assert "Q 7 4 A, JQK" in typed and tasks.make("gp-l", split="test", index=0, style="short").prompt in after

@@ -257,6 +257,31 @@ def test_looks_are_counted():
     assert f"`{prompt}`" in README
 
 
+def test_a_loss_of_ones_own_is_written_where_the_table_says(changed, tmp_path):
+    """A bonus for the entropy of the sampled tokens, with its flag: answers become less certain. A run from before the flag is
+    not continued, and the sentence names the flag."""
+    where, = re.findall(r"your own: (.*?) \|", README)
+    assert re.findall(r"`(\w+)`", where) == ["rl_backward", "with_signal", "parse_args", "LossSettings"]
+    folder, flags = shutil.copytree(changed, tmp_path / "forked", symlinks=True), "--problems 4 --steps 6 --evals 0 --lr 1e-3 --temperature 1.6 --device cpu"
+    text = (folder / "train_rl.py").read_text()
+    for old, new in (("        if part_loss.requires_grad:", "        part_loss = part_loss + loss.entropy_coef * (weight[chosen] * log_probs.detach() * log_probs).sum()\n"),
+                     ("    ratio_cap: float = 0.0", "    entropy_coef: float = 0.0\n"),
+                     ('    g.add_argument("--ratio"', '    number(g, "--entropy-coef", 0.0, 0, 100, "weight of the entropy")\n')):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new + old)
+    (folder / "train_rl.py").write_text(text)
+
+    def run(flags):
+        return subprocess.run([sys.executable, "train_rl.py", *flags.split()], cwd=folder, text=True, capture_output=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    train_rl.main(f"{flags} --out {tmp_path / 'plain'}".split())
+    done = run(f"{flags} --out {tmp_path / 'bonus'} --entropy-coef 30")
+    assert done.returncode == 0, done.stderr
+    plain, bonus = ([json.loads(line)["entropy"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("plain", "bonus"))
+    assert bonus[0] == plain[0] and bonus[-1] > 1.5 * plain[-1], (plain, bonus)
+    assert "they differ in entropy_coef); continue the run with the script that began it" in run(f"--resume {tmp_path / 'plain'}").stderr
+
+
 def test_what_is_to_be_changed_is_there():
     table = re.search(r"\| change \| where \| run \|\n(.*?)\n\n", README, re.DOTALL)[1]
     names = set(re.findall(r"`([A-Z_]+)`", table))
