@@ -621,9 +621,8 @@ def find_model(name: str, task: str) -> Path:
         raise ValueError(f"{path} is not a directory; give `tiny` for a task that has a shipped "
                          "base, a run directory or a model directory.")
     if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-        advice = remedy(path, "config.json")
         raise ValueError(f"{path} holds neither a run with a checkpoint (file `latest`) nor a "
-                         f"model (config.json); {advice}.")
+                         f"model (config.json); {remedy(path, 'config.json')}.")
     return path
 
 

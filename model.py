@@ -1617,8 +1617,8 @@ def load_model(directory, dtype: torch.dtype = torch.float32,
             raise ValueError(f"{directory} is an adapter of an adapter, and so on for ever; "
                              "name a base that is a model.")
     if not os.path.exists(base / "config.json"):
-        advice = remedy(base, "config.json")
-        raise ValueError(f"{base} holds no model: it has no config.json; {advice}.")
+        raise ValueError(f"{base} holds no model: it has no config.json; "
+                         f"{remedy(base, 'config.json')}.")
     config = config_from_json(read_json(_file(base, "config.json")))
     tokenizer = load_tokenizer(base)
     if max(tokenizer.bpe.get_vocab().values()) >= config.text.vocab_size + 8:

@@ -5,9 +5,8 @@
     python train_sft.py --data own.jsonl --out runs/own       # your own prompts and responses
 
   1. Demonstrations (problem and demonstrator -> token ids, mask of the learned ones), 2. The loss,
-  3. One update, 4. The loop: up to here the reading path
-  5. How a run ends, 6. a run, 7. its directory, 8. start, 9. AdamW16, 10. cost, 11. data,
-  12. command line
+  3. One update, 4. The loop: up to here the reading path; 5. How a run ends, 6. a run,
+  7. its directory, 8. start, 9. AdamW16, 10. cost, 11. data, 12. command line
 """
 import argparse
 import csv
@@ -25,6 +24,7 @@ import time
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from filecmp import cmpfiles
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -947,6 +947,9 @@ def describe(run):
     sizes, args = count_parameters(run.model), run.args
     how = f"LoRA rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
     continued = f", continued at step {run.step}" if args.resume else ""
+    source = run.directory.path / "source"
+    if cmpfiles(Path(__file__).parent, source, SOURCES, shallow=False)[1]:
+        continued += "; begun with the code in its source/: a new --out shows what changes do"
     return (f"{clean(run.directory.path)}: {sizes['decoder']:,} decoder + {sizes['vision']:,} "
             f"vision parameters, {sizes['trained']:,} trained ({how}), {run.model.device}, "
             f"{torch.get_num_threads()} threads{continued}")
@@ -1193,10 +1196,10 @@ def read_mixture(flag, items):
         try:
             weights.append(float(weight or 1))
         except ValueError:
-            raise ValueError(f"--{flag} {clean(item)}: the weight behind the colon must be a "
+            raise ValueError(f"--{flag} {item}: the weight behind the colon must be a "
                              "number.") from None
         if not 0 < weights[-1] < 1e6:
-            raise ValueError(f"--{flag} {clean(item)}: the weight must be positive.")
+            raise ValueError(f"--{flag} {item}: the weight must be positive.")
         names.append(name)
     return Mixture(names, weights)
 
@@ -1306,7 +1309,7 @@ def finish_arguments(parser: Parser, argv: list[str] | None, presets=None) -> ar
                          "trained.")
     known = tasks.TASKS[args.task].problem.DEMONSTRATORS
     if args.eval_teacher not in (None, *known):
-        raise ValueError(f"--eval-teacher {clean(args.eval_teacher)}: choose from "
+        raise ValueError(f"--eval-teacher {args.eval_teacher}: choose from "
                          f"{', '.join(known)}.")
     if not args.resume:
         fresh = getattr(args, "fresh", False)
@@ -1348,16 +1351,16 @@ NEWER = ("data", "eval_data", "loss", "clip_eps_high", "ratio", "ratio_cap", "ma
 def resumed_arguments(parser, given, flags):
     """The arguments of the run that --resume names, with those that may change taken from the
     command line, whose arguments are `given` and whose flags `flags`."""
-    run = clean(given.resume)
     if given.init:
         raise ValueError("--init starts a run and --resume continues one: give only one of them.")
     if not (Path(given.resume) / "args.json").is_file():
-        raise ValueError(f"{run} holds no run (no args.json); --resume needs a run directory.")
+        raise ValueError(f"{given.resume} holds no run (no args.json); --resume needs a run "
+                         "directory.")
     changed = {flag[2:].replace("-", "_") for flag in flags} - {"resume"}
     if wrong := changed.difference(FREE[:-1]):
         raise ValueError("--resume takes the arguments of the run it continues: leave out --"
                          f"{min(wrong).replace('_', '-')}. Only {', '.join(FREE[:-1])} may change; "
-                         f"for others start a new run with --init {run}.")
+                         f"for others start a new run with --init {given.resume}.")
     stored = vars(read_arguments(parser, given.resume))
     for name in changed & {"steps", "flops"}:
         if not 0 < stored[name] < getattr(given, name):
@@ -1389,7 +1392,7 @@ def read_arguments(parser, run):
     args.init_path = init_path if isinstance(init_path, str) else None
     for name, value in (stored | {"init_path": init_path}).items():
         if getattr(args, name) != value:
-            raise ValueError(f"{path}: {name} cannot be {clean(json.dumps(value))[:60]}.")
+            raise ValueError(f"{path}: {name} cannot be {json.dumps(value)[:60]}.")
     return args
 
 
@@ -1434,7 +1437,7 @@ def check_mixtures(args):
             read_conversations(path, args.task)
     for kind in read_mixture("demonstrators", args.demonstrators).names:
         if kind not in known:
-            raise ValueError(f"--demonstrators {clean(kind)}: choose from {', '.join(known)}.")
+            raise ValueError(f"--demonstrators {kind}: choose from {', '.join(known)}.")
         args.eval_teacher = args.eval_teacher or (None if args.data else kind)
 
 

@@ -279,6 +279,11 @@ def test_a_loss_of_ones_own_is_written_where_the_table_says(changed, tmp_path):
     assert done.returncode == 0, done.stderr
     plain, bonus = ([json.loads(line)["entropy"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("plain", "bonus"))
     assert bonus[0] == plain[0] and bonus[-1] > 1.5 * plain[-1], (plain, bonus)
+    again = run(f"--resume {tmp_path / 'bonus'}")
+    assert again.returncode == 0 and "source/" not in again.stdout
+    with (folder / "tasks.py").open("a") as file:
+        file.write("# changed\n")
+    assert "begun with the code in its source/: a new --out" in run(f"--resume {tmp_path / 'bonus'}").stdout
     assert "they differ in entropy_coef); continue the run with the script that began it" in run(f"--resume {tmp_path / 'plain'}").stderr
 
 
