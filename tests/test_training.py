@@ -815,14 +815,14 @@ def test_metrics_of_several_epochs_are_their_means(tiny_run, tmp_path, monkeypat
     noted, real, moves = [], RL.rl_backward, RL.update
     monkeypatch.setattr(tasks.GeneralPoints, "step", lambda self, text: tasks.Step(float(len(text)), True, "", "illegal"))
     monkeypatch.setattr(RL, "rl_backward", lambda *args: noted.append(real(*args)) or dict(noted[-1]))
-    monkeypatch.setattr(RL, "update", lambda *args: noted[-1].update(moves(*args)) or {k: noted[-1][k] for k in ("grad_norm", "learning_rate", "moved")})
+    monkeypatch.setattr(RL, "update", lambda *args: noted[-1].update(moves(*args)) or {k: noted[-1][k] for k in ("grad_norm", "learning_rate", "changed")})
     RL.main(f"--init {tiny_run} --out {tmp_path / 'run'} --steps 2 --problems 4 --group 3 --max-new-tokens 8 --evals 0 --epochs 3 "
             "--clip-eps 0.01 --kl-every 1 --lr 1e-3 --lr-warmup 0 --device cpu".split())
     for line, epochs in zip(lines(tmp_path / "run"), (noted[:3], noted[3:])):
         assert len({each["kl"] for each in epochs}) == 3 and epochs[2]["ratio_error"] > 10 * epochs[0]["ratio_error"]
         for name in ("loss", "kl", "clip_fraction", "ratio_error", "grad_norm", "learning_rate"):
             assert line[name] == pytest.approx(sum(each[name] for each in epochs) / 3, rel=1e-12), name
-        assert "moved" not in line
+        assert "changed" not in line
 
 
 def test_loss_by_hand_over_a_batch(model, tokenizer):
