@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from fake_graph import Capture, FakeGraph, noting  # noqa: E402
+
 aten = torch.ops.aten
-CAPTURING = []
 MOVES = {aten._to_copy.default, aten.copy_.default}
 ASKS = {aten._local_scalar_dense.default, aten.nonzero.default, aten._unique2.default, aten.unique_dim.default, aten.equal.default,
         aten.repeat_interleave.Tensor}
@@ -76,7 +77,7 @@ def compute(func, args, kwargs):
     target = kwargs.get("device") and torch.device(kwargs["device"]).type
     if there and func not in MOVES and any(x.dim() for x in here):
         raise RuntimeError(f"{func}: {tuple(there[0].shape)} is on the device, {tuple(here[0].shape)} is not")
-    if CAPTURING and (func in ASKS or func in MOVES and here or target == "cpu"):
+    if Capture.running and (func in ASKS or func in MOVES and here or target == "cpu"):
         raise RuntimeError(f"{func}: while a step is captured, the device is asked for a value or a copy")
     if func is aten._fused_sdp_choice.default:
         return 0  # plain products
@@ -101,42 +102,6 @@ class Gpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return compute(func, args, kwargs or {})
-
-
-class Graph(TorchDispatchMode):
-    """torch.cuda.CUDAGraph: notes what a step computes, and computes that again into the same memory."""
-    made, kept = [], ()
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.replays = [], 0
-        Graph.made.append(self)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        self.replays += 1
-        for func, args, kwargs, out in self.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-
-
-@contextlib.contextmanager
-def capture(graph):
-    """torch.cuda.graph: nothing is computed while capturing, so what was written is put back."""
-    kept = [x.clone() for x in Graph.kept]
-    CAPTURING.append(graph)
-    try:
-        with graph:
-            yield
-    finally:
-        CAPTURING.pop()
-    for x, before in zip(Graph.kept, kept):
-        x.copy_(before)
 
 
 def inference_mode(mode=True):
@@ -174,17 +139,12 @@ def simulated():
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="gpu") is made in memory, then moved
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.inference_mode, torch.Generator = inference_mode, Generator
-    torch.cuda.CUDAGraph, torch.cuda.graph, torch.Tensor.pin_memory = Graph, capture, lambda x: x
+    torch.cuda.CUDAGraph, torch.cuda.graph, torch.Tensor.pin_memory = FakeGraph, Capture, lambda x: x
     import evaluate
     import model as M
     import train_rl
     import train_sft
-    made = M.StepGraph.__init__
-
-    def noting(self, key, tensors, kv):
-        Graph.kept = tensors
-        made(self, key, tensors, kv)
-    M.StepGraph.__init__ = noting
+    M.StepGraph.__init__ = noting(M.StepGraph.__init__)
     M.MULTIPLE["gpu"] = M.MULTIPLE.pop("cuda")
     for module in (evaluate, train_sft, train_rl):
         module.device_and_dtype = lambda device: ("gpu", torch.bfloat16)
@@ -248,11 +208,11 @@ def main():
         for name, work in works:
             if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
                 continue
-            before, began = sum(graph.replays for graph in Graph.made), time.time()
+            before, began = sum(graph.replays for graph in FakeGraph.made), time.time()
             try:
                 with contextlib.redirect_stdout(None):
                     work()
-                print(f"ok: {name}, {sum(graph.replays for graph in Graph.made) - before} steps replayed, {time.time() - began:.1f} s", flush=True)
+                print(f"ok: {name}, {sum(graph.replays for graph in FakeGraph.made) - before} steps replayed, {time.time() - began:.1f} s", flush=True)
             except Exception:
                 failed = True
                 print(f"FAILED: {name}: {traceback.format_exc()[-2500:]}", flush=True)

@@ -6,12 +6,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import model as M
 from assets import make_base
 from conftest import ROOT, load_tensors, small_config
+from fake_graph import Capture, FakeGraph, noting
 from make_fixtures import masked_forward, pad_left
 
 
@@ -403,58 +402,13 @@ def test_flops_against_torchs_counter(model, tokenizer):
 
 # ---- decoding as it runs on a GPU: all slots attended to, the step captured once and replayed
 
-class FakeGraph(TorchDispatchMode):
-    """A CUDA graph on the CPU: capturing notes every operation with the tensors it was given and gave, replaying computes these
-    again into the same memory. Whatever the step did in Python is frozen, and asking for a value is an error, as there."""
-    made, in_use = [], None
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.replays = [], 0
-        FakeGraph.made.append(self)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a captured step asks the device"
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        self.replays += 1
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(out), tree_leaves(again)):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)  # views and operations in place have written there already
-
-
-class Capture:
-    """torch.cuda.graph: what is computed while capturing is not computed, so all that it wrote is put back."""
-    def __init__(self, graph):
-        self.graph = graph
-
-    def __enter__(self):
-        self.kept = [t.clone() for t in FakeGraph.in_use]
-        self.graph.__enter__()
-
-    def __exit__(self, *error):
-        self.graph.__exit__(*error)
-        for t, kept in zip(FakeGraph.in_use, self.kept):
-            t.copy_(kept)
-
-
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Lengths rounded up, Cache.fixed, and StepGraph with the graph above."""
+    """Lengths rounded up, Cache.fixed, and StepGraph with a FakeGraph."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    graph = M.StepGraph.__init__
-
-    def noting(self, key, tensors, kv):
-        FakeGraph.in_use = tensors
-        graph(self, key, tensors, kv)
     monkeypatch.setitem(M.MULTIPLE, "cpu", 64)
-    monkeypatch.setattr(M.StepGraph, "__init__", noting)
+    monkeypatch.setattr(M.StepGraph, "__init__", noting(M.StepGraph.__init__))
     FakeGraph.made.clear()
 
 
